@@ -1,0 +1,168 @@
+"""Settings: the only reader of the environment, and where a machine's data lies. Decides nothing else.
+
+Names that LocalAI has keep LocalAI's spelling (`LOCALAI_…`); names that only this project has begin with `LOCALAI_Q_`.
+What `localai-q up` has generated once (ports, secrets) stands in `state.json` of the home folder and serves as the
+default of the settings of the same name, so that every process and the command line find the same cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+import platformdirs
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from localai_q.errors import StartupError
+
+
+class Settings(BaseSettings):
+    """Every setting, with its default. Times are seconds, sizes bytes, unless the name says otherwise."""
+
+    model_config = SettingsConfigDict(extra="ignore", frozen=True)
+
+    home: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("localai_q"), validation_alias="LOCALAI_Q_HOME"
+    )
+    log_level: str = Field("INFO", validation_alias="LOCALAI_LOG_LEVEL")
+
+    # Where the web process listens, and what it allows.
+    address: str = Field("127.0.0.1:8080", validation_alias="LOCALAI_ADDRESS")
+    web_workers: int = Field(1, ge=1, le=64, validation_alias="LOCALAI_Q_WEB_WORKERS")
+    request_timeout: float = Field(600.0, gt=0, validation_alias="LOCALAI_REQUEST_TIMEOUT")
+    max_body: int = Field(20 << 20, gt=0, validation_alias="LOCALAI_Q_MAX_BODY")
+    max_upload: int = Field(200 << 30, gt=0, validation_alias="LOCALAI_Q_MAX_UPLOAD")
+    max_waiting: int = Field(1024, gt=0, validation_alias="LOCALAI_Q_MAX_WAITING")  # jobs in line for one model
+    expose_node: bool = Field(False, validation_alias="LOCALAI_EXPOSE_NODE_HEADER")
+
+    # The stores. Empty: what `localai-q up` embeds.
+    database_url: str = Field("", validation_alias="LOCALAI_DATABASE_URL")
+    redis_url: str = Field("", validation_alias="LOCALAI_REDIS_URL")
+    # What nodes are told to reach Redis by, when it is not `redis_url` with the host that the node called.
+    public_redis_url: str = Field("", validation_alias="LOCALAI_Q_PUBLIC_REDIS_URL")
+
+    # How long a lease lives unrenewed; how long a journal can be read after its job's end.
+    lease: float = Field(10.0, gt=0.5, validation_alias="LOCALAI_Q_LEASE")
+    journal_ttl: float = Field(600.0, gt=0, validation_alias="LOCALAI_Q_JOURNAL_TTL")
+    journal_max: int = Field(100_000, gt=0, validation_alias="LOCALAI_Q_JOURNAL_MAX")  # entries of one job
+
+    # Nodes.
+    registration_token: str = Field("", validation_alias="LOCALAI_REGISTRATION_TOKEN")
+    auto_approve: bool = Field(False, validation_alias="LOCALAI_AUTO_APPROVE_NODES")
+    register_to: str = Field("", validation_alias="LOCALAI_REGISTER_TO")
+    node_name: str = Field("", validation_alias="LOCALAI_NODE_NAME")
+    heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
+    drain_timeout: float = Field(5.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
+    backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
+    models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
+    replica_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_REPLICA_SPEC")  # set by a node for its children
+
+    # Flower, and what `up` has made.
+    flower_port: int = Field(0, validation_alias="LOCALAI_Q_FLOWER_PORT")
+    flower_password: str = Field("", validation_alias="LOCALAI_Q_FLOWER_PASSWORD")
+
+    @field_validator("address")
+    @classmethod
+    def _has_port(cls, value: str) -> str:
+        host, _, port = value.rpartition(":")
+        if not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
+        return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
+
+    @property
+    def host(self) -> str:
+        return self.address.rpartition(":")[0].strip("[]")
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    @property
+    def base_url(self) -> str:
+        """The URL by which this machine reaches its own web process."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+    @property
+    def node_home(self) -> Path:
+        """Where a node keeps its identity, its backends and its models."""
+        return self.home / "nodes" / self.effective_node_name
+
+    @property
+    def effective_node_name(self) -> str:
+        return self.node_name or socket.gethostname().split(".")[0]
+
+    def require_stores(self) -> Self:
+        """These settings, or a `StartupError` when they name no database or no Redis."""
+        missing = [n for n, v in (("LOCALAI_DATABASE_URL", self.database_url), ("LOCALAI_REDIS_URL", self.redis_url))
+                   if not v]
+        if missing:
+            raise StartupError(
+                f"{' and '.join(missing)} must be set: run 'localai-q up', which brings its own Postgres and Valkey"
+            )
+        return self
+
+
+def state_file(home: Path) -> Path:
+    """Where `localai-q up` keeps what it generated once."""
+    return home / "state.json"
+
+
+def read_state(home: Path) -> dict[str, Any]:
+    """What `localai-q up` generated; nothing where it never ran."""
+    try:
+        state: dict[str, Any] = json.loads(state_file(home).read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot read {state_file(home)}: {error}") from error
+    return state
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    part.replace(path)
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from `overrides` (by field name), then the environment, then `state.json`, then the defaults.
+
+    Raises:
+        StartupError: a setting has a value that cannot be used; the message names it.
+    """
+    try:
+        first = Settings(**_by_alias(overrides))
+        state = {name: value for name, value in read_state(first.home).items() if name not in first.model_fields_set}
+        return Settings(**_by_alias({**state, **overrides})) if state else first
+    except ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise StartupError(f"{name}={problem.get('input')!r} {problem['msg'].removeprefix('Value error, ')}") from error
+
+
+def _by_alias(values: dict[str, Any]) -> dict[str, Any]:
+    fields = Settings.model_fields
+    return {str(fields[name].validation_alias): value for name, value in values.items() if name in fields}
+
+
+@cache
+def settings() -> Settings:
+    """The settings of this process, read once."""
+    return load_settings()
+
+
+def exit_on_startup_error(error: StartupError) -> SystemExit:
+    """The exit that says in one line why a process cannot start."""
+    print(f"localai-q: {error.message}", file=sys.stderr, flush=True)  # noqa: T201
+    return SystemExit(1)

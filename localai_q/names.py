@@ -1,0 +1,75 @@
+"""Every name that two processes must agree on: queues, tasks, Redis keys and channels. Nothing else lives here.
+
+Names are made of ids (`[a-z0-9]+`), never of what a person called something: ids cannot collide with the grammar of
+an ACL pattern and say nothing private.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+# Tasks. Their one argument is an id.
+RUN_GENERATION = "localai_q.run_generation"  # (job id) on model.<mid> or replica.<rid>
+RUN_JOB = "localai_q.run_job"  # (job id) on node.<nid>.jobs
+START_REPLICA = "localai_q.start_replica"  # (replica id) on node.<nid>
+STOP_REPLICA = "localai_q.stop_replica"  # (replica id) on node.<nid>
+
+CONTROL_QUEUE = "control"
+
+# Channels.
+ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
+WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
+
+NODES_WITH_ENDS = "ends"  # set of owners that have a hash of ends
+
+
+def new_id() -> str:
+    """An id that fits every name: 16 characters of `[a-z0-9]`, 80 random bits."""
+    alphabet = "abcdefghijklmnopqrstuvwxyz234567"
+    return "".join(alphabet[byte & 31] for byte in secrets.token_bytes(16))
+
+
+def model_queue(model_id: str) -> str:
+    return f"model.{model_id}"
+
+
+def replica_queue(replica_id: str) -> str:
+    return f"replica.{replica_id}"
+
+
+def node_queue(node_id: str) -> str:
+    return f"node.{node_id}"
+
+
+def node_jobs_queue(node_id: str) -> str:
+    return f"node.{node_id}.jobs"
+
+
+def job_key(job_id: str) -> str:
+    """Hash: queue, owner, attempt, state, request, deadline, stream, cancel."""
+    return f"job:{job_id}"
+
+
+def journal_key(job_id: str) -> str:
+    """Stream of the job's events, and the channel on which they are announced."""
+    return f"gen:{job_id}"
+
+
+def waiting_key(queue: str) -> str:
+    """Sorted set of the jobs that wait in a line, by the time they joined it."""
+    return f"waiting:{queue}"
+
+
+def leases_key(queue: str) -> str:
+    """Sorted set of the jobs of a line that somebody works on, by the time their lease ends."""
+    return f"leases:{queue}"
+
+
+def ends_key(owner: str) -> str:
+    """Hash of job id to end, written by the node `owner`, read and emptied by control."""
+    return f"ends:{owner}"
+
+
+def cancel_channel(node_id: str) -> str:
+    """Ids of jobs whose work on this node must stop."""
+    return f"cancel:{node_id}"

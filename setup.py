@@ -1,0 +1,5 @@
+"""The package's metadata stands in setup.cfg."""
+
+from setuptools import setup
+
+setup()
