@@ -1,0 +1,1 @@
+"""Redis: doorbells, lines, leases, journals and signals. Owns every script and key; decides nothing."""

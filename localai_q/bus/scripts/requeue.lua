@@ -1,0 +1,12 @@
+-- Control puts a job whose lease ran out back into its line.
+-- KEYS 1 job, 2 waiting, 3 leases.  ARGV 1 id.
+-- Returns 1 put back; 0 its lease is alive, or it has ended (then its lease is only cleared).
+local t = redis.call('TIME')
+local now = t[1] * 1000 + math.floor(t[2] / 1000)
+local lease = redis.call('ZSCORE', KEYS[3], ARGV[1])
+if lease and tonumber(lease) > now then return 0 end
+redis.call('ZREM', KEYS[3], ARGV[1])
+if redis.call('HGET', KEYS[1], 'state') ~= 'leased' then return 0 end
+redis.call('HSET', KEYS[1], 'state', 'waiting')
+redis.call('ZADD', KEYS[2], now, ARGV[1])
+return 1

@@ -1,0 +1,35 @@
+"""What a job is: anything that was accepted and must end exactly once. Pure values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from localai_q.cluster.events import Usage
+from localai_q.cluster.states import JobState
+
+GENERATIONS = ("chat", "completion", "embedding", "rerank")  # kinds that any replica of the model may do
+NODE_JOBS = ("install_backend", "fetch_model")  # kinds that a certain node must do
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job as its row tells it. Who works on it now stands in its lease."""
+
+    id: str
+    kind: str
+    state: JobState
+    line: str  # the queue in which it waits
+    model_id: str | None = None
+    node_id: str | None = None
+    key_id: str | None = None
+    request: dict[str, Any] | None = None  # None once the job has ended
+    stream: bool = False
+    attempt: int = 0
+    error: dict[str, Any] | None = None
+    result: dict[str, Any] | None = None
+    usage: Usage = field(default_factory=Usage)
+    timings: dict[str, float] = field(default_factory=dict)
+    deadline: float | None = None  # seconds since the epoch, like the next two
+    created: float = 0.0
+    ended: float | None = None

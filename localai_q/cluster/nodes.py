@@ -1,0 +1,39 @@
+"""What nodes and replicas are, as the registry shows them. Pure values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from localai_q.cluster.states import NodeState, ReplicaState
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """A machine that runs replicas."""
+
+    id: str
+    name: str
+    state: NodeState
+    approved: bool
+    secret_hash: str
+    version: str = ""
+    hardware: dict[str, Any] = field(default_factory=dict)
+    last_heartbeat: float | None = None  # seconds since the epoch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replica:
+    """One loaded copy of a model, or one on its way."""
+
+    id: str
+    model_id: str
+    node_id: str
+    number: int
+    revision: int
+    state: ReplicaState
+    slots: int
+    reason: str = ""
+    job_id: str | None = None
+    failures: int = 0
+    changed: float = 0.0  # seconds since the epoch

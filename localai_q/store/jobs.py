@@ -1,0 +1,113 @@
+"""Queries on jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, insert, null, select, update
+
+from localai_q.cluster.events import End, Usage
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.states import JOB_MOVES, JobState, sources
+from localai_q.store.tables import jobs
+
+LISTED = [column for column in jobs.c if column.name != "request"]  # a list never shows what people asked
+
+
+def add(db: Connection, job: Job) -> None:
+    """Enter an open job with its request."""
+    db.execute(
+        insert(jobs).values(
+            id=job.id,
+            kind=job.kind,
+            state=job.state,
+            line=job.line,
+            model_id=job.model_id,
+            node_id=job.node_id,
+            key_id=job.key_id,
+            request=job.request,
+            stream=job.stream,
+            deadline=datetime.fromtimestamp(job.deadline, UTC) if job.deadline else None,
+        )
+    )
+
+
+def by_id(db: Connection, job_id: str) -> Job | None:
+    row = db.execute(select(*LISTED).where(jobs.c.id == job_id)).one_or_none()
+    return _job(row) if row else None
+
+
+def listed(db: Connection, *, states: Collection[str] = (), kinds: Collection[str] = (), limit: int = 100) -> list[Job]:
+    """Jobs without their requests, the newest first."""
+    query = select(*LISTED).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
+    if states:
+        query = query.where(jobs.c.state.in_(list(states)))
+    if kinds:
+        query = query.where(jobs.c.kind.in_(list(kinds)))
+    return [_job(row) for row in db.execute(query)]
+
+
+def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
+    """Open jobs with their requests that were accepted more than so many seconds ago, the oldest first."""
+    limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
+    query = select(jobs).where(jobs.c.state == JobState.OPEN, jobs.c.created_at < limit).order_by(jobs.c.created_at)
+    return [_job(row) for row in db.execute(query.limit(10_000))]
+
+
+def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> bool:
+    """Write a job's end, once: False if it has one already. The request is erased."""
+    target = JobState(end.state)
+    values: dict[str, Any] = {
+        "state": target,
+        "attempt": attempt,
+        "request": null(),
+        "error": end.error,
+        "result": end.result,
+        "prompt_tokens": end.usage.prompt,
+        "completion_tokens": end.usage.completion,
+        "cached_tokens": end.usage.cached,
+        "timings": end.timings,
+        "ended_at": func.now(),
+    }
+    if node_id:
+        values["node_id"] = node_id
+    allowed = sources(JOB_MOVES, target)
+    statement = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(allowed)).values(values)
+    return db.execute(statement).rowcount == 1
+
+
+def counts(db: Connection) -> dict[tuple[str, str], int]:
+    """How many jobs there are by kind and state."""
+    rows = db.execute(select(jobs.c.kind, jobs.c.state, func.count()).group_by(jobs.c.kind, jobs.c.state))
+    return {(kind, state): count for kind, state, count in rows}
+
+
+def prune(db: Connection, *, days: int) -> int:
+    """Delete ended jobs older than so many days."""
+    limit = func.now() - func.make_interval(0, 0, 0, days)
+    return db.execute(delete(jobs).where(jobs.c.state != JobState.OPEN, jobs.c.ended_at < limit)).rowcount
+
+
+def _job(row: Row[Any]) -> Job:
+    values = row._mapping
+    return Job(
+        id=row.id,
+        kind=row.kind,
+        state=JobState(row.state),
+        line=row.line,
+        model_id=row.model_id,
+        node_id=row.node_id,
+        key_id=row.key_id,
+        request=values.get("request"),
+        stream=row.stream,
+        attempt=row.attempt,
+        error=row.error,
+        result=row.result,
+        usage=Usage(prompt=row.prompt_tokens, completion=row.completion_tokens, cached=row.cached_tokens),
+        timings=row.timings,
+        deadline=row.deadline.timestamp() if row.deadline else None,
+        created=row.created_at.timestamp(),
+        ended=row.ended_at.timestamp() if row.ended_at else None,
+    )

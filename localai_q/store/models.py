@@ -1,0 +1,49 @@
+"""Queries on models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, select
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from localai_q.cluster.models import Model, ModelConfig
+from localai_q.names import new_id
+from localai_q.store.tables import models
+
+
+def add(db: Connection, name: str, config: ModelConfig, *, is_default: bool = False) -> Model | None:
+    """Register a model; None if the name is taken."""
+    values = {"id": new_id(), "name": name, "backend": config.backend, "config": config.model_dump(mode="json"),
+              "is_default": is_default}  # fmt: skip
+    row = db.execute(upsert(models).values(values).on_conflict_do_nothing().returning(models)).one_or_none()
+    return _model(row) if row else None
+
+
+def by_name(db: Connection, name: str) -> Model | None:
+    row = db.execute(select(models).where(models.c.name == name)).one_or_none()
+    return _model(row) if row else None
+
+
+def by_id(db: Connection, model_id: str) -> Model | None:
+    row = db.execute(select(models).where(models.c.id == model_id)).one_or_none()
+    return _model(row) if row else None
+
+
+def every(db: Connection) -> list[Model]:
+    return [_model(row) for row in db.execute(select(models).order_by(models.c.name))]
+
+
+def remove(db: Connection, model_id: str) -> None:
+    db.execute(delete(models).where(models.c.id == model_id))
+
+
+def _model(row: Row[Any]) -> Model:
+    return Model(
+        id=row.id,
+        name=row.name,
+        revision=row.revision,
+        config=ModelConfig.model_validate(row.config),
+        is_default=row.is_default,
+        created=row.created_at.timestamp(),
+    )

@@ -1,0 +1,76 @@
+"""Queries on nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import NODE_MOVES, NodeState, sources
+from localai_q.names import new_id
+from localai_q.store.tables import nodes
+
+
+def add(db: Connection, name: str, secret_hash: str) -> Node | None:
+    """Enter a node that asks to join, as pending; None if the name is taken."""
+    values = {"id": new_id(), "name": name, "secret_hash": secret_hash, "state": NodeState.PENDING}
+    row = db.execute(upsert(nodes).values(values).on_conflict_do_nothing().returning(nodes)).one_or_none()
+    return _node(row) if row else None
+
+
+def by_name(db: Connection, name: str) -> Node | None:
+    row = db.execute(select(nodes).where(nodes.c.name == name)).one_or_none()
+    return _node(row) if row else None
+
+
+def by_id(db: Connection, node_id: str) -> Node | None:
+    row = db.execute(select(nodes).where(nodes.c.id == node_id)).one_or_none()
+    return _node(row) if row else None
+
+
+def every(db: Connection) -> list[Node]:
+    return [_node(row) for row in db.execute(select(nodes).order_by(nodes.c.name))]
+
+
+def heard_of(db: Connection, node_id: str, *, hardware: dict[str, Any] | None, version: str | None = None) -> None:
+    """Note that the node has reported."""
+    values: dict[str, Any] = {"last_heartbeat": func.now()}
+    if hardware:
+        values["hardware"] = hardware
+    if version:
+        values["version"] = version
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(values))
+
+
+def approve(db: Connection, node_id: str) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(approved=True))
+
+
+def move(db: Connection, node_id: str, target: NodeState) -> bool:
+    """Change the node's state if the move is allowed. False if it is not."""
+    allowed = sources(NODE_MOVES, target)
+    statement = update(nodes).where(nodes.c.id == node_id, nodes.c.state.in_(allowed)).values(state=target)
+    return db.execute(statement).rowcount == 1
+
+
+def silent(db: Connection, seconds: float) -> list[Node]:
+    """Nodes in service that have not reported for so long."""
+    in_service = (NodeState.READY, NodeState.UNHEALTHY, NodeState.DRAINING, NodeState.DRAINED)
+    limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, seconds)
+    rows = db.execute(select(nodes).where(nodes.c.state.in_(in_service), nodes.c.last_heartbeat < limit))
+    return [_node(row) for row in rows]
+
+
+def _node(row: Row[Any]) -> Node:
+    return Node(
+        id=row.id,
+        name=row.name,
+        state=NodeState(row.state),
+        approved=row.approved,
+        secret_hash=row.secret_hash,
+        version=row.version,
+        hardware=row.hardware,
+        last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,
+    )

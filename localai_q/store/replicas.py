@@ -1,0 +1,76 @@
+"""Queries on replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.states import REPLICA_MOVES, ReplicaState, sources
+from localai_q.names import new_id
+from localai_q.store.tables import replicas
+
+
+def place(db: Connection, *, model_id: str, node_id: str, number: int, revision: int, slots: int) -> Replica | None:
+    """Enter a replica as placed; None if there is one of that number already, so that two deciders cannot double it."""
+    values = {"id": new_id(), "model_id": model_id, "node_id": node_id, "number": number, "revision": revision,
+              "slots": slots, "state": ReplicaState.PLACED}  # fmt: skip
+    row = db.execute(upsert(replicas).values(values).on_conflict_do_nothing().returning(replicas)).one_or_none()
+    return _replica(row) if row else None
+
+
+def by_id(db: Connection, replica_id: str) -> Replica | None:
+    row = db.execute(select(replicas).where(replicas.c.id == replica_id)).one_or_none()
+    return _replica(row) if row else None
+
+
+def every(
+    db: Connection, *, node_id: str | None = None, model_id: str | None = None, states: Collection[str] | None = None
+) -> list[Replica]:
+    """Replicas, the oldest first, narrowed as asked."""
+    query = select(replicas).order_by(replicas.c.created_at, replicas.c.id)
+    if node_id is not None:
+        query = query.where(replicas.c.node_id == node_id)
+    if model_id is not None:
+        query = query.where(replicas.c.model_id == model_id)
+    if states is not None:
+        query = query.where(replicas.c.state.in_(list(states)))
+    return [_replica(row) for row in db.execute(query)]
+
+
+def move(db: Connection, replica_id: str, target: ReplicaState, **values: Any) -> bool:
+    """Change the replica's state if the move is allowed. False if it is not."""
+    allowed = sources(REPLICA_MOVES, target)
+    if target is ReplicaState.FAILED:
+        values["failures"] = replicas.c.failures + 1
+    elif target is ReplicaState.READY:
+        values |= {"failures": 0, "reason": ""}
+    statement = (
+        update(replicas)
+        .where(replicas.c.id == replica_id, replicas.c.state.in_(allowed))
+        .values(state=target, changed_at=func.now(), **values)
+    )
+    return db.execute(statement).rowcount == 1
+
+
+def forget(db: Connection, replica_id: str) -> None:
+    db.execute(delete(replicas).where(replicas.c.id == replica_id))
+
+
+def _replica(row: Row[Any]) -> Replica:
+    return Replica(
+        id=row.id,
+        model_id=row.model_id,
+        node_id=row.node_id,
+        number=row.number,
+        revision=row.revision,
+        state=ReplicaState(row.state),
+        slots=row.slots,
+        reason=row.reason,
+        job_id=row.job_id,
+        failures=row.failures,
+        changed=row.changed_at.timestamp(),
+    )

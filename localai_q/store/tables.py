@@ -1,0 +1,129 @@
+"""The tables. Queries live in the module of their family; changes of shape in `migrations`."""
+
+from __future__ import annotations
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Column,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    Table,
+    Text,
+    UniqueConstraint,
+    func,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pkey",
+        "fk": "%(table_name)s_%(column_0_name)s_fkey",
+        "uq": "%(table_name)s_%(column_0_N_name)s_key",
+        "ix": "%(table_name)s_%(column_0_N_name)s_idx",
+    }
+)
+
+
+def _id() -> Column[str]:
+    return Column("id", Text, primary_key=True)
+
+
+def _created() -> Column:  # type: ignore[type-arg]
+    return Column("created_at", DateTime(timezone=True), nullable=False, server_default=func.now())
+
+
+nodes = Table(
+    "nodes",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    Column("state", Text, nullable=False),
+    Column("approved", Boolean, nullable=False, server_default=text("false")),
+    Column("secret_hash", Text, nullable=False),  # SHA-256 of the secret that the node made itself
+    Column("version", Text, nullable=False, server_default=""),
+    Column("hardware", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("last_heartbeat", DateTime(timezone=True)),
+    _created(),
+)
+
+models = Table(
+    "models",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False, unique=True),
+    Column("revision", Integer, nullable=False, server_default=text("1")),
+    Column("backend", Text, nullable=False),
+    Column("config", JSONB, nullable=False),  # `cluster.models.ModelConfig`
+    Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    _created(),
+)
+
+replicas = Table(
+    "replicas",
+    metadata,
+    _id(),
+    Column("model_id", ForeignKey("models.id", ondelete="CASCADE"), nullable=False),
+    Column("node_id", ForeignKey("nodes.id", ondelete="CASCADE"), nullable=False),
+    Column("number", Integer, nullable=False),  # tells the replicas of a model on one node apart, from 1
+    Column("revision", Integer, nullable=False),  # of the model, when the replica was placed
+    Column("state", Text, nullable=False),
+    Column("reason", Text, nullable=False, server_default=""),
+    Column("slots", Integer, nullable=False),
+    Column("job_id", Text),  # the stage that is under way
+    Column("failures", Integer, nullable=False, server_default=text("0")),
+    Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    _created(),
+    UniqueConstraint("model_id", "node_id", "number"),
+)
+
+jobs = Table(
+    "jobs",
+    metadata,
+    _id(),
+    Column("kind", Text, nullable=False),
+    Column("state", Text, nullable=False),
+    Column("line", Text, nullable=False),  # the queue in which it waits
+    Column("model_id", Text),  # kept when the model is deleted
+    Column("node_id", Text),  # on which it must run; afterwards, where it ran
+    Column("key_id", Text),  # who asked
+    Column("request", JSONB),  # erased when the job ends
+    Column("stream", Boolean, nullable=False, server_default=text("false")),
+    Column("attempt", Integer, nullable=False, server_default=text("0")),
+    Column("error", JSONB),
+    Column("result", JSONB),
+    Column("prompt_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("completion_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("cached_tokens", BigInteger, nullable=False, server_default=text("0")),
+    Column("timings", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("deadline", DateTime(timezone=True)),
+    Column("ended_at", DateTime(timezone=True)),
+    _created(),
+    Index("jobs_open_idx", "created_at", postgresql_where=text("state = 'open'")),
+    Index("jobs_created_at_idx", "created_at"),
+)
+
+api_keys = Table(
+    "api_keys",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("role", Text, nullable=False),  # admin | user
+    Column("hash", Text, nullable=False, unique=True),  # SHA-256; keys are random, so a slow hash adds nothing
+    Column("hint", Text, nullable=False),  # the first characters, to tell keys apart
+    Column("revoked_at", DateTime(timezone=True)),
+    _created(),
+)
+
+leaders = Table(
+    "leaders",
+    metadata,
+    Column("loop", Text, primary_key=True),
+    Column("owner", Text, nullable=False),
+    Column("until", DateTime(timezone=True), nullable=False),
+    Column("beat_at", DateTime(timezone=True), nullable=False),  # when the loop last completed a turn
+)
