@@ -1,0 +1,1 @@
+"""HTTP in, HTTP out: the web process. Knows no engine and no worker."""

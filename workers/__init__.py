@@ -1,0 +1,1 @@
+"""What runs on nodes: the node itself, its replicas, the jobs that it does, and the backends."""

@@ -1,0 +1,1 @@
+"""The cluster's own API, for admins: nodes, jobs, models, keys, files, metrics."""

@@ -59,6 +59,8 @@ class Lease:
     last_index: int  # of the journal, when the claim was made
     request: dict[str, Any]
     stream: bool
+    deaths: int = 0  # owners that died while they had the job
+    deadline: float = 0.0  # seconds since the epoch; 0: none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +114,17 @@ class Leases:
         answer = self._run["claim"](keys=keys, args=[job_id, owner, node_id, self._lease_ms, lives])
         if int(answer[0]) == 0:
             return Refusal(job_id=job_id, why=answer[1])
-        attempt, last, request, stream = answer
-        return Lease(job_id=job_id, line=line, attempt=int(attempt), last_index=int(last),
-                     request=json.loads(request), stream=stream == "1")  # fmt: skip
+        attempt, last, request, stream, deaths, deadline = answer
+        return Lease(
+            job_id=job_id,
+            line=line,
+            attempt=int(attempt),
+            last_index=int(last),
+            request=json.loads(request),
+            stream=stream == "1",
+            deaths=int(deaths),
+            deadline=int(deadline) / 1000,
+        )
 
     def append(self, batches: Sequence[tuple[Lease, int, Sequence[Event]]]) -> list[Append]:
         """Write several jobs' events in one round trip: `(lease, first index, events)` each."""
@@ -150,10 +160,10 @@ class Leases:
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]
 
-    def release(self, lease: Lease) -> bool:
-        """Give the job back to its line."""
+    def release(self, lease: Lease, *, died: bool = False) -> bool:
+        """Give the job back to its line; `died` when its owner could not go on because of its backend's death."""
         keys = [names.job_key(lease.job_id), names.waiting_key(lease.line), names.leases_key(lease.line)]
-        return bool(self._run["release"](keys=keys, args=[lease.job_id, lease.attempt]))
+        return bool(self._run["release"](keys=keys, args=[lease.job_id, lease.attempt, int(died)]))
 
     def requeue_expired(self, line: str) -> list[str]:
         """Put the jobs of a line whose leases ran out back into it, and return their ids."""

@@ -56,6 +56,13 @@ def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
     return [_job(row) for row in db.execute(query.limit(10_000))]
 
 
+def find_open(db: Connection, *, kind: str, line: str, request: dict[str, Any]) -> str | None:
+    """The open job that is just this one."""
+    query = select(jobs.c.id).where(jobs.c.state == JobState.OPEN, jobs.c.kind == kind, jobs.c.line == line)
+    found: str | None = db.execute(query.where(jobs.c.request == request).limit(1)).scalar_one_or_none()
+    return found
+
+
 def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> bool:
     """Write a job's end, once: False if it has one already. The request is erased."""
     target = JobState(end.state)

@@ -56,6 +56,11 @@ def move(db: Connection, replica_id: str, target: ReplicaState, **values: Any) -
     return db.execute(statement).rowcount == 1
 
 
+def touch(db: Connection, replica_id: str) -> None:
+    """Note that something was done for the replica, without a change of state."""
+    db.execute(update(replicas).where(replicas.c.id == replica_id).values(changed_at=func.now()))
+
+
 def forget(db: Connection, replica_id: str) -> None:
     db.execute(delete(replicas).where(replicas.c.id == replica_id))
 

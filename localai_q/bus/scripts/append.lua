@@ -8,9 +8,15 @@ local index = tonumber(ARGV[3])
 if index + #ARGV - 5 > tonumber(ARGV[4]) then return -2 end
 for i = 5, #ARGV do
   local id = ARGV[2] .. '-' .. (index + i - 5)
-  if not redis.call('XADD', KEYS[2], 'NOMKSTREAM', id, 'e', ARGV[i]) then return -1 end
-  for web in string.gmatch(job[4], '%S+') do
-    redis.call('PUBLISH', 'web:' .. web, ARGV[1] .. ' ' .. id .. ' ' .. ARGV[i])
+  local added = redis.pcall('XADD', KEYS[2], 'NOMKSTREAM', id, 'e', ARGV[i])
+  if not added then return -1 end
+  -- An id that is taken is this owner's own write, whose answer was lost: it is tried again word for word.
+  if type(added) == 'string' then
+    for web in string.gmatch(job[4], '%S+') do
+      redis.call('PUBLISH', 'web:' .. web, ARGV[1] .. ' ' .. id .. ' ' .. ARGV[i])
+    end
+  elseif not string.find(added.err, 'equal or smaller', 1, true) then
+    return added
   end
 end
 if job[3] then return 2 end

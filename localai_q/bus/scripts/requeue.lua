@@ -1,4 +1,4 @@
--- Control puts a job whose lease ran out back into its line.
+-- Control puts a job whose lease ran out back into its line, and counts one more owner as dead.
 -- KEYS 1 job, 2 waiting, 3 leases.  ARGV 1 id.
 -- Returns 1 put back; 0 its lease is alive, or it has ended (then its lease is only cleared).
 local t = redis.call('TIME')
@@ -8,5 +8,6 @@ if lease and tonumber(lease) > now then return 0 end
 redis.call('ZREM', KEYS[3], ARGV[1])
 if redis.call('HGET', KEYS[1], 'state') ~= 'leased' then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'waiting')
+redis.call('HINCRBY', KEYS[1], 'deaths', 1)
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 return 1

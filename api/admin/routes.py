@@ -1,0 +1,132 @@
+"""The admin endpoints. Each is a use case of `localai_q.services` behind a path."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, Literal
+
+from flask import Blueprint, Response, request
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.bodies import parse
+from api.metrics import CONTENT_TYPE
+from api.web import web
+from localai_q.cluster.models import ModelConfig, ModelName
+from localai_q.errors import InvalidValue
+from localai_q.services import jobs, keys, models, nodes
+
+routes = Blueprint("admin", __name__)
+
+MOST_LISTED = 1000
+
+
+class NewModel(ModelConfig):
+    """A model to register: its name beside `ModelConfig`."""
+
+    name: ModelName
+
+
+class NewKey(BaseModel):
+    """A key to make."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=100)
+    role: Literal["admin", "user"] = "user"
+
+
+@routes.get("/metrics")
+def metrics() -> Response:
+    """Prometheus' text format."""
+    process = web()
+    text = process.metrics.render(multiprocess=process.services.settings.web_workers > 1)
+    return Response(text, content_type=CONTENT_TYPE)
+
+
+@routes.get("/api/nodes")
+def list_nodes() -> dict[str, Any]:
+    return {"nodes": nodes.listed(web().services)}
+
+
+@routes.post("/api/nodes/<node>/approve")
+def approve_node(node: str) -> dict[str, Any]:
+    """By id or by name."""
+    return nodes.approve(web().services, node)
+
+
+@routes.get("/api/jobs")
+def list_jobs() -> dict[str, Any]:
+    """`state` and `kind` narrow (comma-separated), `limit` bounds."""
+    limit = _limit(request.args.get("limit", "100"))
+    return {"jobs": jobs.listed(web().services, states=_listed("state"), kinds=_listed("kind"), limit=limit)}
+
+
+@routes.get("/api/jobs/<job_id>")
+def show_job(job_id: str) -> dict[str, Any]:
+    return jobs.show(web().services, job_id)
+
+
+@routes.delete("/api/jobs/<job_id>")
+def cancel_job(job_id: str) -> dict[str, Any]:
+    return {"id": job_id, "state": jobs.cancel(web().services, job_id)}
+
+
+@routes.get("/api/models")
+def list_models() -> dict[str, Any]:
+    return {"models": models.listed(web().services)}
+
+
+@routes.post("/api/models")
+def add_model() -> tuple[dict[str, Any], int]:
+    body = parse(NewModel, request.get_data())
+    config = ModelConfig.model_validate(body.model_dump(exclude={"name"}))
+    return models.add(web().services, body.name, config), 201
+
+
+@routes.delete("/api/models/<path:name>")
+def remove_model(name: str) -> dict[str, Any]:
+    models.remove(web().services, name)
+    return {"name": name, "removed": True}
+
+
+@routes.route("/api/files/<sha256>", methods=["HEAD"])
+def has_file(sha256: str) -> Response:
+    """200 if the file was uploaded, 404 if not."""
+    size, _ = models.read_file(web().services, sha256, 0)
+    return Response(headers={"Content-Length": str(size)})
+
+
+@routes.put("/api/files/<sha256>")
+def put_file(sha256: str) -> tuple[dict[str, Any], int]:
+    """Upload a model's file; the body is the file."""
+    request.max_content_length = web().services.settings.max_upload
+    return models.keep_file(web().services, sha256, request.stream, request.content_length), 201
+
+
+@routes.get("/api/keys")
+def list_keys() -> dict[str, Any]:
+    return {"keys": [asdict(key) for key in keys.listed(web().services)]}
+
+
+@routes.post("/api/keys")
+def create_key() -> tuple[dict[str, Any], int]:
+    """The answer holds the key, this once."""
+    body = parse(NewKey, request.get_data())
+    record, text = keys.create(web().services, name=body.name, role=body.role)
+    return {**asdict(record), "key": text}, 201
+
+
+@routes.delete("/api/keys/<key_id>")
+def revoke_key(key_id: str) -> dict[str, Any]:
+    keys.revoke(web().services, key_id)
+    return {"id": key_id, "revoked": True}
+
+
+def _listed(name: str) -> list[str]:
+    return [part for part in request.args.get(name, "").split(",") if part]
+
+
+def _limit(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= MOST_LISTED:
+        raise InvalidValue(f"'limit' needs a number from 1 to {MOST_LISTED}.", param="limit")
+    return int(text)

@@ -1,0 +1,46 @@
+"""gunicorn's settings: where it listens, how many processes, and what must happen before anything is imported.
+
+The master applies migrations and makes the admin key; the workers serve. gevent patches the standard library before the
+application is imported, and psycogreen makes psycopg2 wait in gevent's way instead of blocking every stream.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from localai_q.config import exit_on_startup_error, settings
+from localai_q.errors import StartupError
+
+try:
+    _settings = settings()
+    _settings.require_stores()
+except StartupError as _error:
+    raise exit_on_startup_error(_error) from _error
+
+bind = [_settings.address]
+workers = _settings.web_workers
+worker_class = "gevent"
+worker_connections = 2000
+graceful_timeout = 4
+timeout = 60
+keepalive = 75
+loglevel = _settings.log_level.lower()
+proc_name = "localai_q-web"
+control_socket_disable = True
+
+
+def on_starting(server: Any) -> None:
+    """Once, in the master, before there are workers."""
+    from localai_q.services import keys, models
+    from localai_q.services.wiring import connect
+    from localai_q.store import migrate
+    from localai_q.store.engine import engine
+
+    try:
+        migrate.upgrade(_settings.database_url)
+        services = connect(_settings)
+        keys.ensure_admin(services)
+        models.ensure_default(services)
+        engine(_settings.database_url).dispose()  # a connection must not cross a fork
+    except StartupError as error:
+        raise exit_on_startup_error(error) from error

@@ -1,0 +1,71 @@
+"""What nodes call, each with its own secret and for itself only."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from flask import Blueprint, Response, g, request
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.bodies import parse
+from api.web import web
+from localai_q.cluster.states import ReplicaState
+from localai_q.services import models, nodes
+
+routes = Blueprint("node", __name__, url_prefix="/api/node/<node_id>")
+
+
+class Heartbeat(BaseModel):
+    """A node's report."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    hardware: dict[str, Any] = Field(default_factory=dict)
+    running: list[str] = Field(default_factory=list, max_length=10_000)  # replica ids
+
+
+class ReplicaReport(BaseModel):
+    """What became of a replica."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: Literal["ready", "failed", "gone", "loading"]
+    reason: str = Field("", max_length=8000)
+
+
+@routes.post("/heartbeat")
+def heartbeat(node_id: str) -> dict[str, Any]:
+    body = parse(Heartbeat, request.get_data())
+    return nodes.heartbeat(web().services, g.node, hardware=body.hardware, running=body.running)
+
+
+@routes.get("/replicas/<replica_id>")
+def replica(node_id: str, replica_id: str) -> dict[str, Any]:
+    """What the node needs to start it."""
+    return nodes.replica_spec(web().services, g.node, replica_id)
+
+
+@routes.post("/replicas/<replica_id>")
+def report(node_id: str, replica_id: str) -> dict[str, Any]:
+    body = parse(ReplicaReport, request.get_data())
+    nodes.report_replica(web().services, g.node, replica_id, ReplicaState(body.state), body.reason)
+    return {}
+
+
+@routes.post("/deregister")
+def deregister(node_id: str) -> dict[str, Any]:
+    nodes.deregister(web().services, g.node)
+    return {}
+
+
+@routes.get("/files/<sha256>")
+def file(node_id: str, sha256: str) -> Response:
+    """An uploaded file, from the byte that `Range: bytes=N-` names."""
+    asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+    start = int(asked[1]) if asked else 0
+    size, chunks = models.read_file(web().services, sha256, start)
+    headers = {"Content-Length": str(max(size - start, 0))}
+    if asked:
+        headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
+    return Response(chunks, 206 if asked else 200, headers, mimetype="application/octet-stream")

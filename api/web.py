@@ -1,0 +1,50 @@
+"""What a web process holds: its services, its ear for tokens, its memory of keys and of the registry, its counters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flask import current_app, g
+
+from api.metrics import Metrics
+from localai_q.bus.journal import Listener
+from localai_q.config import Settings
+from localai_q.services.keys import Authenticator
+from localai_q.services.snapshots import Snapshots
+from localai_q.services.wiring import Services, connect
+from localai_q.store.keys import ApiKey
+
+
+@dataclass(frozen=True)
+class Web:
+    """One per web process."""
+
+    services: Services
+    listener: Listener
+    snapshots: Snapshots
+    authenticator: Authenticator
+    metrics: Metrics
+
+
+def make_web(settings: Settings) -> Web:
+    """Connect a web process."""
+    services = connect(settings)
+    return Web(
+        services=services,
+        listener=Listener(services.redis),
+        snapshots=Snapshots(services),
+        authenticator=Authenticator(services),
+        metrics=Metrics(services),
+    )
+
+
+def web() -> Web:
+    """The web process that serves this request."""
+    found: Web = current_app.extensions["localai_q"]
+    return found
+
+
+def caller() -> ApiKey:
+    """The key that this request was sent with."""
+    key: ApiKey = g.key
+    return key

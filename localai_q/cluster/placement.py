@@ -1,0 +1,115 @@
+"""Where replicas should be, given what is there and what is wanted. Pure.
+
+The decision, in order:
+
+1. A replica of a model that has changed since it was placed is stopped.
+2. A failed replica is tried again once its back-off is over.
+3. A model that is to be everywhere gets a replica on each ready node that has none.
+4. A model that somebody waits for and that nothing serves gets one replica, on the ready node with the fewest.
+5. A model that somebody waits for, that nothing serves and whose replicas failed is given up for those who wait.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
+
+BACKOFF_FIRST = 1.0  # seconds
+BACKOFF_MOST = 300.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Put a replica of the model on the node."""
+
+    model_id: str
+    node_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retry:
+    """Bring a failed replica up again."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop:
+    """End a replica once it has finished what it holds."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class GiveUp:
+    """Tell those who wait for the model that it cannot be had."""
+
+    model_id: str
+    reason: str
+
+
+Action = Place | Retry | Stop | GiveUp
+
+
+def backoff(failures: int) -> float:
+    """Seconds to wait after so many failures in a row."""
+    return min(BACKOFF_FIRST * 2.0 ** max(failures - 1, 0), BACKOFF_MOST)
+
+
+def cooling(replica: Replica, now: float) -> bool:
+    """Whether a failed replica must not be tried again yet. `now`: seconds since the epoch."""
+    return replica.state is ReplicaState.FAILED and now < replica.changed + backoff(replica.failures)
+
+
+def plan(
+    models: Sequence[Model], nodes: Sequence[Node], replicas: Sequence[Replica], waiting: Mapping[str, int], now: float
+) -> list[Action]:
+    """What to do now. `waiting`: jobs in line by model id; `now`: seconds since the epoch."""
+    ready = [node for node in nodes if node.state is NodeState.READY]
+    load = Counter(replica.node_id for replica in replicas)
+    actions: list[Action] = []
+    for model in models:
+        own = [replica for replica in replicas if replica.model_id == model.id]
+        actions += _outdated(model, own)
+        actions += _of_model(model, ready, own, load, waiting.get(model.id, 0), now)
+    return actions
+
+
+def _outdated(model: Model, own: Sequence[Replica]) -> list[Action]:
+    stale = [r for r in own if r.revision != model.revision and r.state is ReplicaState.READY]
+    return [Stop(replica_id=r.id, reason=f"model {model.name} was changed") for r in stale]
+
+
+def _of_model(
+    model: Model, ready: Sequence[Node], own: Sequence[Replica], load: Counter[str], waiting: int, now: float
+) -> list[Action]:
+    alive = [r for r in own if r.state is ReplicaState.READY or r.state in COMING_UP]
+    wanted = model.config.spread_all or (waiting > 0 and not alive)
+    if not wanted:
+        return []
+    actions: list[Action] = []
+    ready_ids = {node.id for node in ready}
+    for replica in own:
+        if replica.state is ReplicaState.FAILED and replica.node_id in ready_ids and not cooling(replica, now):
+            actions.append(Retry(replica_id=replica.id, reason=f"try {replica.failures + 1}"))
+    taken = {replica.node_id for replica in own}
+    free = sorted((node for node in ready if node.id not in taken), key=lambda node: (load[node.id], node.name))
+    if model.config.spread_all:
+        chosen, reason = free, "one on every ready node"
+    else:
+        chosen, reason = ([] if actions else free[:1]), f"{waiting} waiting, none loaded"
+    for node in chosen:
+        load[node.id] += 1
+        actions.append(Place(model_id=model.id, node_id=node.id, reason=reason))
+    failed = [r for r in own if r.state is ReplicaState.FAILED]
+    if waiting and not alive and not actions and failed:
+        actions.append(GiveUp(model_id=model.id, reason=failed[-1].reason))
+    return actions

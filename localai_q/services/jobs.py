@@ -1,0 +1,209 @@
+"""Jobs of every kind: shown, cancelled, ended once, and never lost."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from localai_q import names
+from localai_q.bus import journal
+from localai_q.bus.leases import CONTROL, Submission
+from localai_q.cluster.events import End, Event, Progress, decode
+from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS, Job
+from localai_q.cluster.states import JobState
+from localai_q.errors import Cancelled, DeadlineExceeded, GenerationFailed, LocalAIError, NotFound, to_record
+from localai_q.services.wiring import Services
+from localai_q.store import jobs, models, nodes
+
+log = logging.getLogger(__name__)
+
+UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is rung again
+LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
+REBUILT = 1000  # attempts of a job that Redis lost go on from here, above any that an old owner can hold
+EVER = 365 * 24 * 3600.0
+
+
+def submit_node_job(
+    services: Services, *, kind: str, node_id: str, model_id: str | None, request: dict[str, Any]
+) -> str:
+    """Have a node do something long; the same thing for the same node is one job while it is open."""
+    line = names.node_jobs_queue(node_id)
+    with services.db.transaction() as db:
+        existing = jobs.find_open(db, kind=kind, line=line, request=request)
+        if existing:
+            return existing
+        job = Job(id=names.new_id(), kind=kind, state=JobState.OPEN, line=line, model_id=model_id, node_id=node_id,
+                  request=request)  # fmt: skip
+        jobs.add(db, job)
+    _enter_line(services, job)
+    return job.id
+
+
+def show(services: Services, job_id: str) -> dict[str, Any]:
+    """One job with its live state.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    return _shown(services, [_existing(services, job_id)])[0]
+
+
+def listed(services: Services, *, states: Collection[str], kinds: Collection[str], limit: int) -> list[dict[str, Any]]:
+    """Jobs, the newest first, with their live state."""
+    with services.db.transaction() as db:
+        found = jobs.listed(db, states=states, kinds=kinds, limit=limit)
+    return _shown(services, found)
+
+
+def cancel(services: Services, job_id: str) -> str:
+    """Cancel a job: "cancelled", "cancelling" while its owner is told, or the state in which it ended before.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    job = _existing(services, job_id)
+    if job.state is not JobState.OPEN:
+        return job.state
+    return "cancelling" if abort(services, job, Cancelled(), state=JobState.CANCELLED) == "asked" else "cancelled"
+
+
+def abort(
+    services: Services, job: Job, error: LocalAIError, *, state: JobState = JobState.FAILED, force: bool = False
+) -> str | None:
+    """End an open job, or ask its owner to: "ended", "asked", or None when it had ended."""
+    end = End(state=state, error=to_record(error))
+    became = services.leases.abort(job.id, job.line, end, force=force)
+    if became is None and job.id not in services.leases.live([job.id]):
+        with services.db.transaction() as db:
+            jobs.end(db, job.id, end, attempt=job.attempt)
+        return "ended"
+    return became
+
+
+def apply_ends(services: Services) -> int:
+    """Write the ends that owners have left in Redis into Postgres, each once."""
+    applied = 0
+    for owner, ends in services.leases.ends().items():
+        if not ends:
+            continue
+        with services.db.transaction() as db:
+            for job_id, record in ends.items():
+                applied += _apply_end(db, owner, job_id, record)
+        services.leases.forget_ends(owner, list(ends))
+    return applied
+
+
+def _apply_end(db: Any, owner: str, job_id: str, record: str) -> bool:
+    attempt, _, text = record.partition(" ")
+    event = decode(text)
+    if not isinstance(event, End):
+        log.error("an end of job %s by %s cannot be read and was dropped", job_id, owner)
+        return False
+    return jobs.end(db, job_id, event, attempt=int(attempt), node_id=None if owner == CONTROL else owner)
+
+
+def recover(services: Services) -> None:
+    """Repair what a crash left behind: late jobs, expired leases, silent doorbells, jobs that Redis lost."""
+    with services.db.transaction() as db:
+        open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
+    late = [job for job in open_jobs if job.deadline and job.deadline < time.time()]
+    for job in late:
+        abort(services, job, DeadlineExceeded(), force=True)
+    current = [job for job in open_jobs if job not in late]
+    for line in sorted({job.line for job in open_jobs}):
+        _requeue(services, line)
+        _ring_again(services, line)
+    _rebuild(services, current)
+
+
+def _requeue(services: Services, line: str) -> None:
+    for job_id in services.leases.requeue_expired(line):
+        log.warning("the owner of job %s has died; it goes back into its line", job_id, extra={"action": "requeue"})
+        services.doorbells.ring(_task_of(line), job_id, queue=line)
+
+
+def _ring_again(services: Services, line: str) -> None:
+    """Ring for those who wait, if the queue holds fewer doorbells than jobs wait."""
+    waiting = services.leases.waiting(line, older_than=UNCLAIMED)
+    missing = len(waiting) - int(services.redis.llen(line))
+    for job_id in waiting[: max(missing, 0)]:
+        services.doorbells.ring(_task_of(line), job_id, queue=line)
+
+
+def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
+    """Bring back what Redis no longer knows. A stream has shown text that is gone, so it fails and says so."""
+    old = [job for job in open_jobs if job.created < time.time() - LOST]
+    known = services.leases.live([job.id for job in old])
+    unwritten = {job_id for ends in services.leases.ends().values() for job_id in ends}
+    for job in old:
+        if job.id in known or job.id in unwritten:
+            continue
+        if job.stream:
+            lost = GenerationFailed(
+                "The queue (Redis) lost its data while this stream was open. Send the request again."
+            )
+            with services.db.transaction() as db:
+                jobs.end(db, job.id, End(state=JobState.FAILED, error=to_record(lost)), attempt=job.attempt)
+        else:
+            log.warning("Redis lost job %s; it is put back into its line", job.id, extra={"action": "rebuild"})
+            _enter_line(services, job, attempt=REBUILT)
+
+
+def _enter_line(services: Services, job: Job, *, attempt: int = 0) -> None:
+    lives = (job.deadline - time.time() if job.deadline else EVER) + services.settings.journal_ttl
+    submission = Submission(job_id=job.id, line=job.line, request=job.request or {}, deadline=job.deadline or 0.0,
+                            lives=lives, stream=job.stream, attempt=attempt)  # fmt: skip
+    services.leases.submit(submission, longest_line=services.settings.max_waiting)
+    services.doorbells.ring(_task_of(job.line), job.id, queue=job.line)
+
+
+def _task_of(line: str) -> str:
+    return names.RUN_JOB if line.startswith("node.") else names.RUN_GENERATION
+
+
+def _existing(services: Services, job_id: str) -> Job:
+    with services.db.transaction() as db:
+        job = jobs.by_id(db, job_id)
+    if job is None:
+        raise NotFound(f"There is no job '{job_id}'. 'localai-q jobs list' shows them.")
+    return job
+
+
+def _shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
+    open_ids = [job.id for job in found if job.state is JobState.OPEN]
+    live = services.leases.live(open_ids)
+    progress = journal.latest(services.redis, [job.id for job in found if job.id in live and job.kind in NODE_JOBS])
+    with services.db.transaction() as db:
+        node_names = {node.id: node.name for node in nodes.every(db)}
+        model_names = {model.id: model.name for model in models.every(db)}
+    shown = []
+    for job in found:
+        now = live.get(job.id)
+        node_id = (now.node_id if now and now.state == "leased" else None) or job.node_id
+        shown.append({
+            "id": job.id,
+            "kind": job.kind,
+            "state": job.state,
+            "live": now.state if now else None,
+            "node": node_names.get(node_id or "", node_id),
+            "model": model_names.get(job.model_id or "", job.model_id),
+            "attempt": now.attempt if now else job.attempt,
+            "progress": _progress(progress.get(job.id)),
+            "error": job.error,
+            "result": job.result,
+            "usage": {"prompt_tokens": job.usage.prompt, "completion_tokens": job.usage.completion,
+                      "cached_tokens": job.usage.cached} if job.kind in GENERATIONS else None,
+            "timings": job.timings,
+            "created": job.created,
+            "ended": job.ended,
+            "deadline": job.deadline,
+        })  # fmt: skip
+    return shown
+
+
+def _progress(event: Event | None) -> dict[str, Any] | None:
+    if not isinstance(event, Progress):
+        return None
+    return {"stage": event.stage, "done": event.done, "total": event.total, "unit": event.unit, "note": event.note}

@@ -1,0 +1,175 @@
+"""Models: registered, shown, removed; and the files that were uploaded for them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from localai_q import names
+from localai_q.cluster.models import Model, ModelConfig
+from localai_q.cluster.states import ReplicaState
+from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
+from localai_q.gallery import catalog
+from localai_q.services import replicas as replica_services
+from localai_q.services.wiring import Services
+from localai_q.store import models, nodes, replicas
+
+CHUNK = 1 << 20
+HEADROOM = 1 << 30  # bytes that an upload leaves free on the disk
+STORE = "store:"
+
+
+def ensure_default(services: Services) -> None:
+    """Register the gallery's default model in a registry that has none."""
+    entry = catalog.default_model()
+    config = ModelConfig(backend=entry.backend, source=entry.source, sha256=entry.sha256, size=entry.size,
+                         context_size=entry.context_size, slots=entry.slots, spread_all=entry.spread_all,
+                         embeddings=entry.embeddings, rerank=entry.reranking, options=entry.options)  # fmt: skip
+    with services.db.transaction() as db:
+        if not models.every(db):
+            models.add(db, entry.name, config, is_default=True)
+
+
+def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
+    """Register a model.
+
+    Raises:
+        Conflict: the name is taken.
+        NotFound: there is no such backend.
+        InvalidValue: it names a file that was not uploaded, or no file for a backend that needs one.
+    """
+    catalog.backend(config.backend)
+    if config.source.startswith(STORE) and not file_path(services, config.source.removeprefix(STORE)).exists():
+        raise InvalidValue(
+            "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
+        )
+    if not config.source and config.backend != "echo":
+        raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
+    with services.db.transaction() as db:
+        model = models.add(db, name, config)
+    if model is None:
+        raise Conflict(f"There is a model '{name}' already. Remove it first: localai-q models remove {name}")
+    services.redis.publish(names.WAKE_CHANNEL, model.id)
+    return {"id": model.id, "name": model.name}
+
+
+def listed(services: Services) -> list[dict[str, Any]]:
+    """Every model with its replicas."""
+    with services.db.transaction() as db:
+        known = models.every(db)
+        every = replicas.every(db)
+        node_names = {node.id: node.name for node in nodes.every(db)}
+    return [
+        {
+            "id": model.id,
+            "name": model.name,
+            "revision": model.revision,
+            "default": model.is_default,
+            "created": model.created,
+            **model.config.model_dump(mode="json"),
+            "replicas": [
+                {"id": r.id, "node": node_names.get(r.node_id, r.node_id), "number": r.number, "state": r.state,
+                 "slots": r.slots, "reason": r.reason}
+                for r in every if r.model_id == model.id
+            ],
+        }
+        for model in known
+    ]  # fmt: skip
+
+
+def remove(services: Services, name: str) -> None:
+    """Remove a model: its replicas end, those who wait for it are told.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+    """
+    with services.db.transaction() as db:
+        model = models.by_name(db, name)
+        if model is None:
+            raise ModelNotFound(f"There is no model '{name}'. 'localai-q models list' shows them.")
+        own = replicas.every(db, model_id=model.id)
+        models.remove(db, model.id)
+        unused = not _is_named(models.every(db), model.config.source)
+    for replica in own:
+        if replica.state is not ReplicaState.FAILED:
+            services.doorbells.ring(names.STOP_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+    replica_services.fail_waiting(services, model.id, ModelNotFound(f"The model '{name}' was removed."))
+    if unused and model.config.source.startswith(STORE):
+        file_path(services, model.config.source.removeprefix(STORE)).unlink(missing_ok=True)
+
+
+def file_path(services: Services, sha256: str) -> Path:
+    """Where an uploaded file lies.
+
+    Raises:
+        InvalidValue: that is not a SHA-256.
+    """
+    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+        raise InvalidValue("A file is named by its SHA-256: 64 characters of 0-9 and a-f.", param="sha256")
+    return services.settings.home / "files" / sha256
+
+
+def keep_file(services: Services, sha256: str, stream: IO[bytes], size: int | None) -> dict[str, Any]:
+    """Store an uploaded file; a partial or wrong one leaves nothing behind.
+
+    Raises:
+        InvalidValue: its content is not what its name says.
+        BodyTooLarge: it exceeds LOCALAI_Q_MAX_UPLOAD.
+        Unavailable: the disk has no room for it.
+    """
+    target = file_path(services, sha256)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    most = services.settings.max_upload
+    if size is not None and size > most:
+        raise BodyTooLarge(f"The file has {size} bytes; LOCALAI_Q_MAX_UPLOAD allows {most}.")
+    if shutil.disk_usage(target.parent).free < (size or 0) + HEADROOM:
+        raise Unavailable(f"The disk of {target.parent} has no room for this file.")
+    part = target.with_name(f".{sha256}.{secrets.token_hex(4)}")
+    try:
+        found, written = _write(stream, part, most)
+        if found != sha256:
+            raise InvalidValue(f"The file's SHA-256 is {found}, not {sha256}.", param="sha256")
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    return {"sha256": sha256, "size": written}
+
+
+def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterator[bytes]]:
+    """The size of an uploaded file, and its bytes from `start` on.
+
+    Raises:
+        NotFound: there is no such file.
+    """
+    path = file_path(services, sha256)
+    if not path.exists():
+        raise NotFound(f"There is no file '{sha256}'.")
+    return path.stat().st_size, _read(path, start)
+
+
+def _write(stream: IO[bytes], part: Path, most: int) -> tuple[str, int]:
+    seen, written = hashlib.sha256(), 0
+    with part.open("wb") as file:
+        while chunk := stream.read(CHUNK):
+            written += len(chunk)
+            if written > most:
+                raise BodyTooLarge(f"The file is larger than LOCALAI_Q_MAX_UPLOAD allows ({most} bytes).")
+            seen.update(chunk)
+            file.write(chunk)
+    return seen.hexdigest(), written
+
+
+def _read(path: Path, start: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(start)
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _is_named(known: list[Model], source: str) -> bool:
+    return any(model.config.source == source for model in known)

@@ -1,0 +1,196 @@
+"""Nodes: how a machine joins, reports, is approved and leaves."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from dataclasses import asdict
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from localai_q import names
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.states import NodeState, ReplicaState
+from localai_q.errors import Conflict, Forbidden, NotFound
+from localai_q.services.wiring import Services
+from localai_q.store import models, nodes, replicas
+from localai_q.store.keys import digest
+
+log = logging.getLogger(__name__)
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "0.0.0.0")  # noqa: S104
+UNHEALTHY_AFTER = 3.0  # heartbeats missed
+OFFLINE_AFTER = 6.0
+
+
+def register(
+    services: Services, *, token: str, name: str, secret_hash: str, version: str, hardware: dict[str, Any], host: str
+) -> dict[str, Any]:
+    """A machine asks to join, or comes back. `host` is how it called us.
+
+    Returns its id and state and, once it is approved, what it needs to work.
+
+    Raises:
+        Forbidden: the registration token is wrong.
+        Conflict: another machine has that name.
+    """
+    expected = services.settings.registration_token
+    if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+        raise Forbidden("The registration token is wrong. 'localai-q up' prints the right one when it starts.")
+    with services.db.transaction() as db:
+        node = nodes.by_name(db, name) or nodes.add(db, name, secret_hash)
+        if node is None or not hmac.compare_digest(node.secret_hash, secret_hash):
+            raise Conflict(
+                f"The name '{name}' belongs to another node. Give this one a name of its own with LOCALAI_NODE_NAME."
+            )
+        if services.settings.auto_approve and not node.approved:
+            nodes.approve(db, node.id)
+        nodes.heard_of(db, node.id, hardware=hardware, version=version)
+        node = _existing(db, node.id)
+        if node.approved:
+            # A node registers when its process starts: nothing of an earlier process is left.
+            for replica in replicas.every(db, node_id=node.id):
+                replicas.forget(db, replica.id)
+            nodes.move(db, node.id, NodeState.READY)
+            node = _existing(db, node.id)
+    answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
+    if node.approved:
+        services.redis.publish(names.WAKE_CHANNEL, node.id)
+        answer |= {"redis_url": redis_url_for(services, host), **_shared_settings(services)}
+    return answer
+
+
+def redis_url_for(services: Services, host: str) -> str:
+    """The Redis URL as a machine can use it that reached this one by `host`."""
+    settings = services.settings
+    if settings.public_redis_url:
+        return settings.public_redis_url
+    parts = urlsplit(settings.redis_url)
+    if parts.hostname not in LOOPBACK:
+        return settings.redis_url
+    userinfo, _, _ = parts.netloc.rpartition("@")
+    address = f"[{host}]" if ":" in host else host
+    return urlunsplit(parts._replace(netloc=f"{userinfo}@{address}:{parts.port or 6379}"))
+
+
+def authenticate(services: Services, node_id: str, secret: str) -> Node:
+    """The node that calls, by the secret that it made itself.
+
+    Raises:
+        Forbidden: that is not this node's secret, or the node is not known or not approved.
+    """
+    with services.db.transaction() as db:
+        node = nodes.by_id(db, node_id)
+    if node is None or not hmac.compare_digest(node.secret_hash, digest(secret)):
+        raise Forbidden("This is not the secret of that node. Start the node again to have it register anew.")
+    if not node.approved:
+        raise Forbidden(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
+    return node
+
+
+def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
+    """A node reports. It is told which of its replicas should not be there."""
+    with services.db.transaction() as db:
+        nodes.heard_of(db, node.id, hardware=hardware)
+        if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
+            nodes.move(db, node.id, NodeState.READY)
+        known = {replica.id for replica in replicas.every(db, node_id=node.id)}
+    return {"state": node.state, "stop": sorted(set(running) - known)}
+
+
+def report_replica(services: Services, node: Node, replica_id: str, state: ReplicaState, reason: str) -> None:
+    """A node says what became of one of its replicas.
+
+    Raises:
+        NotFound: it has no such replica.
+    """
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+        if replica is None or replica.node_id != node.id:
+            raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
+        if state is ReplicaState.GONE:
+            replicas.forget(db, replica_id)
+        elif not replicas.move(db, replica_id, state, reason=reason):
+            log.info("replica %s reported %s while %s; ignored", replica_id, state, replica.state)
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+
+
+def replica_spec(services: Services, node: Node, replica_id: str) -> dict[str, Any]:
+    """What a node needs to start one of its replicas.
+
+    Raises:
+        NotFound: it has no such replica.
+    """
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+        model = models.by_id(db, replica.model_id) if replica else None
+    if replica is None or model is None or replica.node_id != node.id:
+        raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
+    return {"id": replica.id, "number": replica.number, "state": replica.state, "model": model.spec()}
+
+
+def deregister(services: Services, node: Node) -> None:
+    """A node leaves: its replicas have ended."""
+    with services.db.transaction() as db:
+        nodes.move(db, node.id, NodeState.OFFLINE)
+        for replica in replicas.every(db, node_id=node.id):
+            replicas.forget(db, replica.id)
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+
+
+def approve(services: Services, id_or_name: str) -> dict[str, Any]:
+    """Let a pending node in.
+
+    Raises:
+        NotFound: there is none of that id or name.
+    """
+    with services.db.transaction() as db:
+        node = nodes.by_id(db, id_or_name) or nodes.by_name(db, id_or_name)
+        if node is None:
+            raise NotFound(f"There is no node '{id_or_name}'. 'localai-q nodes list' shows them.")
+        nodes.approve(db, node.id)
+    return {"id": node.id, "name": node.name, "approved": True}
+
+
+def listed(services: Services) -> list[dict[str, Any]]:
+    """Every node with its replicas."""
+    with services.db.transaction() as db:
+        found = nodes.every(db)
+        every = replicas.every(db)
+        by_id = {model.id: model for model in models.every(db)}
+    return [_shown(node, [r for r in every if r.node_id == node.id], by_id) for node in found]
+
+
+def watch_health(services: Services) -> None:
+    """Mark nodes that have fallen silent, and forget the replicas of those that stay so."""
+    interval = services.settings.heartbeat
+    with services.db.transaction() as db:
+        for node in nodes.silent(db, UNHEALTHY_AFTER * interval):
+            if nodes.move(db, node.id, NodeState.UNHEALTHY):
+                log.warning("node %s has not reported for %s s", node.name, UNHEALTHY_AFTER * interval)
+        for node in nodes.silent(db, OFFLINE_AFTER * interval):
+            if nodes.move(db, node.id, NodeState.OFFLINE):
+                log.warning("node %s is offline", node.name)
+                for replica in replicas.every(db, node_id=node.id):
+                    replicas.forget(db, replica.id)
+
+
+def _shared_settings(services: Services) -> dict[str, Any]:
+    """Numbers that the whole cluster must agree on."""
+    settings = services.settings
+    return {name: getattr(settings, name) for name in ("lease", "journal_ttl", "journal_max", "heartbeat")}
+
+
+def _existing(db: Any, node_id: str) -> Node:
+    node = nodes.by_id(db, node_id)
+    assert node is not None
+    return node
+
+
+def _shown(node: Node, own: list[Replica], by_id: dict[str, Model]) -> dict[str, Any]:
+    record = asdict(node)
+    record.pop("secret_hash")
+    shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
+              "reason": r.reason} for r in own if r.model_id in by_id]  # fmt: skip
+    return {**record, "replicas": shown}

@@ -1,0 +1,122 @@
+"""Replicas: placed where the plan says, brought up stage by stage, stopped when they should go."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from localai_q import names
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
+from localai_q.cluster.stages import Step, next_step
+from localai_q.cluster.states import COMING_UP, ReplicaState
+from localai_q.errors import ModelNotFound, ModelUnavailable
+from localai_q.services import jobs as job_services
+from localai_q.services.wiring import Services
+from localai_q.store import jobs, models, nodes, replicas
+
+log = logging.getLogger(__name__)
+
+MOVING = (*COMING_UP, ReplicaState.STOPPING)
+
+
+def reconcile(services: Services) -> None:
+    """Bring what is there closer to what should be."""
+    with services.db.transaction() as db:
+        known = models.every(db)
+        where = nodes.every(db)
+        what = replicas.every(db)
+    waiting = {model.id: int(services.redis.zcard(names.waiting_key(names.model_queue(model.id)))) for model in known}
+    for action in plan(known, where, what, waiting, time.time()):
+        log.info("%s", action, extra={"action": "placement"})
+        _act(services, action, {model.id: model for model in known})
+    advance(services)
+
+
+def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
+    match action:
+        case Place():
+            model = known[action.model_id]
+            with services.db.transaction() as db:
+                replicas.place(db, model_id=model.id, node_id=action.node_id, number=1, revision=model.revision,
+                               slots=model.config.slots)  # fmt: skip
+        case Retry():
+            with services.db.transaction() as db:
+                replicas.move(db, action.replica_id, ReplicaState.PLACED)
+        case Stop():
+            stop(services, action.replica_id, action.reason)
+        case GiveUp():
+            name = known[action.model_id].name
+            error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
+            fail_waiting(services, action.model_id, error)
+
+
+def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:
+    """End every job that waits for this model, with the reason."""
+    for job_id in services.leases.waiting(names.model_queue(model_id)):
+        with services.db.transaction() as db:
+            job = jobs.by_id(db, job_id)
+        if job:
+            job_services.abort(services, job, error)
+
+
+def stop(services: Services, replica_id: str, reason: str) -> None:
+    """Have a replica finish what it holds and end."""
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+        moved = replicas.move(db, replica_id, ReplicaState.STOPPING, reason=reason)
+    if replica and moved:
+        services.doorbells.ring(names.STOP_REPLICA, replica_id, queue=names.node_queue(replica.node_id))
+
+
+def advance(services: Services) -> None:
+    """Take every replica that is on its way one step further."""
+    with services.db.transaction() as db:
+        moving = replicas.every(db, states=MOVING)
+        known = {model.id: model for model in models.every(db)}
+        stages = {replica.id: jobs.by_id(db, replica.job_id) if replica.job_id else None for replica in moving}
+    for replica in moving:
+        model = known.get(replica.model_id)
+        if model:
+            job = stages[replica.id]
+            step = next_step(replica, job, has_file=bool(model.config.source), now=time.time())
+            _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
+
+
+def _take(services: Services, step: Step, replica: Replica, model: Model, reason: str) -> None:
+    match step:
+        case Step.INSTALL:
+            request: dict[str, Any] = {"kind": "install_backend", "backend": model.config.backend}
+            _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", None, request)
+        case Step.FETCH:
+            config = model.config
+            request = {"kind": "fetch_model", "source": config.source, "sha256": config.sha256, "size": config.size,
+                       "name": model.name}  # fmt: skip
+            _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
+        case Step.LOAD:
+            with services.db.transaction() as db:
+                moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None)
+            if moved:
+                services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+        case Step.REMIND:
+            task = names.START_REPLICA if replica.state is ReplicaState.LOADING else names.STOP_REPLICA
+            with services.db.transaction() as db:
+                replicas.touch(db, replica.id)
+            services.doorbells.ring(task, replica.id, queue=names.node_queue(replica.node_id))
+        case Step.FAIL:
+            with services.db.transaction() as db:
+                replicas.move(db, replica.id, ReplicaState.FAILED, reason=f"{replica.state}: {reason}")
+        case Step.WAIT:
+            return
+
+
+def _start_stage(
+    services: Services, replica: Replica, state: ReplicaState, kind: str, model_id: str | None, request: dict[str, Any]
+) -> None:
+    job_id = job_services.submit_node_job(
+        services, kind=kind, node_id=replica.node_id, model_id=model_id, request=request
+    )
+    with services.db.transaction() as db:
+        replicas.move(db, replica.id, state, job_id=job_id)

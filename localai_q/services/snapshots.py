@@ -1,0 +1,60 @@
+"""The registry as a web process last read it: fresh to half a second, so that routing costs no query."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from localai_q.cluster.models import Model
+from localai_q.cluster.routing import Snapshot
+from localai_q.errors import ModelNotFound
+from localai_q.services.wiring import Services
+from localai_q.store import models, nodes, replicas
+
+FRESH = 0.5  # seconds
+
+
+class Snapshots:
+    """Reads the registry at most every `FRESH` seconds."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._last: Snapshot | None = None
+        self._lock = threading.Lock()
+
+    def now(self, *, younger_than: float = FRESH) -> Snapshot:
+        """A snapshot not older than so many seconds."""
+        last = self._last
+        if last and time.time() - last.taken < younger_than:
+            return last
+        with self._lock:
+            if self._last is last:
+                self._last = take(self._services)
+            assert self._last is not None
+            return self._last
+
+    def model(self, name: str) -> tuple[Model, Snapshot]:
+        """The model of that name, and the snapshot that has it.
+
+        Raises:
+            ModelNotFound: there is none, even now.
+        """
+        snapshot = self.now()
+        if name not in snapshot.models:
+            snapshot = self.now(younger_than=0.0)
+        if name not in snapshot.models:
+            known = ", ".join(sorted(snapshot.models)[:20]) or "none"
+            raise ModelNotFound(f"The model '{name}' does not exist. Models here: {known}.", param="model")
+        return snapshot.models[name], snapshot
+
+
+def take(services: Services) -> Snapshot:
+    """The registry as it is now."""
+    taken = time.time()
+    with services.db.transaction() as db:
+        return Snapshot(
+            models={model.name: model for model in models.every(db)},
+            replicas=tuple(replicas.every(db)),
+            node_names={node.id: node.name for node in nodes.every(db)},
+            taken=taken,
+        )

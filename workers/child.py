@@ -1,0 +1,100 @@
+"""What a node tells the processes that it starts, and what they tell it back. One file down, one pipe up."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from localai_q.cluster.models import ModelConfig
+from localai_q.config import settings, write_private
+from localai_q.errors import StartupError
+
+
+class ModelSpec(ModelConfig):
+    """A model as a node is told of it."""
+
+    id: str
+    name: str
+    revision: int
+
+
+class ReplicaSpec(BaseModel):
+    """What a replica process serves, and with what."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    number: int
+    model: ModelSpec
+    backend_folder: Path
+    model_file: Path | None
+    socket: Path
+    log: Path
+
+
+class ChildSpec(BaseModel):
+    """What a node tells a child. It holds the broker's password, so its file is private."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    node_id: str
+    node_name: str
+    redis_url: str
+    lease: float
+    journal_ttl: float
+    journal_max: int
+    status_fd: int
+    backends: Path
+    models: Path
+    api_url: str
+    secret: str
+    replica: ReplicaSpec | None = None
+
+
+def write_spec(path: Path, spec: ChildSpec) -> None:
+    """Leave the spec for a child that is about to start."""
+    write_private(path, spec.model_dump_json())
+
+
+def read_spec() -> ChildSpec:
+    """The spec that this process was started with.
+
+    Raises:
+        StartupError: it was not started by a node.
+    """
+    path = settings().child_spec
+    if path is None:
+        raise StartupError("this worker is a part of a node, which starts it: run 'celery -A localai_q worker' instead")
+    try:
+        return ChildSpec.model_validate_json(path.read_text())
+    except (OSError, ValueError) as error:
+        raise StartupError(f"cannot read what the node left in {path}: {error}") from error
+
+
+class StatusPipe:
+    """The child's end: one JSON line for each change of state."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def say(self, state: str, reason: str = "") -> None:
+        line = json.dumps({"state": state, "reason": reason}) + "\n"
+        try:
+            os.write(self._fd, line.encode())
+        except OSError:  # the node is gone; this process is about to be, too
+            return
+
+
+def read_statuses(fd: int) -> Iterator[dict[str, Any]]:
+    """The node's end: what the child says, until it ends."""
+    with os.fdopen(fd, "r", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue

@@ -1,0 +1,218 @@
+"""Work that this process holds a lease on: claimed, kept alive, written to its journal, ended once.
+
+One `Claims` per process. Three threads serve all its jobs: one renews leases, one writes what the jobs emit (coalesced,
+pipelined, first token at once), one hears of cancellations. What the work is, is the business of whoever claims.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import redis
+
+from localai_q import names
+from localai_q.bus.leases import Append, Lease, Leases, Refusal
+from localai_q.cluster.events import Delta, End, Event
+
+log = logging.getLogger(__name__)
+
+FLUSH = 0.010  # seconds between two writes of a job's tokens; the first token is not held back
+RETRY = 0.5  # seconds between tries while Redis is away
+FINISH_TRIES = 1200  # an end is tried for ten minutes
+
+
+class Held:
+    """One job that this process works on."""
+
+    def __init__(self, claims: Claims, lease: Lease) -> None:
+        self.lease = lease
+        self.cancelled = threading.Event()  # stop: the owner asked, the lease is lost, or the journal is unusable
+        self.why = ""  # why it was cancelled: cancelled | lost | journal
+        self.pending: list[Event] = []
+        self.unsure: list[Event] = []  # may have been written when the connection broke: tried again just as it was
+        self.index = lease.last_index + 1  # of the next entry
+        self._claims = claims
+        self._on_cancel: Callable[[], object] | None = None
+
+    def emit(self, event: Event) -> None:
+        """Have the event written; returns at once."""
+        self._claims.enqueue(self, event)
+
+    def finish(self, end: End) -> bool:
+        """Write what is pending and the end. False if the job is not ours any more."""
+        return self._claims.finish(self, end)
+
+    def release(self, *, died: bool = False) -> None:
+        """Give the job back to its line."""
+        self._claims.release(self, died=died)
+
+    def cancel(self, why: str) -> None:
+        """Stop working on the job."""
+        if not self.cancelled.is_set():
+            self.why = why
+            self.cancelled.set()
+            if self._on_cancel:
+                self._on_cancel()
+
+    def on_cancel(self, callback: Callable[[], object]) -> None:
+        """Call this, from another thread, when the job must stop; at once if it must already."""
+        self._on_cancel = callback
+        if self.cancelled.is_set():
+            callback()
+
+
+class Claims:
+    """The leases of this process."""
+
+    def __init__(self, client: Any, leases: Leases, *, owner: str, node_id: str, lease: float) -> None:
+        self._redis = client
+        self._leases = leases
+        self._owner = owner
+        self._node_id = node_id
+        self._renew_every = min(lease / 3, 2.0)
+        self._held: dict[str, Held] = {}
+        self._lock = threading.Lock()
+        self._io = threading.Lock()  # writes of one job keep their order
+        self._dirty = threading.Event()
+        self._first = threading.Event()
+        for target in (self._renew_loop, self._flush_loop, self._cancel_loop):
+            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+
+    def claim(self, job_id: str, line: str) -> Held | Refusal:
+        """Take the job, if it is to be had."""
+        answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id)
+        if isinstance(answer, Refusal):
+            return answer
+        held = Held(self, answer)
+        with self._lock:
+            self._held[job_id] = held
+        return held
+
+    def enqueue(self, held: Held, event: Event) -> None:
+        with self._lock:
+            first = held.index == held.lease.last_index + 1 and not held.pending
+            last = held.pending[-1] if held.pending else None
+            if isinstance(last, Delta) and isinstance(event, Delta) and last.joins(event):
+                held.pending[-1] = last.join(event)
+            else:
+                held.pending.append(event)
+        if first:
+            self._first.set()
+        self._dirty.set()
+
+    def finish(self, held: Held, end: End) -> bool:
+        for _ in range(FINISH_TRIES):
+            try:
+                with self._io:
+                    self._write([held])
+                    done = self._leases.finish(held.lease, held.index, end, node_id=self._node_id)
+                self._drop(held)
+                return done
+            except (redis.RedisError, OSError) as error:
+                log.warning("the end of job %s cannot be written yet: %s", held.lease.job_id, error)
+                time.sleep(RETRY)
+        self._drop(held)
+        return False
+
+    def release(self, held: Held, *, died: bool) -> None:
+        try:
+            with self._io:
+                self._leases.release(held.lease, died=died)
+        except (redis.RedisError, OSError) as error:
+            log.warning("job %s cannot be given back, its lease will run out: %s", held.lease.job_id, error)
+        self._drop(held)
+
+    def cancel_all(self, why: str) -> None:
+        """Stop all work, e.g. because the process must end."""
+        for held in self.held():
+            held.cancel(why)
+
+    def held(self) -> list[Held]:
+        with self._lock:
+            return list(self._held.values())
+
+    def _drop(self, held: Held) -> None:
+        with self._lock:
+            self._held.pop(held.lease.job_id, None)
+
+    def _flush_loop(self) -> None:
+        while True:
+            self._dirty.wait()
+            self._dirty.clear()
+            self._first.clear()
+            try:
+                with self._io:
+                    self._write(self.held())
+            except (redis.RedisError, OSError) as error:
+                log.warning("tokens cannot be written yet: %s", error)
+                self._dirty.set()
+                time.sleep(RETRY)
+            self._first.wait(FLUSH)
+
+    def _write(self, jobs: list[Held]) -> None:
+        """Write what these jobs have pending. On an error it is pending again, in its order."""
+        batches = [(held, events) for held in jobs if (events := self._take(held))]
+        if not batches:
+            return
+        try:
+            answers = self._leases.append([(held.lease, held.index, events) for held, events in batches])
+        except (redis.RedisError, OSError):
+            with self._lock:
+                for held, events in batches:
+                    held.unsure = events
+            raise
+        for (held, events), answer in zip(batches, answers, strict=True):
+            self._note(held, len(events), answer)
+
+    def _take(self, held: Held) -> list[Event]:
+        with self._lock:
+            events, held.pending, held.unsure = held.unsure + held.pending, [], []
+        return events
+
+    def _note(self, held: Held, written: int, answer: Append) -> None:
+        if answer in (Append.WRITTEN, Append.CANCEL):
+            held.index += written
+        if answer is Append.CANCEL:
+            held.cancel("cancelled")
+        elif answer is Append.FENCED:
+            held.cancel("lost")
+        elif answer in (Append.JOURNAL_GONE, Append.JOURNAL_FULL):
+            held.cancel("journal")
+
+    def _renew_loop(self) -> None:
+        while True:
+            time.sleep(self._renew_every)
+            held = self.held()
+            try:
+                answers = self._leases.renew([each.lease for each in held])
+            except (redis.RedisError, OSError) as error:
+                log.warning("leases cannot be renewed yet: %s", error)
+                continue
+            for each, answer in zip(held, answers, strict=True):
+                if answer == 0:
+                    each.cancel("lost")
+                elif answer == 2:
+                    each.cancel("cancelled")
+
+    def _cancel_loop(self) -> None:
+        while True:
+            try:
+                with self._redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+                    pubsub.subscribe(names.cancel_channel(self._node_id))
+                    while True:
+                        message = pubsub.get_message(timeout=5.0)
+                        if message:
+                            self._cancel_one(str(message["data"]))
+            except (redis.RedisError, OSError) as error:
+                log.warning("lost the channel of cancellations, connecting again: %s", error)
+                time.sleep(RETRY)
+
+    def _cancel_one(self, job_id: str) -> None:
+        with self._lock:
+            held = self._held.get(job_id)
+        if held:
+            held.cancel("cancelled")

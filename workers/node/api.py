@@ -1,0 +1,150 @@
+"""What a node says to the API, and the identity by which it does. Owns the HTTP of a node; decides nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from localai_q import __version__
+from localai_q.config import write_private
+from localai_q.errors import LocalAIError, NotFound, StartupError, Unavailable
+
+log = logging.getLogger(__name__)
+
+TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+POLL = 2.0  # seconds between two questions while the node waits for approval, or for the API to come up
+REMIND = 30.0  # seconds between two lines that say what is waited for
+
+
+class Identity:
+    """The node's secret, made by itself once and kept in a private file."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.secret: str = json.loads(path.read_text())["secret"]
+        except FileNotFoundError:
+            self.secret = secrets.token_urlsafe(32)
+            try:
+                write_private(path, json.dumps({"secret": self.secret}))
+            except OSError as error:
+                raise StartupError(
+                    f"cannot write {path}: {error.strerror}. Set LOCALAI_Q_HOME to a folder of yours."
+                ) from error
+        except (OSError, ValueError, KeyError) as error:
+            raise StartupError(
+                f"cannot read this node's identity in {path}: {error}. Delete it to register anew."
+            ) from error
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.secret.encode()).hexdigest()
+
+
+class NodeApi:
+    """The API as a registered node uses it."""
+
+    def __init__(self, url: str, node_id: str, secret: str) -> None:
+        self._id = node_id
+        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers={"Authorization": f"Bearer {secret}"})
+
+    def heartbeat(self, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
+        """Report; returns `{"state", "stop": [replica ids]}`."""
+        return self._call("POST", "heartbeat", {"hardware": hardware, "running": running})
+
+    def report(self, replica_id: str, state: str, reason: str) -> None:
+        self._call("POST", f"replicas/{replica_id}", {"state": state, "reason": reason[:4000]})
+
+    def replica(self, replica_id: str) -> dict[str, Any]:
+        """The spec of one of this node's replicas; `NotFound` when it should not run."""
+        return self._call("GET", f"replicas/{replica_id}")
+
+    def deregister(self) -> None:
+        self._call("POST", "deregister", {})
+
+    @contextmanager
+    def open_file(self, sha256: str, start: int) -> Iterator[httpx.Response]:
+        """A stored file from byte `start` on, as a streaming response."""
+        headers = {"Range": f"bytes={start}-"} if start else {}
+        path = f"/api/node/{self._id}/files/{sha256}"
+        with _errors(), self._http.stream("GET", path, headers=headers, timeout=httpx.Timeout(60.0)) as response:
+            if response.status_code >= httpx.codes.BAD_REQUEST:
+                response.read()
+                _raise(response)
+            yield response
+
+    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        with _errors():
+            response = self._http.request(method, f"/api/node/{self._id}/{path}", json=body)
+        if response.status_code >= httpx.codes.BAD_REQUEST:
+            _raise(response)
+        answer: dict[str, Any] = response.json() if response.content else {}
+        return answer
+
+
+def register(url: str, token: str, name: str, identity: Identity, hardware: dict[str, Any]) -> dict[str, Any]:
+    """Register, and wait until the node is approved. Returns the API's answer, with all that the node needs.
+
+    Raises:
+        StartupError: it can never work: a wrong token, a name that is taken, an address that is no URL.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        raise StartupError(f"LOCALAI_REGISTER_TO={url!r} is no URL: it needs the form http://HOST:8080")
+    body = {"name": name, "token": token, "secret_hash": identity.hash, "version": __version__, "hardware": hardware}
+    said = 0.0
+    while True:
+        answer, waiting_for = _ask(url, name, body)
+        if answer and "redis_url" in answer:
+            return answer
+        if time.monotonic() - said > REMIND:
+            log.warning("%s", waiting_for)
+            said = time.monotonic()
+        time.sleep(POLL if answer else POLL / 4)
+
+
+def _ask(url: str, name: str, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+    try:
+        response = httpx.post(f"{url.rstrip('/')}/api/node/register", json=body, timeout=TIMEOUT)
+    except httpx.HTTPError as error:
+        return None, f"waiting for the API at {url}: {error}"
+    if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+        return None, f"waiting for the API at {url}: it answers {response.status_code}"
+    if response.status_code >= httpx.codes.BAD_REQUEST:
+        raise StartupError(f"the API at {url} refuses this node: {_message(response)}")
+    try:
+        answer: dict[str, Any] = response.json()
+    except ValueError as error:
+        raise StartupError(f"LOCALAI_REGISTER_TO={url} does not answer as this project's API does") from error
+    return answer, f"this node waits for approval; on the API's machine run: localai-q nodes approve {name}"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise Unavailable(f"the API cannot be reached: {error}") from error
+
+
+def _raise(response: httpx.Response) -> None:
+    if response.status_code == httpx.codes.NOT_FOUND:
+        raise NotFound(_message(response))
+    if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
+        raise Unavailable(_message(response))
+    raise LocalAIError(_message(response))
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"HTTP {response.status_code}"

@@ -1,0 +1,86 @@
+"""The process in which one long job runs: `python -m workers.node.job_child`. Says its progress and its end in a pipe.
+
+It holds no lease and knows no queue; whoever started it does. To stop it, kill its process group.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from localai_q.cluster.events import Progress
+from localai_q.config import settings
+from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
+from localai_q.gallery import catalog
+from workers.child import ChildSpec
+from workers.node.api import NodeApi
+from workers.node.fetcher import fetch
+from workers.node.installer import install_backend
+
+log = logging.getLogger(__name__)
+
+Report = Callable[[Progress], None]
+
+
+class JobOrder(BaseModel):
+    """What the child is to do, and where it is to speak."""
+
+    model_config = ConfigDict(frozen=True)
+
+    spec: ChildSpec
+    request: dict[str, Any]
+    fd: int
+
+
+def install(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Install a backend; the result names its version."""
+    entry = catalog.backend(str(order.request["backend"]))
+    install_backend(entry, order.spec.backends, report)
+    return {"backend": entry.name, "version": entry.version}
+
+
+def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Fetch a model's file; the result names its content."""
+    api = NodeApi(order.spec.api_url, order.spec.node_id, order.spec.secret)
+    request = order.request
+    path = fetch(request["source"], request.get("sha256"), order.spec.models, report, open_store=api.open_file)
+    return {"sha256": path.name, "size": path.stat().st_size}
+
+
+KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
+    "install_backend": install,
+    "fetch_model": fetch_model,
+}
+
+
+def main() -> None:
+    """Do what the order says."""
+    path = settings().child_spec
+    if path is None:
+        raise SystemExit("this is a part of a node, which starts it")
+    order = JobOrder.model_validate_json(path.read_text())
+    path.unlink()
+
+    def say(**message: Any) -> None:
+        os.write(order.fd, (json.dumps(message) + "\n").encode())
+
+    try:
+        work = KINDS.get(str(order.request.get("kind")))
+        if work is None:
+            raise InvalidValue(f"this node does not know jobs of the kind {order.request.get('kind')!r}")
+        say(result=work(order, lambda progress: say(progress=asdict(progress))))
+    except LocalAIError as error:
+        say(error=to_record(error))
+    except Exception as error:
+        log.exception("the job failed")
+        say(error=to_record(StartupError(f"{type(error).__name__}: {error}")))
+
+
+if __name__ == "__main__":
+    main()

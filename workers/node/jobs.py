@@ -1,0 +1,118 @@
+"""The jobs role of a Celery worker: a node's long work, each piece in a child process that a cancellation can kill."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from celery import signals
+
+from localai_q import names
+from localai_q.bus.connection import client
+from localai_q.bus.leases import Leases, Refusal
+from localai_q.celery import app
+from localai_q.cluster.events import End, Progress
+from localai_q.cluster.states import JobState
+from localai_q.config import child_environment, settings, write_private
+from localai_q.errors import Cancelled, GenerationFailed, to_record
+from localai_q.processes import kill_group, spawn, tail, watch_parent
+from workers.child import ChildSpec, read_spec, read_statuses
+from workers.claims import Claims, Held
+from workers.node.job_child import JobOrder
+
+log = logging.getLogger(__name__)
+
+CONCURRENCY = 2
+DEATHS = 3
+
+
+class Jobs:
+    """Does this node's long jobs."""
+
+    def __init__(self, spec: ChildSpec, folder: Path) -> None:
+        redis = client(spec.redis_url)
+        leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
+        self.claims = Claims(redis, leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease)
+        self._spec = spec
+        self._folder = folder
+        self._line = names.node_jobs_queue(spec.node_id)
+
+    def run(self, job_id: str) -> None:
+        """Do the job in a child process, if it is to be had."""
+        held = self.claims.claim(job_id, self._line)
+        if isinstance(held, Refusal):
+            log.info("job %s is not to be had: %s", job_id, held.why)
+            return
+        if held.lease.deaths >= DEATHS:
+            held.finish(_failed(f"{held.lease.deaths} tries at this job died"))
+            return
+        try:
+            end = self._in_child(held)
+        except OSError as error:
+            end = _failed(f"the node cannot start it: {error}")
+        if held.cancelled.is_set() and held.why != "cancelled":
+            held.release()
+        else:
+            held.finish(end)
+
+    def _in_child(self, held: Held) -> End:
+        job_id = held.lease.job_id
+        order = self._folder / f"job-{job_id}.{secrets.token_hex(4)}.json"
+        path = self._folder.parent / "logs" / f"job-{job_id}.log"
+        read_end, write_end = os.pipe()
+        write_private(order, JobOrder(spec=self._spec, request=held.lease.request, fd=write_end).model_dump_json())
+        try:
+            env = child_environment(LOCALAI_Q_CHILD_SPEC=str(order))
+            process = spawn([sys.executable, "-m", "workers.node.job_child"], env=env, log=path, pass_fds=(write_end,))
+        finally:
+            os.close(write_end)
+        held.on_cancel(lambda: kill_group(process))
+        end = None
+        for said in read_statuses(read_end):
+            end = _end_of(said) or end
+            if "progress" in said:
+                held.emit(Progress(**said["progress"]))
+        code = process.wait()
+        order.unlink(missing_ok=True)
+        if held.cancelled.is_set():
+            return End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+        if end is None:
+            return _failed(f"the job's process ended with exit code {code}: {tail(path, 8)}")
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return end
+
+
+def prepare(worker: Any, conf: Any) -> None:
+    """Make the worker the one that does its node's jobs."""
+    spec = read_spec()
+    watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    conf.broker_url = spec.redis_url
+    conf.worker_concurrency = CONCURRENCY
+    folder = settings().child_spec
+    assert folder is not None
+    jobs = Jobs(spec, folder.parent)
+
+    @app.task(name=names.RUN_JOB)
+    def run_job(job_id: str) -> None:
+        jobs.run(job_id)
+
+    signals.worker_shutting_down.connect(lambda **_: jobs.claims.cancel_all("drain"), weak=False)
+
+
+def _end_of(said: dict[str, Any]) -> End | None:
+    if "result" in said:
+        return End(state=JobState.DONE, result=said["result"])
+    if "error" in said:
+        return End(state=JobState.FAILED, error=said["error"])
+    return None
+
+
+def _failed(message: str) -> End:
+    return End(state=JobState.FAILED, error=to_record(GenerationFailed(message)))

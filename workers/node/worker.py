@@ -1,0 +1,182 @@
+"""The node role of a Celery worker: `celery -A localai_q worker`, with two settings and nothing else.
+
+It registers before it consumes, because registration tells it which broker and which queue are its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from celery import signals
+
+from localai_q import names
+from localai_q.celery import app
+from localai_q.config import Settings, settings
+from localai_q.errors import LocalAIError, NotFound, StartupError
+from localai_q.gallery import catalog
+from workers.child import ChildSpec, ModelSpec, ReplicaSpec
+from workers.node import api, hardware
+from workers.node.children import Children
+from workers.node.installer import installed_path
+
+log = logging.getLogger(__name__)
+
+CONCURRENCY = 4  # short work at once
+REPORT_TRIES = 60  # one a second
+LONGEST_FOLDER = 80  # bytes; a socket's own name has 21
+
+
+class Node:
+    """This machine, registered."""
+
+    def __init__(self, cfg: Settings, answer: dict[str, Any], secret: str) -> None:
+        self.id: str = answer["id"]
+        self.name: str = answer["name"]
+        self.home = cfg.node_home
+        self.models = cfg.models_path or self.home / "models"
+        self.backends = cfg.backends_path or self.home / "backends"
+        self._sockets = socket_folder(self.home)
+        self._cfg = cfg
+        self._answer = answer
+        self._secret = secret
+        self._api = api.NodeApi(cfg.register_to, self.id, secret)
+        self._stopping = threading.Event()
+        self.children = Children(self.home, self._report)
+
+    def start(self) -> None:
+        """Begin to report and to do jobs."""
+        self.children.start_jobs_worker(self._spec(None))
+        threading.Thread(target=self._heartbeats, name="heartbeat", daemon=True).start()
+
+    def start_replica(self, replica_id: str) -> None:
+        """Start one of this node's replicas; what should not run any more is left alone."""
+        try:
+            told = self._api.replica(replica_id)
+        except NotFound as error:
+            log.info("replica %s is not to be started: %s", replica_id, error.message)
+            return
+        try:
+            self.children.start_replica(self._spec(self._replica(told)))
+        except (LocalAIError, OSError, ValueError) as error:
+            self._report(replica_id, "failed", f"the node cannot start it: {error}")
+
+    def stop_replica(self, replica_id: str) -> None:
+        self.children.stop_replica(replica_id)
+
+    def stop(self) -> None:
+        """End the children and leave the cluster."""
+        self._stopping.set()
+        self.children.stop_all(self._cfg.drain_timeout + 1.0)
+        try:
+            self._api.deregister()
+        except LocalAIError as error:
+            log.warning("could not say goodbye: %s", error.message)
+
+    def _heartbeats(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                answer = self._api.heartbeat(hardware.read(self.models), list(self.children.running()))
+                for replica_id in answer.get("stop", []):
+                    self.children.stop_replica(replica_id)
+            except (LocalAIError, OSError) as error:
+                log.warning("heartbeat: %s", error)
+            self._stopping.wait(float(self._answer["heartbeat"]))
+
+    def _report(self, replica_id: str, state: str, reason: str) -> None:
+        """Say what became of a replica, as often as it takes."""
+        for _ in range(REPORT_TRIES):
+            try:
+                return self._api.report(replica_id, state, reason)
+            except NotFound:
+                return None
+            except LocalAIError as error:
+                log.warning("replica %s is %s, which cannot be reported yet: %s", replica_id, state, error.message)
+                time.sleep(1.0)
+        return None
+
+    def _spec(self, replica: ReplicaSpec | None) -> ChildSpec:
+        shared = {name: self._answer[name] for name in ("redis_url", "lease", "journal_ttl", "journal_max")}
+        return ChildSpec(
+            node_id=self.id,
+            node_name=self.name,
+            status_fd=-1,
+            backends=self.backends,
+            models=self.models,
+            api_url=self._cfg.register_to,
+            secret=self._secret,
+            replica=replica,
+            **shared,
+        )
+
+    def _replica(self, told: dict[str, Any]) -> ReplicaSpec:
+        model = ModelSpec.model_validate(told["model"])
+        return ReplicaSpec(
+            id=told["id"],
+            number=told["number"],
+            model=model,
+            backend_folder=installed_path(catalog.backend(model.backend), self.backends),
+            model_file=self._model_file(model),
+            socket=self._sockets / f"{told['id']}.sock",
+            log=self.home / "logs" / f"backend-{told['id']}.log",
+        )
+
+    def _model_file(self, model: ModelSpec) -> Path | None:
+        if not model.source:
+            return None
+        return self.models / "blobs" / str(model.sha256)
+
+
+def prepare(worker: Any, conf: Any) -> None:
+    """Register, and make the worker this machine's node."""
+    cfg = settings()
+    if not cfg.register_to or not cfg.registration_token:
+        raise StartupError(
+            "set LOCALAI_REGISTER_TO (the API's URL) and LOCALAI_REGISTRATION_TOKEN to join a cluster; "
+            "'localai-q up' prints both when it starts"
+        )
+    identity = api.Identity(cfg.node_home / "identity.json")
+    logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    found = hardware.read(cfg.models_path or cfg.node_home / "models")
+    answer = api.register(cfg.register_to, cfg.registration_token, cfg.effective_node_name, identity, found)
+    node = Node(cfg, answer, identity.secret)
+    consume(worker, conf, answer["redis_url"], names.node_queue(node.id))
+    conf.worker_concurrency = CONCURRENCY
+    worker.hostname = f"node@{node.name}"
+    register_tasks(node)
+    signals.worker_ready.connect(lambda **_: node.start(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: threading.Thread(target=node.stop).start(), weak=False)
+
+
+def socket_folder(home: Path) -> Path:
+    """A private folder whose path is short enough for a Unix socket in it (107 bytes in all on Linux, 103 on macOS)."""
+    folder = home / "run"
+    if len(os.fsencode(folder)) <= LONGEST_FOLDER:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.chmod(0o700)
+        return folder
+    return Path(tempfile.mkdtemp(prefix="localai_q-"))
+
+
+def consume(worker: Any, conf: Any, redis_url: str, queue: str) -> None:
+    """Have the worker consume this queue of this broker. `task_queues` would come too late here."""
+    conf.broker_url = redis_url
+    conf.task_default_queue = queue
+    app.amqp.queues.select([queue])
+
+
+def register_tasks(node: Node) -> None:
+    """The tasks of a node."""
+
+    @app.task(name=names.START_REPLICA)
+    def start_replica(replica_id: str) -> None:
+        node.start_replica(replica_id)
+
+    @app.task(name=names.STOP_REPLICA)
+    def stop_replica(replica_id: str) -> None:
+        node.stop_replica(replica_id)

@@ -1,0 +1,74 @@
+"""The replica role of a Celery worker: brings its backend up before it consumes, and ends with it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from typing import Any
+
+from celery import signals
+
+from localai_q import names
+from localai_q.bus.connection import client
+from localai_q.bus.leases import Leases
+from localai_q.celery import app
+from localai_q.config import settings
+from localai_q.errors import StartupError
+from localai_q.processes import watch_parent
+from workers.child import ChildSpec, ReplicaSpec, StatusPipe, read_spec
+from workers.claims import Claims
+from workers.replica.backend import Backend
+from workers.replica.runner import Runner
+
+log = logging.getLogger(__name__)
+
+
+def prepare(worker: Any, conf: Any) -> None:
+    """Start the backend, load the model, and make the worker its consumer."""
+    spec = read_spec()
+    assert spec.replica is not None
+    watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
+    status = StatusPipe(spec.status_fd)
+    conf.broker_url = spec.redis_url
+    conf.worker_concurrency = spec.replica.model.slots
+    try:
+        status.say("loading")
+        backend = Backend(spec.replica, on_death=lambda reason: _end_worker(status, reason))
+        backend.load()
+    except StartupError as error:
+        status.say("failed", error.message)
+        raise
+    runner = make_runner(spec, spec.replica, backend)
+
+    @app.task(name=names.RUN_GENERATION)
+    def run_generation(job_id: str) -> None:
+        runner.run(job_id)
+
+    signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: drain(runner, settings().drain_timeout), weak=False)
+    signals.worker_shutdown.connect(lambda **_: backend.stop(), weak=False)
+
+
+def make_runner(spec: ChildSpec, replica: ReplicaSpec, backend: Backend) -> Runner:
+    """The runner of this replica's jobs."""
+    redis = client(spec.redis_url)
+    leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
+    claims = Claims(redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease)
+    return Runner(claims, backend, identity=replica.model.name, line=names.model_queue(replica.model.id))
+
+
+def drain(runner: Runner, patience: float) -> None:
+    """Let running jobs finish for so many seconds, then give them back to their line."""
+    runner.draining = True
+    timer = threading.Timer(patience, runner.give_back_all)
+    timer.daemon = True
+    timer.start()
+
+
+def _end_worker(status: StatusPipe, reason: str) -> None:
+    """The backend has died: say so and end; what runs ends by itself, for its calls have failed."""
+    log.error("%s", reason)
+    status.say("failed", reason)
+    os.kill(os.getpid(), signal.SIGTERM)
