@@ -113,8 +113,9 @@ class Settings(BaseSettings):
 
     def require_stores(self) -> Self:
         """These settings, or a `StartupError` when they name no database or no Redis."""
-        missing = [n for n, v in (("LOCALAI_DATABASE_URL", self.database_url), ("LOCALAI_REDIS_URL", self.redis_url))
-                   if not v]
+        missing = [
+            n for n, v in (("LOCALAI_DATABASE_URL", self.database_url), ("LOCALAI_REDIS_URL", self.redis_url)) if not v
+        ]
         if missing:
             raise StartupError(
                 f"{' and '.join(missing)} must be set: run 'localai-q up', which brings its own Postgres and Valkey"

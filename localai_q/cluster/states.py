@@ -49,7 +49,9 @@ COMING_UP = (ReplicaState.PLACED, ReplicaState.INSTALLING, ReplicaState.STAGING,
 
 REPLICA_MOVES: dict[ReplicaState, frozenset[ReplicaState]] = {
     ReplicaState.PLACED: frozenset({ReplicaState.INSTALLING, ReplicaState.FAILED, ReplicaState.GONE}),
-    ReplicaState.INSTALLING: frozenset({ReplicaState.STAGING, ReplicaState.FAILED, ReplicaState.GONE}),
+    ReplicaState.INSTALLING: frozenset(
+        {ReplicaState.STAGING, ReplicaState.LOADING, ReplicaState.FAILED, ReplicaState.GONE}
+    ),
     ReplicaState.STAGING: frozenset({ReplicaState.LOADING, ReplicaState.FAILED, ReplicaState.GONE}),
     ReplicaState.LOADING: frozenset(
         {ReplicaState.READY, ReplicaState.STOPPING, ReplicaState.FAILED, ReplicaState.GONE}

@@ -25,7 +25,9 @@ STORE = "store:"
 
 
 def ensure_default(services: Services) -> None:
-    """Register the gallery's default model in a registry that has none."""
+    """Register the gallery's default model in a registry that has none, unless a setting forbids it."""
+    if services.settings.no_model:
+        return
     entry = catalog.default_model()
     config = ModelConfig(backend=entry.backend, source=entry.source, sha256=entry.sha256, size=entry.size,
                          context_size=entry.context_size, slots=entry.slots, spread_all=entry.spread_all,

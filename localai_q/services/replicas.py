@@ -98,7 +98,9 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
         case Step.LOAD:
             with services.db.transaction() as db:
                 moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None)
-            if moved:
+            if not moved:
+                log.error("replica %s cannot go from %s to loading", replica.id, replica.state)
+            else:
                 services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
         case Step.REMIND:
             task = names.START_REPLICA if replica.state is ReplicaState.LOADING else names.STOP_REPLICA

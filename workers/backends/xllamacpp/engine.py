@@ -153,6 +153,7 @@ def load(options: backend_pb2.ModelOptions) -> LlamaServer:
     params.api_keys = [key]
     if mode != "chat":
         _serve_vectors(params, options, mode, found, header)
+    # The constructor holds the interpreter's lock: this process answers nothing, Health included, until it returns.
     try:
         server = xllamacpp.Server(params)
     except (RuntimeError, ValueError) as error:

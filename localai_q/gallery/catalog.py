@@ -1,0 +1,170 @@
+"""The catalogue: which backends and models can be installed by name. Owns the shape of `backends.yaml` and
+`models.yaml`.
+
+It leaves making an entry into files to the nodes (`workers.node.installer`, `workers.node.fetcher`), and what a cluster
+has installed to `localai_q.store`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+
+from localai_q.errors import NotFound, StartupError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Source = Annotated[str, StringConstraints(pattern=r"^(pypi|store|file):.+$")]
+_Entry = TypeVar("_Entry", bound=BaseModel)
+Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize"]
+
+
+class BackendEntry(BaseModel):
+    """A backend that can be installed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    version: Version
+    description: str
+    source: Name  # a folder of workers/backends
+    capabilities: tuple[Capability, ...] = Field(min_length=1)
+    default: bool = False
+
+
+class ModelEntry(BaseModel):
+    """A model that can be installed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Name
+    backend: Name
+    source: Source  # as `workers.node.fetcher` reads it
+    sha256: Digest
+    size: int = Field(gt=0)  # bytes
+    license: str = Field(min_length=1)
+    description: str = ""
+    context_size: int = Field(gt=0)  # tokens that one request may use
+    slots: int = Field(1, ge=1, le=256)  # requests that one copy serves at once
+    spread_all: bool = False  # one copy on every node, rather than as many as are asked for
+    embeddings: bool = False
+    reranking: bool = False
+    options: tuple[str, ...] = ()  # "key:value", as the backend's README lists them
+    default: bool = False
+
+
+class Catalog(BaseModel):
+    """Every entry, checked against the others."""
+
+    model_config = ConfigDict(frozen=True)
+
+    backends: tuple[BackendEntry, ...]
+    models: tuple[ModelEntry, ...]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        for kind, entries in (("backend", self.backends), ("model", self.models)):
+            names = [entry.name for entry in entries]
+            if len(set(names)) != len(names):
+                raise ValueError(f"two entries of the same {kind} name: {sorted(names)}")
+            if sum(entry.default for entry in entries) != 1:
+                raise ValueError(f"exactly one {kind} must say 'default: true'")
+        known = {entry.name for entry in self.backends}
+        for model in self.models:
+            if model.backend not in known:
+                raise ValueError(f"model {model.name!r} names the unknown backend {model.backend!r}")
+        return self
+
+    def backend(self, name: str) -> BackendEntry:
+        """The backend of that name.
+
+        Raises:
+            NotFound: there is none; the message lists those that are.
+        """
+        for entry in self.backends:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.backends)
+        raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {known}")
+
+    def model(self, name: str) -> ModelEntry:
+        """The model of that name.
+
+        Raises:
+            NotFound: there is none; the message lists those that are.
+        """
+        for entry in self.models:
+            if entry.name == name:
+                return entry
+        known = ", ".join(entry.name for entry in self.models)
+        raise NotFound(f"there is no model {name!r} in the catalogue; there are: {known}")
+
+    def default_backend(self) -> BackendEntry:
+        """The backend that serves a model which names none."""
+        return next(entry for entry in self.backends if entry.default)
+
+    def default_model(self) -> ModelEntry:
+        """The model that a new cluster starts with."""
+        return next(entry for entry in self.models if entry.default)
+
+
+def load_catalog(folder: Path) -> Catalog:
+    """The catalogue of a folder that holds `backends.yaml` and `models.yaml`.
+
+    Raises:
+        StartupError: a file is missing or says something impossible; the message names the file and the entry.
+    """
+    backends = _entries(folder / "backends.yaml", BackendEntry)
+    models = _entries(folder / "models.yaml", ModelEntry)
+    try:
+        return Catalog(backends=backends, models=models)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise StartupError(f"the catalogue in {folder} is wrong: {reason}") from error
+
+
+def _entries(path: Path, kind: type[_Entry]) -> tuple[_Entry, ...]:
+    try:
+        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return TypeAdapter(tuple[kind, ...]).validate_python(found)  # type: ignore[valid-type]
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise StartupError(f"cannot read the catalogue {path}: {' '.join(str(error).split())}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = _place(found, problem["loc"])
+        raise StartupError(f"the catalogue {path} is wrong at {where}: {problem['msg']}") from error
+
+
+def _place(entries: Any, location: tuple[int | str, ...]) -> str:
+    """The entry and field of a mistake, as a person would say it."""
+    if not location or not isinstance(entries, list):
+        return "the top: it must be a list of entries"
+    entry = entries[int(location[0])]
+    name = entry.get("name", location[0]) if isinstance(entry, dict) else location[0]
+    return f"{name!r}, {'.'.join(str(part) for part in location[1:]) or 'the whole entry'}"
+
+
+@cache
+def catalog() -> Catalog:
+    """The catalogue that comes with this version, read once."""
+    return load_catalog(Path(__file__).parent)
+
+
+def backend(name: str) -> BackendEntry:
+    """The backend of that name in this version's catalogue; `NotFound` if there is none."""
+    return catalog().backend(name)
+
+
+def model(name: str) -> ModelEntry:
+    """The model of that name in this version's catalogue; `NotFound` if there is none."""
+    return catalog().model(name)
+
+
+def default_model() -> ModelEntry:
+    """The model that a new cluster starts with."""
+    return catalog().default_model()

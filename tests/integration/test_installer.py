@@ -1,0 +1,166 @@
+"""Installing a backend: what counts as installed, what an interruption leaves, and what is said when it fails."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from localai_q.cluster.events import Progress
+from localai_q.errors import Unavailable
+from localai_q.gallery import catalog
+from localai_q.gallery.catalog import BackendEntry
+from workers.node import installer
+from workers.node.installer import install_backend, python_of
+
+ECHO = catalog.backend("echo")
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """uv and pip told of nothing by this machine."""
+    for name in (
+        "UV_INDEX_URL",
+        "UV_DEFAULT_INDEX",
+        "UV_INDEX",
+        "PIP_INDEX_URL",
+        "PIP_EXTRA_INDEX_URL",
+        "PIP_FIND_LINKS",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+@pytest.fixture
+def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place for backends of the test's own."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    (folder / "serving.py").write_text("")
+    monkeypatch.setattr(installer, "SOURCES", folder)
+    return folder
+
+
+def make_backend(sources: Path, server: str = "", requirements: str = "") -> BackendEntry:
+    (sources / "toy").mkdir()
+    (sources / "toy" / "server.py").write_text(server)
+    (sources / "toy" / "requirements.txt").write_text(requirements)
+    return ECHO.model_copy(update={"name": "toy", "source": "toy"})
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_an_installed_backend_holds_all_that_it_needs(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    place = install_backend(ECHO, tmp_path, seen.append)
+    assert place == tmp_path / "echo" / ECHO.version
+    assert {"server.py", "serving.py", "backend_pb2.py", "backend_pb2_grpc.py", "venv"} <= names(place)
+    assert subprocess.run([python_of(place), "-c", "import server"], cwd=place, check=False).returncode == 0
+    assert {event.stage for event in seen} == {"installing"}
+    assert {event.unit for event in seen} == {"packages"}
+    assert seen[-1].done == seen[-1].total == 3
+
+
+def test_what_is_installed_is_not_installed_again(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources)
+    place = install_backend(entry, tmp_path, lambda _: None)
+    before = (place / "server.py").stat().st_ino
+    seen: list[Progress] = []
+    assert install_backend(entry, tmp_path, seen.append) == place
+    assert (place / "server.py").stat().st_ino == before
+    assert seen == []
+
+
+def test_a_backend_that_cannot_be_imported_is_not_installed(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources, server="import nowhere_at_all")
+    with pytest.raises(Unavailable, match=r"does not start on this machine: .*nowhere_at_all"):
+        install_backend(entry, tmp_path, lambda _: None)
+    assert names(tmp_path / "toy") == {".lock"}
+
+
+def test_a_backend_that_this_version_does_not_carry_is_refused(tmp_path: Path, sources: Path) -> None:
+    entry = ECHO.model_copy(update={"source": "ghost"})
+    with pytest.raises(Unavailable, match=r"does not carry ghost/server.py"):
+        install_backend(entry, tmp_path, lambda _: None)
+
+
+def test_a_package_that_does_not_exist_is_named(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources, requirements="grpcio==0.0.0.1\n")
+    with pytest.raises(Unavailable, match=r"cannot install backend toy.*grpcio==0\.0\.0\.1") as caught:
+        install_backend(entry, tmp_path, lambda _: None)
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["UV_DEFAULT_INDEX", "PIP_INDEX_URL"])
+def test_an_index_that_cannot_be_reached_is_named_without_its_password(
+    tmp_path: Path, sources: Path, quiet: pytest.MonkeyPatch, name: str
+) -> None:
+    entry = make_backend(sources, requirements="grpcio==1.85.1\n")
+    quiet.setenv(name, "http://me:hidden@127.0.0.1:9/simple")
+    quiet.setenv("UV_NO_CACHE", "1")
+    quiet.setenv("UV_HTTP_RETRIES", "0")
+    with pytest.raises(Unavailable, match=r"http://127.0.0.1:9/simple cannot be reached.*UV_INDEX_URL") as caught:
+        install_backend(entry, tmp_path, lambda _: None)
+    assert "hidden" not in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_an_install_that_was_stopped_leaves_nothing_that_counts(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources)
+
+    def stop(event: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        install_backend(entry, tmp_path, stop)
+    assert names(tmp_path / "toy") == {".lock"}
+    assert install_backend(entry, tmp_path, lambda _: None).is_dir()
+
+
+def test_a_killed_install_takes_its_children_along_and_the_next_one_cleans_up(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources, server="import time\ntime.sleep(60)\n")
+    code = (
+        "import sys; from pathlib import Path; from workers.node import installer\n"
+        "from localai_q.gallery.catalog import BackendEntry\n"
+        "installer.SOURCES = Path(sys.argv[1])\n"
+        "entry = BackendEntry.model_validate_json(sys.argv[3])\n"
+        "installer.install_backend(entry, Path(sys.argv[2]), lambda _: None)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(sources), str(tmp_path), entry.model_dump_json()]
+    with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 20
+        while not list(tmp_path.glob("toy/.*.part/venv/bin/python")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    assert [path.name for path in (tmp_path / "toy").glob(".*.part")]
+    (sources / "toy" / "server.py").write_text("")
+    place = install_backend(entry, tmp_path, lambda _: None)
+    assert names(tmp_path / "toy") == {".lock", place.name}
+
+
+def test_two_installs_of_one_backend_do_not_clash(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources)
+    places: list[Path] = []
+    seen: list[Progress] = []
+    threads = [
+        threading.Thread(target=lambda: places.append(install_backend(entry, tmp_path, seen.append))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert places == [tmp_path / "toy" / entry.version] * 3
+    assert sum(event.note == f"toy {entry.version}" for event in seen) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(Unavailable, match=r"cannot install backend toy: .*taken"):
+        install_backend(entry, tmp_path / "taken", lambda _: None)

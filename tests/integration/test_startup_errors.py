@@ -1,0 +1,128 @@
+"""`localai-q up`: one line for what keeps it from starting; else a cluster, its facts, and nothing left at the end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from localai_q import ports
+
+COMMAND = [str(Path(sys.executable).parent / "localai-q"), "up"]
+STAND_IN = Path(__file__).with_name("stand_in_web.py")
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("LOCALAI_")}
+    address = f"127.0.0.1:{ports.choose()}"
+    nodes = {"LOCALAI_NODE_NAME": "alpha", "TEST_NODES": "alpha,alpha-2"}
+    return {**clean, **nodes, "LOCALAI_Q_HOME": str(tmp_path / "home"), "LOCALAI_ADDRESS": address}
+
+
+def fails_with(environment: dict[str, str], *arguments: str) -> str:
+    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+def test_busy_port(environment: dict[str, str]) -> None:
+    host, port = environment["LOCALAI_ADDRESS"].split(":")
+    with socket.create_server((host, int(port))):
+        line = fails_with(environment)
+    assert f"port {port} is used by" in line
+    assert f"(pid {os.getpid()})" in line
+    assert "LOCALAI_ADDRESS=127.0.0.1:" in line
+
+
+def test_unwritable_home(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    environment["LOCALAI_Q_HOME"] = str(tmp_path / "file" / "home")
+    line = fails_with(environment)
+    assert str(tmp_path / "file" / "home") in line
+    assert "set LOCALAI_Q_HOME" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fix"),
+    [
+        ("LOCALAI_ADDRESS", "nonsense", "HOST:PORT"),
+        ("LOCALAI_ADDRESS", "203.0.113.9:8080", "set LOCALAI_ADDRESS"),
+        ("LOCALAI_REDIS_URL", "redis://127.0.0.1:1/0", "LOCALAI_REDIS_URL"),
+        ("LOCALAI_DATABASE_URL", "postgresql://x@127.0.0.1:1/x", "LOCALAI_DATABASE_URL"),
+    ],
+)
+def test_settings_that_cannot_work(environment: dict[str, str], name: str, value: str, fix: str) -> None:
+    environment[name] = value
+    if name == "LOCALAI_REDIS_URL":
+        environment["LOCALAI_DATABASE_URL"] = "postgresql://x@127.0.0.1:1/x"
+    assert fix in fails_with(environment)
+
+
+def test_missing_procfile(environment: dict[str, str], tmp_path: Path) -> None:
+    assert "--procfile" in fails_with(environment, "--procfile", str(tmp_path / "none"))
+    assert "--procfile" in fails_with(environment, "--procfile", str(STAND_IN))
+
+
+def start(environment: dict[str, str], procfile: Path) -> subprocess.Popen[str]:
+    arguments = ["--nodes", "2", "--procfile", str(procfile)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen([*COMMAND, *arguments], env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_ready(environment: dict[str, str], up: subprocess.Popen[str]) -> dict[str, object]:
+    ready = Path(environment["LOCALAI_Q_HOME"]) / "ready.json"
+    deadline = time.monotonic() + 30
+    while not ready.exists():
+        assert up.poll() is None, up.communicate()
+        assert time.monotonic() < deadline, "not ready"
+        time.sleep(0.05)
+    assert ready.stat().st_mode & 0o777 == 0o600
+    return json.loads(ready.read_text())
+
+
+def test_a_cluster_comes_up_and_goes(environment: dict[str, str], tmp_path: Path) -> None:
+    home = Path(environment["LOCALAI_Q_HOME"])
+    procfile = tmp_path / "Procfile"
+    show = "import os, time; print('LOCALAI_DATABASE_URL' in os.environ, flush=True); time.sleep(100)"
+    procfile.write_text(f'web: python {STAND_IN}\nnode: python -c "{show}"\n')
+
+    up = start(environment, procfile)
+    facts = wait_ready(environment, up)
+    assert facts["base_url"] == f"http://{environment['LOCALAI_ADDRESS']}"
+    assert facts["node_ids"] == ["idalpha", "idalpha-2"]
+    assert facts["model"] == "tiny"
+    assert "runs on" in (line := fails_with(environment))
+    assert f"pid {up.pid}" in line
+    assert str(home / "ready.json") in line
+
+    children = psutil.Process(up.pid).children(recursive=True)
+    assert {child.name() for child in children} >= {"postgres", "valkey-server", "python"}
+    began = time.monotonic()
+    up.send_signal(signal.SIGINT)
+    out, err = up.communicate(timeout=10)
+    assert up.returncode == 0
+    assert time.monotonic() - began < 10.0
+    assert not psutil.wait_procs(children, timeout=1)[1]
+    assert not (home / "ready.json").exists()
+    assert "fetching tiny on n1: downloading" in err
+    assert f"$(cat {home / 'admin.key'})" in out
+    assert (home / "logs" / "node-2.log").read_text() == "False\n"
+
+    state = (home / "state.json").read_text()
+    began = time.monotonic()
+    up = start(environment, procfile)
+    assert wait_ready(environment, up)["node_ids"] == facts["node_ids"]
+    assert time.monotonic() - began < 8.0
+    assert (home / "state.json").read_text() == state
+    children = psutil.Process(up.pid).children(recursive=True)
+    up.kill()
+    up.communicate()
+    assert not psutil.wait_procs(children, timeout=5)[1]

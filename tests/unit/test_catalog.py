@@ -1,0 +1,83 @@
+"""The catalogue: what it offers, and how it says what is wrong with it."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from localai_q.errors import NotFound, StartupError
+from localai_q.gallery import catalog
+
+BACKENDS = """
+- {name: one, version: "1", description: d, source: one, capabilities: [chat], default: true}
+"""
+MODELS = """
+- name: tiny
+  backend: one
+  source: "pypi:p==1#a/b.gguf"
+  sha256: "%s"
+  size: 10
+  license: MIT
+  context_size: 64
+  default: true
+""" % ("0" * 64)
+
+
+def write(folder: Path, backends: str = BACKENDS, models: str = MODELS) -> Path:
+    (folder / "backends.yaml").write_text(backends)
+    (folder / "models.yaml").write_text(models)
+    return folder
+
+
+def test_the_catalogue_that_we_ship_is_sound_and_has_defaults() -> None:
+    assert catalog.backend("echo").source == "echo"
+    assert catalog.catalog().default_backend().name == "xllamacpp"
+    entry = catalog.default_model()
+    assert (entry.name, entry.backend, entry.slots, entry.spread_all) == ("smollm2-135m-instruct", "xllamacpp", 4, True)
+    assert catalog.model(entry.name) is entry
+
+
+def test_every_backend_of_the_catalogue_has_its_folder() -> None:
+    folders = Path(__file__).parents[2] / "workers" / "backends"
+    for entry in catalog.catalog().backends:
+        assert (folders / entry.source / "server.py").is_file()
+        assert (folders / entry.source / "requirements.txt").is_file()
+
+
+def test_an_entry_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        catalog.default_model().slots = 9  # type: ignore[misc]
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(NotFound, match="no backend 'vllm' in the catalogue; there are: xllamacpp, echo"):
+        catalog.backend("vllm")
+    with pytest.raises(NotFound, match="no model 'gpt'"):
+        catalog.model("gpt")
+
+
+@pytest.mark.parametrize(
+    ("backends", "models", "says"),
+    [
+        (BACKENDS.replace("name: one", "name: ../one"), MODELS, r"backends.yaml is wrong at '../one', name"),
+        (BACKENDS.replace("description: d, ", ""), MODELS, "wrong at 'one', description: Field required"),
+        (BACKENDS.replace("default: true", "defualt: true"), MODELS, "wrong at 'one', defualt"),
+        (BACKENDS.replace(", default: true", ""), MODELS, "exactly one backend must say 'default: true'"),
+        (BACKENDS * 2, MODELS, "two entries of the same backend name"),
+        ("a: b", MODELS, "must be a list of entries"),
+        ("{", MODELS, "cannot read the catalogue"),
+        (BACKENDS, MODELS.replace("backend: one", "backend: two"), "'tiny' names the unknown backend 'two'"),
+        (BACKENDS, MODELS.replace("pypi:", "https://x/"), "wrong at 'tiny', source"),
+        (BACKENDS, MODELS.replace("0000", "zz"), "wrong at 'tiny', sha256"),
+    ],
+)
+def test_a_wrong_catalogue_stops_the_start_with_the_place_of_the_mistake(
+    tmp_path: Path, backends: str, models: str, says: str
+) -> None:
+    with pytest.raises(StartupError, match=says):
+        catalog.load_catalog(write(tmp_path, backends, models))
+
+
+def test_a_missing_catalogue_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match="cannot read the catalogue"):
+        catalog.load_catalog(tmp_path)
