@@ -13,7 +13,7 @@ from typing import Any
 from celery import Celery, signals
 
 from localai_q import names
-from localai_q.bus import celery_guards
+from localai_q.bus import celery_events, celery_guards, safe_transport
 from localai_q.config import exit_on_startup_error, settings
 from localai_q.errors import LocalAIError, StartupError
 
@@ -73,6 +73,8 @@ def make_app() -> Celery:
         broker_transport_options=broker_options(),
     )
     celery_guards.install(app)
+    celery_events.install(app)
+    safe_transport.install(app)
     return app
 
 

@@ -70,6 +70,11 @@ def ends_key(owner: str) -> str:
     return f"ends:{owner}"
 
 
+def dead_letters(queue: str) -> str:
+    """List of what lay on a queue and was no message of ours, the newest first."""
+    return f"dead:{queue}"
+
+
 def cancel_channel(node_id: str) -> str:
     """Ids of jobs whose work on this node must stop."""
     return f"cancel:{node_id}"

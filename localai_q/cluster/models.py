@@ -36,7 +36,7 @@ class ModelConfig(BaseModel):
     context_size: int = Field(4096, ge=16, le=1 << 24)  # tokens that one request may use
     slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once
     threads: int = Field(0, ge=0, le=1024)  # 0: the engine decides
-    gpu_layers: int = Field(-1, ge=-1)  # -1: the engine decides
+    gpu_layers: int = Field(0, ge=0)  # 0: as many as fit
     embeddings: bool = False  # the model embeds; it does not chat
     rerank: bool = False
     options: tuple[str, ...] = Field((), max_length=64)  # "key:value", for the backend

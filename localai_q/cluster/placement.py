@@ -95,11 +95,13 @@ def _of_model(
     wanted = model.config.spread_all or (waiting > 0 and not alive)
     if not wanted:
         return []
-    actions: list[Action] = []
     ready_ids = {node.id for node in ready}
-    for replica in own:
-        if replica.state is ReplicaState.FAILED and replica.node_id in ready_ids and not cooling(replica, now):
-            actions.append(Retry(replica_id=replica.id, reason=f"try {replica.failures + 1}"))
+    failed = [replica for replica in own if replica.state is ReplicaState.FAILED]
+    actions: list[Action] = [
+        Retry(replica_id=replica.id, reason=f"try {replica.failures + 1}")
+        for replica in failed
+        if replica.node_id in ready_ids and not cooling(replica, now)
+    ]
     taken = {replica.node_id for replica in own}
     free = sorted((node for node in ready if node.id not in taken), key=lambda node: (load[node.id], node.name))
     if model.config.spread_all:
@@ -109,7 +111,6 @@ def _of_model(
     for node in chosen:
         load[node.id] += 1
         actions.append(Place(model_id=model.id, node_id=node.id, reason=reason))
-    failed = [r for r in own if r.state is ReplicaState.FAILED]
     if waiting and not alive and not actions and failed:
         actions.append(GiveUp(model_id=model.id, reason=failed[-1].reason))
     return actions

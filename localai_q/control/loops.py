@@ -18,7 +18,8 @@ from localai_q.store import leaders
 
 log = logging.getLogger(__name__)
 
-LEAD = 10.0  # seconds for which a lead is taken
+LEAD = 10.0  # seconds for which a lead is taken; it is renewed, and the loop's beat noted, every third of that
+GAP = 0.05  # seconds between two turns of a loop, however often it is woken
 KEPT_DAYS = 30  # of ended jobs
 
 
@@ -74,30 +75,26 @@ class Control:
             leaders.retire(db, self._owner)
 
     def _run(self, loop: Loop) -> None:
-        due = 0.0
+        led_until, due = 0.0, 0.0
         while not self._stopping.is_set():
             now = time.monotonic()
             try:
-                if self._turn(loop, due=now >= due or loop.wake.is_set()):
+                if now >= led_until - LEAD * 2 / 3:
+                    led_until = now + LEAD if self._lead(loop) else 0.0
+                if now < led_until and (now >= due or loop.wake.is_set()):
+                    loop.wake.clear()
                     due = now + loop.every
+                    loop.turn(self._services)
             except (Unavailable, redis.RedisError, OSError) as error:
                 log.warning("loop %s: %s", loop.name, error)
             except Exception:
                 log.exception("loop %s failed; it goes on", loop.name)
-            loop.wake.wait(min(loop.every, LEAD / 2))
+            self._stopping.wait(GAP)
+            loop.wake.wait(min(loop.every, LEAD / 3))
 
-    def _turn(self, loop: Loop, *, due: bool) -> bool:
-        """Lead if possible, and do the work when it is due. Whether it was done."""
+    def _lead(self, loop: Loop) -> bool:
         with self._services.db.transaction() as db:
-            leading = leaders.lead(db, loop.name, self._owner, seconds=LEAD)
-        if not leading:
-            return False
-        if due:
-            loop.wake.clear()
-            loop.turn(self._services)
-        with self._services.db.transaction() as db:
-            leaders.beat(db, loop.name)
-        return due
+            return leaders.lead(db, loop.name, self._owner, seconds=LEAD)
 
     def _listen(self) -> None:
         """Have the loops look at once when something has happened."""

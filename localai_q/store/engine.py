@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine
-from sqlalchemy.exc import DBAPIError, OperationalError
+import psycopg2
+from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from localai_q.errors import Unavailable
 
+RESTED = 1.0  # seconds
+
 
 @cache
 def engine(database_url: str) -> Engine:
-    """The process's engine for this URL. Dead connections are noticed before they are used."""
-    return create_engine(
+    """The process's engine for this URL. A connection that has rested is tried before it is used."""
+    made = create_engine(
         database_url,
         pool_size=10,
         max_overflow=20,
         pool_timeout=5,
-        pool_pre_ping=True,
         connect_args={"connect_timeout": 3, "options": "-c statement_timeout=15000"},
     )
+    event.listen(made, "checkin", _note_rest)
+    event.listen(made, "checkout", _try_rested)
+    return made
+
+
+def _note_rest(connection: Any, record: Any) -> None:
+    record.info["rests_since"] = time.monotonic()
+
+
+def _try_rested(connection: Any, record: Any, _: Any) -> None:
+    """A round trip for each use would cost as much as the insert that it precedes; one after a rest costs nothing."""
+    if time.monotonic() - record.info.get("rests_since", time.monotonic()) < RESTED:
+        return
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        connection.rollback()
+    except psycopg2.Error as error:
+        raise DisconnectionError from error
 
 
 class Database:

@@ -1,4 +1,4 @@
-"""Which control process leads which loop, and when each loop last completed a turn."""
+"""Which control process leads which loop, and when each loop was last seen at work."""
 
 from __future__ import annotations
 
@@ -9,21 +9,16 @@ from localai_q.store.tables import leaders
 
 
 def lead(db: Connection, loop: str, owner: str, *, seconds: float) -> bool:
-    """Take or keep the lead of a loop for so long. False if another process has it."""
+    """Take or keep the lead of a loop for so long, and note that it runs. False if another process has it."""
     until = func.now() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
     values = {"loop": loop, "owner": owner, "until": until, "beat_at": func.now()}
     statement = upsert(leaders).values(values)
     statement = statement.on_conflict_do_update(
         index_elements=[leaders.c.loop],
-        set_={"owner": owner, "until": until},
+        set_={"owner": owner, "until": until, "beat_at": func.now()},
         where=or_(leaders.c.owner == owner, leaders.c.until < func.now()),
     )
     return db.execute(statement).rowcount == 1
-
-
-def beat(db: Connection, loop: str) -> None:
-    """Note that a loop has completed a turn."""
-    db.execute(update(leaders).where(leaders.c.loop == loop).values(beat_at=func.now()))
 
 
 def retire(db: Connection, owner: str) -> None:
@@ -32,6 +27,6 @@ def retire(db: Connection, owner: str) -> None:
 
 
 def ages(db: Connection) -> dict[str, float]:
-    """Seconds since each loop's last turn."""
+    """Seconds since each loop was last seen at work."""
     age = func.extract("epoch", func.now() - leaders.c.beat_at)
     return {loop: float(seconds) for loop, seconds in db.execute(select(leaders.c.loop, age))}

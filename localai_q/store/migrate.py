@@ -6,6 +6,8 @@ from importlib import resources
 
 from alembic import command
 from alembic.config import Config
+from alembic.script.revision import ResolutionError
+from alembic.util import CommandError
 from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
@@ -32,7 +34,12 @@ def upgrade(database_url: str) -> None:
                 connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": LOCK})
                 connection.commit()
     except OperationalError as error:
-        raise StartupError(f"cannot reach Postgres (LOCALAI_DATABASE_URL): {str(error.orig).strip()}") from error
+        reason = str(error.orig).strip().partition("\n")[0]
+        raise StartupError(f"cannot reach Postgres (LOCALAI_DATABASE_URL): {reason}") from error
+    except CommandError as error:
+        if not isinstance(error.__cause__, ResolutionError):
+            raise
+        raise StartupError(f"the database is of a newer version than this one ({error}): install the newer") from error
     finally:
         engine.dispose()
 

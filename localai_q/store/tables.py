@@ -125,5 +125,5 @@ leaders = Table(
     Column("loop", Text, primary_key=True),
     Column("owner", Text, nullable=False),
     Column("until", DateTime(timezone=True), nullable=False),
-    Column("beat_at", DateTime(timezone=True), nullable=False),  # when the loop last completed a turn
+    Column("beat_at", DateTime(timezone=True), nullable=False),  # when the loop was last seen at work
 )

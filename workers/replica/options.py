@@ -77,7 +77,7 @@ def model_options(spec: ReplicaSpec) -> backend_pb2.ModelOptions:
         ModelFile=str(spec.model_file or ""),
         ContextSize=model.context_size,
         Threads=model.threads,
-        NGPULayers=model.gpu_layers if model.gpu_layers >= 0 else 0,
+        NGPULayers=model.gpu_layers,
         Embeddings=model.embeddings,
         Reranking=model.rerank,
         Options=[f"parallel:{model.slots}", *model.options],

@@ -24,6 +24,8 @@ from workers.replica.runner import Runner
 
 log = logging.getLogger(__name__)
 
+CHATTY = ("celery.app.trace", "celery.worker.strategy")  # two lines for each request, which the job's row tells better
+
 
 def prepare(worker: Any, conf: Any) -> None:
     """Start the backend, load the model, and make the worker its consumer."""
@@ -33,6 +35,8 @@ def prepare(worker: Any, conf: Any) -> None:
     status = StatusPipe(spec.status_fd)
     conf.broker_url = spec.redis_url
     conf.worker_concurrency = spec.replica.model.slots
+    for chatty in CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         status.say("loading")
         backend = Backend(spec.replica, on_death=lambda reason: _end_worker(status, reason))

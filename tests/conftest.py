@@ -1,0 +1,110 @@
+"""What tests stand on: one embedded Postgres and one embedded Valkey per session, each test with clean data in them.
+
+A test's database is a clone of a migrated template. Servers that a test wants to kill it starts itself.
+"""
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from sqlalchemy import create_engine, text
+from sqlalchemy.engine import make_url
+
+from localai_q import ports
+from localai_q.config import Settings, load_settings
+from localai_q.embedded.postgres import Postgres
+from localai_q.embedded.valkey import Valkey
+
+TEMPLATE = "template_of_tests"
+SECRET_TOKEN = "join-us"
+counter = itertools.count(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keeps the tests away from a cluster that the person who runs them may have."""
+    home = tmp_path_factory.mktemp("default-home")
+    for name in [name for name in os.environ if name.startswith("LOCALAI_")]:
+        del os.environ[name]
+    os.environ["LOCALAI_Q_HOME"] = str(home)
+    return home
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
+    server = Postgres(tmp_path_factory.mktemp("postgres"))
+    server.start()
+    server.wait_ready()
+    yield server
+    server.stop(5.0)
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
+    server = Valkey(tmp_path_factory.mktemp("valkey"), port=ports.choose(), password="tests")
+    server.start()
+    server.wait_ready()
+    yield server
+    server.stop(3.0)
+
+
+@pytest.fixture(scope="session")
+def make_database(postgres: Postgres) -> Iterator[Callable[..., str]]:
+    """Makes a database and returns its URL: a clone of the migrated template, or an empty one."""
+    from localai_q.store import migrate
+
+    owner = create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+
+    def make(name: str, template: str = TEMPLATE) -> str:
+        with owner.connect() as connection:
+            connection.execute(text(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)"))
+            connection.execute(text(f"CREATE DATABASE {name} TEMPLATE {template}"))
+        return make_url(postgres.url).set(database=name).render_as_string(hide_password=False)
+
+    migrate.upgrade(make(TEMPLATE, "template0"))
+    yield make
+    owner.dispose()
+
+
+@pytest.fixture
+def database_url(make_database: Callable[..., str]) -> Iterator[str]:
+    from localai_q.store.engine import engine
+
+    url = make_database(f"test_{next(counter)}")
+    yield url
+    engine(url).dispose()
+
+
+@pytest.fixture
+def redis_client(valkey: Valkey) -> redis.Redis:
+    """The client that our processes use too, on an empty Valkey."""
+    from localai_q.bus.connection import client
+
+    found = client(valkey.url)
+    found.flushall()
+    return found
+
+
+@pytest.fixture
+def settings(database_url: str, valkey: Valkey, tmp_path: Path) -> Settings:
+    return load_settings(
+        home=tmp_path / "home",
+        database_url=database_url,
+        redis_url=valkey.url,
+        registration_token=SECRET_TOKEN,
+        lease=1.0,
+        max_waiting=20,
+    )
+
+
+@pytest.fixture
+def services(settings: Settings, redis_client: redis.Redis):
+    """Use cases on both servers; doorbells ring there, too."""
+    from localai_q.celery import app
+    from localai_q.services.wiring import connect
+
+    app.conf.broker_url = settings.redis_url
+    return connect(settings)

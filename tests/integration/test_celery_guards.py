@@ -1,0 +1,289 @@
+"""What Celery and kombu need to be sound on Redis, proven on real workers: full slots, no hoarding, restarts of the
+broker, garbage on the queue. Where a guard could be left out unnoticed, a second test shows what happens without it.
+"""
+
+import base64
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+
+from localai_q import names, ports
+from localai_q.bus import safe_transport
+from localai_q.embedded.valkey import Valkey
+from waiting import wait_for
+
+QUEUE = "tiny"
+SLOTS = 4
+CELERY = [str(Path(sys.executable).with_name("celery")), "-A", "tiny_app", "worker", "-n", "tiny@test", "-l", "WARNING"]
+
+
+class Worker:
+    """A worker process and what it has written."""
+
+    def __init__(self, url: str, log: Path, **environment: str) -> None:
+        env = {**os.environ, "LOCALAI_REDIS_URL": url, **environment}
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                CELERY, cwd=Path(__file__).parent, env=env, stdout=output, stderr=output, start_new_session=True
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def kill(self) -> None:
+        if not self.ended():
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[Valkey]:
+    """A Valkey of this test's own."""
+    server = Valkey(tmp_path, port=ports.choose(), password="")
+    server.start()
+    server.wait_ready()
+    yield server
+    server.stop(2.0)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator:
+    """Starts workers, and ends them after the test."""
+    started: list[Worker] = []
+
+    def begin(url: str, **environment: str) -> Worker:
+        started.append(Worker(url, tmp_path / f"worker-{len(started)}.log", **environment))
+        return started[-1]
+
+    yield begin
+    for worker in started:
+        worker.kill()
+
+
+def item(task: str, argument: str, **changes: object) -> dict:
+    """A message as Celery sends it."""
+    body = base64.b64encode(json.dumps([[argument], {}, {}]).encode()).decode()
+    made = names.new_id()
+    return {
+        "body": body,
+        "content-encoding": "utf-8",
+        "content-type": "application/json",
+        "headers": {"lang": "py", "task": task, "id": made, "root_id": made, "parent_id": None, "retries": 0},
+        "properties": {
+            "correlation_id": made,
+            "delivery_mode": 2,
+            "delivery_info": {"exchange": "", "routing_key": QUEUE},
+            "priority": 0,
+            "body_encoding": "base64",
+            "delivery_tag": made,
+        },
+        **changes,
+    }
+
+
+def send(client: redis.Redis, task: str, *arguments: str) -> None:
+    client.lpush(QUEUE, *[json.dumps(item(task, argument)) for argument in arguments])
+
+
+def works(client: redis.Redis, worker: Worker, name: str, seconds: float = 15.0) -> bool:
+    """Whether this very process does a new task within so many seconds."""
+    send(client, "tiny.mark", name)
+    return wait_for(lambda: worker.ended() or client.get(f"mark:{name}"), seconds) == str(worker.process.pid)
+
+
+def seconds_per_task(client: redis.Redis, start, url: str, tasks: int, **environment: str) -> float:
+    """The median time between two ends of tasks, from a full queue, times the slots that it was divided by."""
+    worker = start(url, **environment)
+    assert works(client, worker, "up", 30)
+    send(client, "tiny.work", *[str(number) for number in range(tasks)])
+    assert wait_for(lambda: client.llen("spans") == tasks, 60), worker.said
+    spans = sorted(tuple(map(float, row.split())) for row in client.lrange("spans", 0, -1))
+    begun = [span[0] for span in spans]
+    rounds = [later - earlier for earlier, later in zip(begun, begun[SLOTS:], strict=False)]
+    return statistics.median(rounds)
+
+
+def test_a_worker_takes_as_many_messages_as_it_has_slots_and_leaves_the_rest_to_others(
+    valkey: Valkey, redis_client: redis.Redis, start
+) -> None:
+    worker = start(valkey.url)
+    assert works(redis_client, worker, "up", 30)
+    assert wait_for(lambda: redis_client.llen(QUEUE) == 0)
+    tasks = [str(number) for number in range(40)]
+    send(redis_client, "tiny.work", *tasks)
+    most, seen = 0, 0
+    while redis_client.llen("spans") < len(tasks):
+        pipe = redis_client.pipeline(transaction=True)
+        waiting, done = pipe.llen(QUEUE).llen("spans").execute()
+        most, seen = max(most, len(tasks) - waiting - done), seen + 1
+        assert not worker.ended(), worker.said
+    assert seen > 50  # it was looked at often enough to see
+    # One message may be on its way while the ended task that made room for it has not written its mark yet.
+    assert SLOTS <= most <= SLOTS + 1
+    assert redis_client.scard("running") == 0
+
+
+def test_a_worker_that_is_held_up_takes_exactly_its_slots(valkey: Valkey, redis_client: redis.Redis, start) -> None:
+    worker = start(valkey.url)
+    tasks = [f"h{number}" for number in range(40)]
+    send(redis_client, "tiny.hold", *tasks)
+    assert wait_for(lambda: len(redis_client.keys("held:*")) == SLOTS, 30), worker.said
+    assert not wait_for(lambda: redis_client.llen(QUEUE) < len(tasks) - SLOTS, 1.0)
+    assert redis_client.llen(QUEUE) == len(tasks) - SLOTS
+
+
+def test_a_full_worker_fills_a_slot_as_soon_as_it_is_free(valkey: Valkey, redis_client: redis.Redis, start) -> None:
+    assert seconds_per_task(redis_client, start, valkey.url, 80) <= 1.5 * 0.05
+
+
+def test_without_the_wake_hook_a_full_worker_stalls(valkey: Valkey, redis_client: redis.Redis, start) -> None:
+    assert seconds_per_task(redis_client, start, valkey.url, 24, TINY_HOOK="0") > 2 * 1.5 * 0.05
+
+
+def restart(broker: Valkey) -> None:
+    os.kill(broker.process.pid, signal.SIGKILL)
+    broker.process.wait(10)
+    broker.start()
+    broker.wait_ready()
+
+
+def test_a_worker_outlives_the_broker_while_tasks_run_and_while_it_is_idle(broker: Valkey, start) -> None:
+    client = redis.Redis.from_url(broker.url, decode_responses=True)
+    worker = start(broker.url)
+    send(client, "tiny.hold", "a", "b")  # two slots busy, two free
+    assert wait_for(lambda: client.exists("held:a", "held:b") == 2, 30), worker.said
+    restart(broker)
+    assert works(client, worker, "while-tasks-ran"), worker.said
+    client.set("release:a", 1)
+    client.set("release:b", 1)
+    assert wait_for(lambda: client.exists("held:a", "held:b") == 0)
+    restart(broker)
+    assert works(client, worker, "while-idle"), worker.said
+    assert psutil.Process(worker.process.pid).is_running()
+    client.close()
+
+
+def test_messages_that_waited_when_the_broker_died_are_done_once_it_is_back(broker: Valkey, start) -> None:
+    client = redis.Redis.from_url(broker.url, decode_responses=True)
+    send(client, "tiny.work", *[str(number) for number in range(12)])
+    client.execute_command("WAITAOF", 1, 0, 5000)  # what is written within the last second may be lost, by our settings
+    restart(broker)
+    worker = start(broker.url)
+    assert wait_for(lambda: client.llen("spans") == 12, 30), worker.said
+    client.close()
+
+
+def changed(**changes: object) -> bytes:
+    return json.dumps(item("tiny.mark", "garbage", **changes)).encode()
+
+
+def without(*path: str) -> bytes:
+    made = item("tiny.mark", "garbage")
+    inner = made
+    for name in path[:-1]:
+        inner = inner[name]
+    del inner[path[-1]]
+    return json.dumps(made).encode()
+
+
+def header(**changes: object) -> bytes:
+    made = item("tiny.mark", "garbage")
+    made["headers"] |= changes
+    return json.dumps(made).encode()
+
+
+def encoded(text: str) -> str:
+    return base64.b64encode(text.encode()).decode()
+
+
+GARBAGE: dict[str, bytes] = {
+    "not JSON": b"\x00\x01 this is not JSON",
+    "empty": b"",
+    "invalid UTF-8": b'{"body": "\xff\xfe"}',
+    "a number": b"42",
+    "null": b"null",
+    "a string": b'"words"',
+    "a list": b"[1, 2, 3]",
+    "an empty object": b"{}",
+    "deeply nested": b"[" * 100_000 + b"]" * 100_000,
+    "larger than any of ours": changed(body=encoded("x" * 400_000)),
+    "no body": without("body"),
+    "no properties": without("properties"),
+    "no headers": without("headers"),
+    "no delivery tag": without("properties", "delivery_tag"),
+    "no delivery information": without("properties", "delivery_info"),
+    "no content type": without("content-type"),
+    "a body that is no base64": changed(body="!!! no base64 !!!"),
+    "a body that is no UTF-8": changed(body=base64.b64encode(b"\xff\xfe\xff").decode()),
+    "a body that is no JSON": changed(body=encoded("{no json")),
+    "a body that is a number": changed(body=encoded("7")),
+    "a body with one part": changed(body=encoded('[["x"]]')),
+    "a body whose parts have the wrong types": changed(body=encoded('["x", [], 3]')),
+    "a deeply nested body": changed(body=encoded("[" * 50_000 + "]" * 50_000)),
+    "a body of another encoding": changed(properties={**item("t", "x")["properties"], "body_encoding": "rot13"}),
+    "pickle": changed(**{"content-type": "application/x-python-serialize"}),
+    "a value of an unknown type": b'{"__type__": "datetime", "__value__": "never"}',
+    "no task": without("headers", "task"),
+    "no id": without("headers", "id"),
+    "a task that is a list": header(task=["tiny.mark"]),
+    "a compressed body": header(compression="zlib"),
+    "an eta that is none": header(eta="the day after"),
+    "an expiry that is none": header(expires={"a": 1}),
+    "time limits that are none": header(timelimit=7),
+}
+REJECTED_BY_CELERY = {"an eta that is none", "an expiry that is none", "time limits that are none"}
+
+
+def test_no_garbage_on_the_queue_ends_a_worker_or_keeps_it_from_its_work(
+    valkey: Valkey, redis_client: redis.Redis, start
+) -> None:
+    worker = start(valkey.url)
+    assert works(redis_client, worker, "up", 30)
+    dead = names.dead_letters(QUEUE)
+    raw = redis.Redis.from_url(valkey.url)
+    for number, (what, garbage) in enumerate(GARBAGE.items()):
+        before = redis_client.llen(dead)
+        raw.lpush(QUEUE, garbage)
+        assert works(redis_client, worker, f"after-{number}", 3), f"{what}: {worker.said[-3000:]}"
+        if what not in REJECTED_BY_CELERY:
+            assert redis_client.llen(dead) == before + 1, what
+            assert len(raw.lindex(dead, 0)) <= safe_transport.LARGEST
+    send(redis_client, "tiny.nobody_knows", "x")
+    assert works(redis_client, worker, "after-an-unknown-task", 3)
+    assert redis_client.get("mark:garbage") is None
+    assert redis_client.llen(QUEUE) == 0
+    assert redis_client.hlen("unacked") == 0
+    raw.close()
+
+
+def test_without_the_checked_transport_one_item_of_garbage_ends_a_worker(
+    valkey: Valkey, redis_client: redis.Redis, start
+) -> None:
+    worker = start(valkey.url, TINY_SAFE="0")
+    assert works(redis_client, worker, "up", 30)
+    redis_client.lpush(QUEUE, "42")
+    assert wait_for(worker.ended, 15), worker.said
+
+
+def test_only_the_newest_dead_letters_are_kept(valkey: Valkey, redis_client: redis.Redis, start) -> None:
+    dead = names.dead_letters(QUEUE)
+    redis_client.lpush(dead, *["old"] * safe_transport.KEPT)
+    redis_client.lpush(QUEUE, "garbage one", "garbage two")
+    worker = start(valkey.url)
+    assert works(redis_client, worker, "up", 30)
+    assert redis_client.lrange(dead, 0, 2) == ["garbage two", "garbage one", "old"]
+    assert redis_client.llen(dead) == safe_transport.KEPT

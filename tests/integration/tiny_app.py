@@ -1,0 +1,60 @@
+"""A Celery worker with the configuration of ours and two tasks that leave timestamps in Redis.
+
+Run as `celery -A tiny_app worker`. TINY_HOOK=0 leaves the wake hook out, TINY_SAFE=0 the checked transport.
+"""
+
+import os
+import time
+
+import redis
+from celery import signals
+
+from localai_q import celery as ours
+from localai_q.bus import safe_transport
+
+URL = os.environ["LOCALAI_REDIS_URL"]
+signals.celeryd_init.disconnect(ours.prepare)  # this worker has no role
+
+if os.environ.get("TINY_SAFE") == "0":
+    safe_transport.install = lambda app: None
+    from kombu.transport import TRANSPORT_ALIASES
+
+    TRANSPORT_ALIASES["redis"] = "kombu.transport.redis:Transport"
+    ours.app = ours.make_app()
+
+app = ours.app
+app.conf.update(worker_concurrency=4, task_default_queue="tiny", broker_url=URL)
+if os.environ.get("TINY_HOOK") == "0":
+    app.steps["consumer"].clear()
+
+store = redis.Redis.from_url(URL, decode_responses=True)
+
+
+@app.task(name="tiny.work")
+def work(number: str) -> None:
+    """Fifty milliseconds of work, with marks of its begin and its end."""
+    begun = time.time()
+    store.sadd("running", number)
+    time.sleep(0.05)
+    store.srem("running", number)
+    store.rpush("spans", f"{begun} {time.time()} {os.getpid()}")
+
+
+@app.task(name="tiny.mark")
+def mark(name: str) -> None:
+    """Leaves this worker's process id."""
+    store.set(f"mark:{name}", os.getpid())
+
+
+@app.task(name="tiny.hold")
+def hold(name: str) -> None:
+    """Runs until it is told to end, whatever becomes of the broker meanwhile."""
+    while True:
+        try:
+            store.set(f"held:{name}", os.getpid())
+            if store.exists(f"release:{name}"):
+                store.delete(f"held:{name}")
+                return
+        except redis.RedisError:
+            pass
+        time.sleep(0.02)
