@@ -58,18 +58,21 @@ class Cluster:
         raise RuntimeError(f"the model {name} was not loaded within {START:.0f} s")
 
     def chat(self, connection: http.client.HTTPConnection, body: dict[str, Any]) -> tuple[float, int]:
-        """One streamed chat over a kept connection: seconds to the first token, and the number of content chunks."""
+        """One streamed chat over a kept connection: seconds to the first token, and the tokens of the answer."""
         started = time.perf_counter()
-        connection.request("POST", "/v1/chat/completions", json.dumps({**body, "stream": True}), self.headers())
-        response = connection.getresponse()
-        first, tokens = 0.0, 0
-        for line in response:
-            if b'"content":"' in line and b'"content":""' not in line:
-                first = first or time.perf_counter() - started
-                tokens += 1
-            elif line.startswith(b'data: {"error'):
-                raise RuntimeError(line.decode())
-        return first, tokens
+        asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        connection.request("POST", "/v1/chat/completions", json.dumps(asked), self.headers())
+        first, last = 0.0, b""
+        for line in connection.getresponse():
+            if not line.startswith(b"data: {"):
+                continue
+            if not first and b'"content":"' in line and b'"content":""' not in line:
+                first = time.perf_counter() - started
+            last = line
+        answer = json.loads(last.removeprefix(b"data: "))
+        if not answer.get("usage"):
+            raise RuntimeError(f"the stream ended without usage: {answer}")
+        return first, int(answer["usage"]["completion_tokens"])
 
 
 @contextmanager

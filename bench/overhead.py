@@ -24,7 +24,6 @@ from localai_q.gallery import catalog
 
 SLOTS = 8
 CONTEXT = 1024
-THREADS = 2
 TOKENS = 48
 PROMPTS = [f"Write a short story about {subject}." for subject in (
     "a lighthouse", "an old clock", "the sea", "a fox", "winter", "a train", "two friends", "a garden")]  # fmt: skip
@@ -70,7 +69,7 @@ def measure(ask: Ask, streams: int, each: int, into: Round) -> None:
     into.firsts += firsts
 
 
-def engine_process(path: str, pipe: Any) -> None:
+def engine_process(path: str, threads: int, pipe: Any) -> None:
     """The bare engine: answers `(streams, each)` with a `Round`."""
     import xllamacpp
 
@@ -78,7 +77,7 @@ def engine_process(path: str, pipe: Any) -> None:
     params.model.path = path
     params.n_parallel, params.n_ctx, params.verbosity = SLOTS, CONTEXT * SLOTS, 0
     params.n_batch = params.n_ubatch = 256  # as the backend has it on a CPU
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = THREADS
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
 
     def ask(worker: int, asked: dict[str, Any]) -> tuple[float, int]:
@@ -87,12 +86,13 @@ def engine_process(path: str, pipe: Any) -> None:
 
         def chunk(piece: Any) -> bool:
             nonlocal first, tokens
-            if piece and piece.get("choices") and piece["choices"][0]["delta"].get("content"):
-                first = first or time.perf_counter() - started
-                tokens += 1
+            if piece and not first and piece.get("choices") and piece["choices"][0]["delta"].get("content"):
+                first = time.perf_counter() - started
+            if piece and piece.get("usage"):
+                tokens = piece["usage"]["completion_tokens"]
             return False
 
-        server.handle_chat_completions({**asked, "stream": True}, chunk)
+        server.handle_chat_completions({**asked, "stream": True, "stream_options": {"include_usage": True}}, chunk)
         return first, tokens
 
     while order := pipe.recv():
@@ -177,34 +177,50 @@ def show(result: dict[str, Any]) -> None:
     print(f"    added to the median: {result['added_ttft_p50_ms']:.1f} ms")
 
 
+def against_engine(cluster: Cluster, threads: int, rounds: int) -> list[dict[str, Any]]:
+    """The cluster against the bare engine, each with so many threads."""
+    entry = catalog.default_model()
+    cluster.add_model("bench", source=entry.source, sha256=entry.sha256, slots=SLOTS, context_size=CONTEXT,
+                      threads=threads)  # fmt: skip
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    path = model_file(cluster, entry.sha256)
+    engine = context.Process(target=engine_process, args=(path, threads, there), daemon=True)
+    engine.start()
+    found = []
+    print(f"engine with {threads} threads on {multiprocessing.cpu_count()} processors")
+    for streams, each in ((1, 6), (8, 1)):
+        found.append({"threads": threads, **compare(cluster, here, streams, each, rounds)})
+        show(found[-1])
+    here.send(None)
+    engine.join(10)
+    cluster.call("DELETE", "/api/models/bench")
+    return found
+
+
+def with_echo(cluster: Cluster, seconds: float) -> list[dict[str, Any]]:
+    """Requests/s through one web process and one replica."""
+    cluster.add_model("echo", backend="echo", slots=8)
+    results = []
+    for streams in (1, 8):
+        found = requests_per_second(cluster, streams, seconds)
+        print(f"echo, {streams} streams: {found['requests_per_s']:.0f} requests/s, time to first token p50 "
+              f"{found['ttft_ms']['p50']:.1f} ms, p99 {found['ttft_ms']['p99']:.1f} ms")  # fmt: skip
+        results.append(found)
+    return results
+
+
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="counted turns of each way")
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement with echo")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="of the engine, one comparison for each")
     parser.add_argument("--json", action="store_true", help="print JSON too")
     options = parser.parse_args()
-    entry = catalog.default_model()
-    results: dict[str, Any] = {"engine": [], "echo": []}
     with running() as cluster:
-        cluster.add_model("bench", source=entry.source, sha256=entry.sha256, slots=SLOTS, context_size=CONTEXT,
-                          threads=THREADS)  # fmt: skip
-        here, there = multiprocessing.get_context("spawn").Pipe()
-        path = model_file(cluster, entry.sha256)
-        engine = multiprocessing.get_context("spawn").Process(target=engine_process, args=(path, there), daemon=True)
-        engine.start()
-        for streams, each in ((1, 6), (8, 1)):
-            results["engine"].append(compare(cluster, here, streams, each, options.rounds))
-            show(results["engine"][-1])
-        here.send(None)
-        engine.join(10)
-        cluster.call("DELETE", "/api/models/bench")
-        cluster.add_model("echo", backend="echo", slots=8)
-        for streams in (1, 8):
-            results["echo"].append(requests_per_second(cluster, streams, options.seconds))
-            found = results["echo"][-1]
-            print(f"echo, {streams} streams: {found['requests_per_s']:.0f} requests/s, time to first token p50 "
-                  f"{found['ttft_ms']['p50']:.1f} ms, p99 {found['ttft_ms']['p99']:.1f} ms")  # fmt: skip
+        engine = [result for threads in options.threads for result in against_engine(cluster, threads, options.rounds)]
+        results = {"engine": engine, "echo": with_echo(cluster, options.seconds)}
     if options.json:
         print(json.dumps(results, indent=2))
 

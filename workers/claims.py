@@ -20,7 +20,7 @@ from localai_q.cluster.events import Delta, End, Event
 
 log = logging.getLogger(__name__)
 
-FLUSH = 0.010  # seconds between two writes of a job's tokens; the first token is not held back
+FLUSH = 0.020  # seconds between two writes of a job's tokens; the first token is not held back
 RETRY = 0.5  # seconds between tries while Redis is away
 FINISH_TRIES = 1200  # an end is tried for ten minutes
 

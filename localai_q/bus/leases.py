@@ -128,12 +128,22 @@ class Leases:
 
     def append(self, batches: Sequence[tuple[Lease, int, Sequence[Event]]]) -> list[Append]:
         """Write several jobs' events in one round trip: `(lease, first index, events)` each."""
+        try:
+            answers = self._append(batches)
+        except redis.exceptions.NoScriptError:  # Redis has restarted since; it has run none of them
+            self._redis.script_load(self._run["append"].script)
+            answers = self._append(batches)
+        return [Append(int(answer)) for answer in answers]
+
+    def _append(self, batches: Sequence[tuple[Lease, int, Sequence[Event]]]) -> list[int]:
+        # By hand, for redis-py's scripts ask with each pipeline whether Redis knows them: one more round trip per token.
         pipe = self._redis.pipeline(transaction=False)
         for lease, index, events in batches:
             keys = [names.job_key(lease.job_id), names.journal_key(lease.job_id)]
             args = [lease.job_id, lease.attempt, index, self._journal_max, *map(encode, events)]
-            self._run["append"](keys=keys, args=args, client=pipe)
-        return [Append(int(answer)) for answer in pipe.execute()]
+            pipe.evalsha(self._run["append"].sha, len(keys), *keys, *args)
+        answers: list[int] = pipe.execute()
+        return answers
 
     def renew(self, leases: Sequence[Lease]) -> list[int]:
         """Keep these leases: for each 1 kept, 0 lost, 2 kept but to be cancelled."""
