@@ -6,10 +6,12 @@ LOG := $(VENV)/install.log
 MIN := 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint proto lock clean
+.PHONY: help install run test lint proto lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1 - /'
+
+install: $(VENV)/.installed ## Make .venv and install, for a machine that joins a cluster
 
 run: $(VENV)/.installed ## Make .venv, install, and start a cluster on this machine (Ctrl-C stops it)
 	@exec $(BIN)/localai-q up

@@ -211,7 +211,7 @@ class Machine:
             f"  Logs      {self.logs}",
             "Try it:",
             f"  {self._curl(facts)}",
-            "Another machine joins with:",
+            "Another machine joins, in a checkout of its own and after 'make install', with:",
             f"  {self._join_line()}",
         ]
         if bind_addresses(self.settings.host) == ["127.0.0.1"]:
@@ -231,7 +231,7 @@ class Machine:
     def _join_line(self) -> str:
         url = f"http://{outward_address(self.settings.host)}:{self.settings.port}"
         token = shlex.quote(self.settings.registration_token)
-        return f"LOCALAI_REGISTER_TO={url} LOCALAI_REGISTRATION_TOKEN={token} celery -A localai_q worker"
+        return f"LOCALAI_REGISTER_TO={url} LOCALAI_REGISTRATION_TOKEN={token} .venv/bin/celery -A localai_q worker"
 
 
 def outward_address(host: str) -> str:

@@ -52,6 +52,8 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
         )
     if not config.source and config.backend != "echo":
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
+    if config.source and not config.sha256:
+        raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
     with services.db.transaction() as db:
         model = models.add(db, name, config)
     if model is None:
