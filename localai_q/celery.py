@@ -30,7 +30,7 @@ ROLES = {
 
 def role_of(queues: str | list[str] | None) -> str:
     """The role of a worker that was given these queues (`-Q`)."""
-    listed = queues.split(",") if isinstance(queues, str) else list(queues or [])
+    listed = [name for name in queues.split(",") if name] if isinstance(queues, str) else list(queues or [])
     if not listed:
         return "node"
     if listed == [names.CONTROL_QUEUE]:
@@ -88,6 +88,7 @@ def prepare(instance: Any, conf: Any, options: dict[str, Any], **_: Any) -> None
     Celery swallows what a handler raises and goes on with its default broker, so everything ends in SystemExit here.
     """
     role = role_of(options.get("queues"))
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request of a node to the API
     try:
         importlib.import_module(ROLES[role]).prepare(instance, conf)
     except StartupError as error:

@@ -7,6 +7,7 @@ default of the settings of the same name, so that every process and the command 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import secrets
@@ -76,8 +77,8 @@ class Settings(BaseSettings):
     @field_validator("address")
     @classmethod
     def _has_port(cls, value: str) -> str:
-        host, _, port = value.rpartition(":")
-        if not port.isdigit() or not 0 < int(port) < 65536:
+        host, colon, port = value.rpartition(":")
+        if not colon or not port.isdigit() or not 0 < int(port) < 65536:
             raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
         return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
 
@@ -101,6 +102,11 @@ class Settings(BaseSettings):
         """The URL by which this machine reaches its own web process."""
         host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
         return f"http://{host}:{self.port}"
+
+    @property
+    def api_of_node(self) -> str:
+        """The API that a node of this machine registers with: on a machine that is given the stores, its own."""
+        return self.register_to or (self.base_url if self.redis_url else "")
 
     @property
     def node_home(self) -> Path:
@@ -172,8 +178,35 @@ def _by_alias(values: dict[str, Any]) -> dict[str, Any]:
 
 @cache
 def settings() -> Settings:
-    """The settings of this process, read once."""
-    return load_settings()
+    """The settings of this process, read once. A process that is given both stores makes the secrets that are missing."""
+    found = load_settings()
+    if found.database_url and found.redis_url and not (found.registration_token and found.flower_password):
+        ensure_secrets(found.home)
+        found = load_settings()
+    return found
+
+
+def ensure_secrets(home: Path) -> None:
+    """Generate the secrets of a cluster that `state.json` lacks; several processes may do so at once.
+
+    Raises:
+        StartupError: the home folder cannot be written.
+    """
+    try:
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with (home / ".state.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            state = read_state(home)
+            made = {
+                "registration_token": f"lq-{secrets.token_urlsafe(24)}",
+                "flower_password": secrets.token_urlsafe(18),
+            }
+            if missing := {name: value for name, value in made.items() if not state.get(name)}:
+                write_private(state_file(home), json.dumps({**state, **missing}, indent=2) + "\n")
+    except OSError as error:
+        raise StartupError(
+            f"cannot write to {home} ({error.strerror}): set LOCALAI_Q_HOME to a folder that you can write"
+        ) from error
 
 
 def child_environment(**changes: str) -> dict[str, str]:

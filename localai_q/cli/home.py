@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from localai_q import ports
-from localai_q.config import Settings, read_state, state_file, write_private
+from localai_q.config import Settings, ensure_secrets, read_state, state_file, write_private
 from localai_q.errors import StartupError
 
 READY_FILE = "ready.json"
@@ -93,13 +93,10 @@ def complete_state(settings: Settings) -> dict[str, Any]:
 
     Keys are names of settings. `redis_url` stands for the embedded Valkey: its port and its password.
     """
+    ensure_secrets(settings.home)
     state = read_state(settings.home)
-    before = dict(state)
-    state.setdefault("registration_token", f"lq-{secrets.token_urlsafe(24)}")
-    state.setdefault("flower_password", secrets.token_urlsafe(18))
     if not state.get("flower_port") or not ports.is_free("127.0.0.1", state["flower_port"]):
         state["flower_port"] = ports.choose()
-    if state != before:
         save_state(settings.home, state)
     return state
 

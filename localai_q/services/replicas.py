@@ -89,7 +89,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
     match step:
         case Step.INSTALL:
             request: dict[str, Any] = {"kind": "install_backend", "backend": model.config.backend}
-            _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", None, request)
+            _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", model.id, request)
         case Step.FETCH:
             config = model.config
             request = {"kind": "fetch_model", "source": config.source, "sha256": config.sha256, "size": config.size,
@@ -115,7 +115,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
 
 
 def _start_stage(
-    services: Services, replica: Replica, state: ReplicaState, kind: str, model_id: str | None, request: dict[str, Any]
+    services: Services, replica: Replica, state: ReplicaState, kind: str, model_id: str, request: dict[str, Any]
 ) -> None:
     job_id = job_services.submit_node_job(
         services, kind=kind, node_id=replica.node_id, model_id=model_id, request=request

@@ -45,7 +45,7 @@ class Node:
         self._cfg = cfg
         self._answer = answer
         self._secret = secret
-        self._api = api.NodeApi(cfg.register_to, self.id, secret)
+        self._api = api.NodeApi(cfg.api_of_node, self.id, secret)
         self._stopping = threading.Event()
         self.children = Children(self.home, self._report)
 
@@ -108,7 +108,7 @@ class Node:
             status_fd=-1,
             backends=self.backends,
             models=self.models,
-            api_url=self._cfg.register_to,
+            api_url=self._cfg.api_of_node,
             secret=self._secret,
             replica=replica,
             **shared,
@@ -135,7 +135,7 @@ class Node:
 def prepare(worker: Any, conf: Any) -> None:
     """Register, and make the worker this machine's node."""
     cfg = settings()
-    if not cfg.register_to or not cfg.registration_token:
+    if not cfg.api_of_node or not cfg.registration_token:
         raise StartupError(
             "set LOCALAI_REGISTER_TO (the API's URL) and LOCALAI_REGISTRATION_TOKEN to join a cluster; "
             "'localai-q up' prints both when it starts"
@@ -143,7 +143,7 @@ def prepare(worker: Any, conf: Any) -> None:
     identity = api.Identity(cfg.node_home / "identity.json")
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
     found = hardware.read(cfg.models_path or cfg.node_home / "models")
-    answer = api.register(cfg.register_to, cfg.registration_token, cfg.effective_node_name, identity, found)
+    answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
     node = Node(cfg, answer, identity.secret)
     consume(worker, conf, answer["redis_url"], names.node_queue(node.id))
     conf.worker_concurrency = CONCURRENCY
