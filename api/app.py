@@ -9,6 +9,7 @@ from flask import Flask, Response, g, request
 from api import errors, node, public
 from api.admin import routes as admin
 from api.auth import guard
+from api.bodies import Request
 from api.openai.routes import blueprint
 from api.web import make_web, web
 from localai_q.config import Settings
@@ -21,6 +22,7 @@ def create_app(settings: Settings) -> Flask:
     """The application of a web process."""
     app = Flask("api", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body
+    app.request_class = Request
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.strict_slashes = False
     app.extensions["localai_q"] = make_web(settings)

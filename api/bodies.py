@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import flask
 from pydantic import BaseModel, ValidationError
+from werkzeug.exceptions import RequestEntityTooLarge
 
 from api.openai.strictjson import load_object
 from localai_q.errors import InvalidValue, MissingParameter, UnknownParameter
 
 Body = TypeVar("Body", bound=BaseModel)
+
+
+class Request(flask.Request):
+    """A request whose body is whole, or an error."""
+
+    def get_data(self, *args: Any, **kwargs: Any) -> Any:
+        """The body. Werkzeug cuts one that did not announce its length at the limit, without a word."""
+        data = super().get_data(*args, **kwargs)
+        most = self.max_content_length
+        if self.content_length is None and most is not None and len(data) >= most:
+            raise RequestEntityTooLarge
+        return data
 
 
 def parse(model: type[Body], data: bytes) -> Body:

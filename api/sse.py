@@ -24,5 +24,8 @@ def sse(data: str, event_id: str | None = None) -> bytes:
 
 
 def comment(text: str = "") -> bytes:
-    """A comment, which clients skip: it keeps a connection alive and can tell a human what goes on."""
-    return f": {_LINE_END.sub(' ', text)}\n\n".encode()
+    """A comment, which clients skip: it keeps a connection alive and can tell a human what goes on.
+
+    No empty line ends it: OpenAI's client would take that for the end of an event without data, and fail.
+    """
+    return f": {_LINE_END.sub(' ', text)}\n".encode()

@@ -17,6 +17,8 @@ import redis
 from localai_q import names
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
 from localai_q.cluster.events import Delta, End, Event
+from localai_q.cluster.states import JobState
+from localai_q.errors import Cancelled, to_record
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,8 @@ class Claims:
         """Take the job, if it is to be had."""
         answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id)
         if isinstance(answer, Refusal):
+            if answer.why == "cancelled":  # its owner died after it was asked to stop, and nobody else would end it
+                self._leases.abort(job_id, line, End(state=JobState.CANCELLED, error=to_record(Cancelled())))
             return answer
         held = Held(self, answer)
         with self._lock:

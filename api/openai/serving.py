@@ -143,12 +143,14 @@ def _stream(following: Following) -> Response:
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
         _raise_failure(first[-1].event)
-    return Response(_frames(following, first[-1], entries), headers={**HEADERS, **following.headers()})
+    response = Response(_frames(following, first[-1], entries), headers={**HEADERS, **following.headers()})
+    response.call_on_close(following.close)  # the frames' own end does not run if their first was never asked for
+    return response
 
 
 def _frames(following: Following, first: Entry | None, rest: Iterator[Entry | None]) -> Iterator[bytes]:
     chunks = stream_for(following.asked, following.job_id, following.created)
-    said = time.monotonic()
+    said = time.monotonic() if first else float("-inf")  # whoever waits for a first event is told so at once
     try:
         entry: Entry | None = first
         while True:
@@ -159,7 +161,7 @@ def _frames(following: Following, first: Entry | None, rest: Iterator[Entry | No
                     yield frames
                 if isinstance(entry.event, End):
                     return
-            elif time.monotonic() - said >= KEEPALIVE or entry is first:
+            elif time.monotonic() - said >= KEEPALIVE:
                 said = time.monotonic()
                 yield comment("waiting")
             entry = next(rest)

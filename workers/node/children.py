@@ -1,19 +1,21 @@
 """The node's children: replicas and the jobs worker. Owns starting, watching and ending them, and what they report.
 
-A child dies with the node (`localai_q.processes.spawn`). All are spawned from one thread that lives as long as the
-node, because on Linux the parent-death signal is bound to the spawning thread.
+A child dies with the node (`localai_q.processes.spawn`). On Linux the parent-death signal is bound to the spawning
+thread, so all are spawned from one daemon thread, which the interpreter keeps until the very end; a thread pool's would
+end before the children have been given their time to finish.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ log = logging.getLogger(__name__)
 LAST_LINES = 8
 RESTART = 1.0  # seconds before the jobs worker is started again
 
+Process = subprocess.Popen[bytes]
 Report = Callable[[str, str, str], None]  # replica id, state, reason
 
 
@@ -35,11 +38,33 @@ class Child:
     """A running child process."""
 
     name: str
-    process: subprocess.Popen[bytes]
+    process: Process
     log: Path
     state: str = "loading"
     reason: str = ""
     stopping: bool = False
+
+
+class Spawner:
+    """The one thread that starts processes."""
+
+    def __init__(self) -> None:
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Process], Future[Process]]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="spawner", daemon=True).start()
+
+    def run(self, start: Callable[[], Process]) -> Process:
+        """Have the thread start a process, and return it or raise what that raised."""
+        started: Future[Process] = Future()
+        self._orders.put((start, started))
+        return started.result()
+
+    def _work(self) -> None:
+        while True:
+            start, started = self._orders.get()
+            try:
+                started.set_result(start())
+            except OSError as error:
+                started.set_exception(error)
 
 
 class Children:
@@ -51,7 +76,7 @@ class Children:
         self._replicas: dict[str, Child] = {}
         self._jobs: Child | None = None
         self._lock = threading.Lock()
-        self._spawner = ThreadPoolExecutor(1, thread_name_prefix="spawner")
+        self._spawner = Spawner()
         self.stopping = False
 
     def running(self) -> dict[str, str]:
@@ -124,8 +149,8 @@ class Children:
         env = child_environment(LOCALAI_Q_CHILD_SPEC=str(spec_path), LOCALAI_REGISTRATION_TOKEN="")
         path = self._home / "logs" / f"{file}.log"
         try:
-            started = self._spawner.submit(spawn, command, env=env, log=path, pass_fds=(write_end,))
-            child = Child(name=name, process=started.result(), log=path)
+            process = self._spawner.run(lambda: spawn(command, env=env, log=path, pass_fds=(write_end,)))
+            child = Child(name=name, process=process, log=path)
         finally:
             os.close(write_end)
         threading.Thread(target=self._follow, args=(child, read_end, on_exit), name=name, daemon=True).start()

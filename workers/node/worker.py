@@ -5,6 +5,7 @@ It registers before it consumes, because registration tells it which broker and 
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import tempfile
@@ -141,6 +142,7 @@ def prepare(worker: Any, conf: Any) -> None:
             "'localai-q up' prints both when it starts"
         )
     identity = api.Identity(cfg.node_home / "identity.json")
+    hold_home(cfg.node_home)
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
     found = hardware.read(cfg.models_path or cfg.node_home / "models")
     answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
@@ -151,6 +153,21 @@ def prepare(worker: Any, conf: Any) -> None:
     register_tasks(node)
     signals.worker_ready.connect(lambda **_: node.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: threading.Thread(target=node.stop).start(), weak=False)
+
+
+def hold_home(home: Path) -> None:
+    """Hold the node's folder for as long as this process lives.
+
+    Raises:
+        StartupError: another process is this node already.
+    """
+    descriptor = os.open(home / "node.lock", os.O_WRONLY | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StartupError(
+            f"a node runs in {home} already: stop that one, or give this one a name of its own with LOCALAI_NODE_NAME"
+        ) from error
 
 
 def socket_folder(home: Path) -> Path:
