@@ -4,7 +4,8 @@ restart of the broker.
 Three things, each guarded by a test:
 
 - the wake hook: with `worker_disable_prefetch` a worker that is full stops polling, and nothing wakes its event loop
-  when a slot becomes free (a stall of about 0.2 s per task); we wake it;
+  when a slot becomes free (a stall of about 0.2 s per task); we wake it. Sending task events happens to wake it, too,
+  which is nothing to build on;
 - closing a channel whose transport is dead raises AttributeError, which three kombu methods do not expect, and which
   ends the worker;
 - gossip and mingle talk between all workers (quadratic in their number) and serve nothing here.

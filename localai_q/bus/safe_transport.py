@@ -103,16 +103,14 @@ def envelope(item: bytes) -> dict[str, Any]:
         raise ValueError(f"it has {len(item)} bytes")
     payload: dict[str, Any] = loads(item.decode())
     _need(isinstance(payload, dict), "it is no object")
-    properties, headers = payload.get("properties"), payload.get("headers")
-    _need(isinstance(properties, dict), "it has no properties")
-    _need(isinstance(headers, dict), "it has no headers")
+    headers = _dict(payload, "headers")
+    properties = _dict(payload, "properties")
+    address = _dict(properties, "delivery_info")
     _need("compression" not in headers, "it is compressed")
-    _need(isinstance(properties.get("delivery_tag"), str), "it has no delivery tag")
-    info = properties.get("delivery_info")
-    _need(isinstance(info, dict), "it has no delivery information")
-    _need(isinstance(info.get("exchange"), str) and isinstance(info.get("routing_key"), str), "it has no address")
-    _need(isinstance(payload.get("body"), str), "it has no body")
     _need(properties.get("body_encoding") == "base64", "its body's encoding is unknown")
+    texts = (payload, "body"), (properties, "delivery_tag"), (address, "exchange"), (address, "routing_key")
+    for where, name in texts:
+        _need(isinstance(where.get(name), str), f"it has no {name}")
     base64.b64decode(payload["body"], validate=True).decode()
     for name in ("content-type", "content-encoding"):
         _need(isinstance(payload.get(name), str), f"it has no {name}")
@@ -141,6 +139,13 @@ def install(app: Any) -> None:
     ours = f"{__name__}:{SafeTransport.__name__}"
     TRANSPORT_ALIASES.update({"redis": ours, "rediss": ours})
     app.conf.worker_consumer = f"{__name__}:{SafeConsumer.__name__}"
+
+
+def _dict(where: dict[str, Any], name: str) -> dict[str, Any]:
+    found = where.get(name)
+    if not isinstance(found, dict):
+        raise ValueError(f"it has no {name}")
+    return found
 
 
 def _need(condition: bool, otherwise: str) -> None:

@@ -190,6 +190,7 @@ class Machine:
         if self.options.with_model and node_ids:
             model = watch.wait_for_model(self.client, self.logs / "node.log", self.stopping)
         flower_url = f"http://127.0.0.1:{self.settings.flower_port}"
+        self.client.close()  # an open connection would hold up the end of the web process
         return Facts(self.settings.base_url, self.client.key(), flower_url, node_ids, model or None)
 
     def write_ready(self, facts: Facts) -> None:

@@ -25,7 +25,7 @@ PATIENCE = 20.0  # seconds without progress after which it is said what is waite
 NO_WORK = 30.0  # seconds after which a model that nobody loads is not waited for any longer
 
 APPROVED = {"ready", "draining", "drained"}
-WORK = {"install_backend": "installing the backend of", "fetch_model": "fetching"}
+WORK = {"install_backend": "installing a backend", "fetch_model": "fetching"}
 
 Record = dict[str, Any]
 T = TypeVar("T")

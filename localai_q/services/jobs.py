@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from localai_q import names
@@ -13,7 +13,15 @@ from localai_q.bus.leases import CONTROL, Submission
 from localai_q.cluster.events import End, Event, Progress, decode
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS, Job
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, DeadlineExceeded, GenerationFailed, LocalAIError, NotFound, to_record
+from localai_q.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    GenerationFailed,
+    LocalAIError,
+    NotFound,
+    Unavailable,
+    to_record,
+)
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes
 
@@ -23,6 +31,7 @@ UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is ru
 LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
 REBUILT = 1000  # attempts of a job that Redis lost go on from here, above any that an old owner can hold
 EVER = 365 * 24 * 3600.0
+ANY_LENGTH = 1 << 40  # of a line, for jobs that were accepted already and for those of nodes
 
 
 def submit_node_job(
@@ -88,19 +97,32 @@ def apply_ends(services: Services) -> int:
     for owner, ends in services.leases.ends().items():
         if not ends:
             continue
-        with services.db.transaction() as db:
-            for job_id, record in ends.items():
-                applied += _apply_end(db, owner, job_id, record)
+        applied += _apply(services, owner, ends)
         services.leases.forget_ends(owner, list(ends))
     return applied
+
+
+def _apply(services: Services, owner: str, ends: Mapping[str, str]) -> int:
+    """Write these ends in one transaction; if one cannot be written, each in its own, so that it holds up no other."""
+    try:
+        with services.db.transaction() as db:
+            return sum(_apply_end(db, owner, job_id, record) for job_id, record in ends.items())
+    except Unavailable:
+        raise
+    except Exception:
+        if len(ends) > 1:
+            return sum(_apply(services, owner, {job_id: record}) for job_id, record in ends.items())
+        log.exception("an end by %s cannot be written down", owner)
+    unreadable = End(state=JobState.FAILED, error=to_record(GenerationFailed("The end of this job cannot be read.")))
+    with services.db.transaction() as db:
+        return sum(jobs.end(db, job_id, unreadable, attempt=0) for job_id in ends)
 
 
 def _apply_end(db: Any, owner: str, job_id: str, record: str) -> bool:
     attempt, _, text = record.partition(" ")
     event = decode(text)
     if not isinstance(event, End):
-        log.error("an end of job %s by %s cannot be read and was dropped", job_id, owner)
-        return False
+        raise TypeError(f"this is no end: {text[:200]}")
     return jobs.end(db, job_id, event, attempt=int(attempt), node_id=None if owner == CONTROL else owner)
 
 
@@ -155,7 +177,7 @@ def _enter_line(services: Services, job: Job, *, attempt: int = 0) -> None:
     lives = (job.deadline - time.time() if job.deadline else EVER) + services.settings.journal_ttl
     submission = Submission(job_id=job.id, line=job.line, request=job.request or {}, deadline=job.deadline or 0.0,
                             lives=lives, stream=job.stream, attempt=attempt)  # fmt: skip
-    services.leases.submit(submission, longest_line=services.settings.max_waiting)
+    services.leases.submit(submission, longest_line=ANY_LENGTH)
     services.doorbells.ring(_task_of(job.line), job.id, queue=job.line)
 
 

@@ -69,9 +69,9 @@ def redis_url_for(services: Services, host: str) -> str:
     parts = urlsplit(settings.redis_url)
     if parts.hostname not in LOOPBACK:
         return settings.redis_url
-    userinfo, _, _ = parts.netloc.rpartition("@")
+    userinfo, at, _ = parts.netloc.rpartition("@")
     address = f"[{host}]" if ":" in host else host
-    return urlunsplit(parts._replace(netloc=f"{userinfo}@{address}:{parts.port or 6379}"))
+    return urlunsplit(parts._replace(netloc=f"{userinfo}{at}{address}:{parts.port or 6379}"))
 
 
 def authenticate(services: Services, node_id: str, secret: str) -> Node:
@@ -95,6 +95,7 @@ def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], runni
         nodes.heard_of(db, node.id, hardware=hardware)
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, NodeState.READY)
+            node = _existing(db, node.id)
         known = {replica.id for replica in replicas.every(db, node_id=node.id)}
     return {"state": node.state, "stop": sorted(set(running) - known)}
 

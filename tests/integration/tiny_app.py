@@ -1,6 +1,7 @@
 """A Celery worker with the configuration of ours and two tasks that leave timestamps in Redis.
 
-Run as `celery -A tiny_app worker`. TINY_HOOK=0 leaves the wake hook out, TINY_SAFE=0 the checked transport.
+Run as `celery -A tiny_app worker`. TINY_HOOK=0 leaves the wake hook out, TINY_SAFE=0 the checked transport,
+TINY_EVENTS=0 the task events, which wake the worker's loop, too.
 """
 
 import os
@@ -27,6 +28,9 @@ app.conf.update(worker_concurrency=4, task_default_queue="tiny", broker_url=URL)
 if os.environ.get("TINY_HOOK") == "0":
     app.steps["consumer"].clear()
 
+if os.environ.get("TINY_EVENTS") == "0":
+    app.conf.worker_send_task_events = False
+
 store = redis.Redis.from_url(URL, decode_responses=True)
 
 
@@ -49,6 +53,16 @@ def mark(name: str) -> None:
 @app.task(name="tiny.hold")
 def hold(name: str) -> None:
     """Runs until it is told to end, whatever becomes of the broker meanwhile."""
+    run_until_released(name)
+
+
+@app.task(name="tiny.hold_late", acks_late=True)
+def hold_late(name: str) -> None:
+    """The same, acknowledged at its end: a message without acknowledgement is what a dying broker trips over."""
+    run_until_released(name)
+
+
+def run_until_released(name: str) -> None:
     while True:
         try:
             store.set(f"held:{name}", os.getpid())

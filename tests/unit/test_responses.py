@@ -245,5 +245,5 @@ def test_an_sse_frame_is_one_event_whatever_its_data_and_a_comment_is_one_line()
     assert sse("{}", "j:1-2") == b"id: j:1-2\ndata: {}\n\n"
     assert sse("{}") == b"data: {}\n\n"
     assert sse("a\nb\r\nc\rd\u2028e") == "data: a\ndata: b\ndata: c\ndata: d\u2028e\n\n".encode()
-    assert comment("load\n50 %") == b": load 50 %\n\n"
+    assert comment("load\n50 %") == b": load 50 %\n"
     assert DONE == b"data: [DONE]\n\n"

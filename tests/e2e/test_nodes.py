@@ -1,0 +1,260 @@
+"""A second machine joins with two settings, works, and leaves; what dies is noticed, and dies as a whole."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import psutil
+import pytest
+from e2e_cluster import BIN, CHAT_MODEL, Cluster, clean_environment, kill_all, processes_of, until
+
+
+class Joiner:
+    """`celery -A localai_q worker` with the two settings that `up` prints, as on another machine."""
+
+    def __init__(self, home: Path, name: str, **settings: str) -> None:
+        self.home = home
+        self.name = name
+        self.output = home / "output"
+        home.mkdir(parents=True, exist_ok=True)
+        environment = clean_environment(LOCALAI_Q_HOME=str(home), LOCALAI_NODE_NAME=name, **settings)
+        with self.output.open("ab") as file:
+            self.process = subprocess.Popen(
+                [str(BIN / "celery"), "-A", "localai_q", "worker"],
+                env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def kill(self) -> None:
+        kill_all(self.home)
+        self.process.kill()
+        self.process.wait()
+
+    def term(self) -> None:
+        """Ask it to leave; fails unless it and all its processes end."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(20)
+        left = [process.cmdline() for process in processes_of(self.home)]
+        assert not left, left
+
+
+def printed_settings(cluster: Cluster) -> dict[str, str]:
+    """The two settings of the line with which another machine joins."""
+    line = next(line.strip() for line in cluster.output().splitlines() if "celery -A localai_q worker" in line)
+    settings = re.fullmatch(
+        r"(LOCALAI_REGISTER_TO=\S+) (LOCALAI_REGISTRATION_TOKEN=\S+) \S*celery -A localai_q worker", line
+    )
+    assert settings, line
+    return dict(setting.split("=", 1) for setting in settings.groups())
+
+
+@pytest.fixture
+def join(homes: Path) -> Iterator[Callable[..., Joiner]]:
+    """Makes nodes; whatever the test leaves running is killed."""
+    made: list[Joiner] = []
+
+    def start(name: str, **settings: str) -> Joiner:
+        made.append(Joiner(homes / f"node-{name}", name, **settings))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.kill()
+
+
+def state_of(cluster: Cluster, name: str) -> str:
+    node = cluster.node(name)
+    return node["state"] if node else "unknown"
+
+
+def replica_states(cluster: Cluster, node: str) -> dict[str, str]:
+    found = cluster.node(node)
+    return {replica["model"]: replica["state"] for replica in found["replicas"]} if found else {}
+
+
+def test_a_second_node_joins_works_and_leaves_while_the_first_serves(
+    calm: Cluster, join: Callable[..., Joiner]
+) -> None:
+    settings = printed_settings(calm)
+    beta = join("beta", **settings)
+    until(lambda: state_of(calm, "beta") == "pending", 30, "beta's registration")
+    until(lambda: "localai-q nodes approve beta" in beta.log(), 10, "the command that approves it, in its log")
+    assert replica_states(calm, "beta") == {}
+
+    calm.cli("nodes", "approve", "beta")
+    until(lambda: state_of(calm, "beta") == "ready", 15, "beta's approval")
+    until(lambda: replica_states(calm, "beta").get("echo") == "ready", 60, "the echo replica of beta")
+    until(lambda: replica_states(calm, "beta").get(CHAT_MODEL) == "ready", 90, "the default model's replica of beta")
+    assert "echo-one" not in replica_states(calm, "beta"), "a model that is not spread stays where it is"
+
+    # Work: eight at once over two replicas of four slots.
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: calm.say("[[echo tokens=20 delay_ms=40]]"), range(8)))
+    nodes = [calm.ended_job(answer.id.removeprefix("chatcmpl-"))["node"] for answer in answers]
+    assert nodes.count("beta") == 4
+    assert nodes.count("alpha") == 4
+
+    # A node has no way to the database, nor has anything that it starts.
+    own = processes_of(beta.home)
+    assert len(own) >= 6  # node, jobs, and two replicas with a backend each
+    for process in own:
+        environment = process.environ()
+        assert not [name for name, value in environment.items() if "DATABASE" in name or "postgres" in value], process
+
+    # It leaves while it streams: each stream ends whole, or says why it does not.
+    def stream(_: int) -> tuple[str, str]:
+        said = ""
+        try:
+            for chunk in calm.say("[[echo tokens=60 delay_ms=50]]", stream=True):
+                said += chunk.choices[0].delta.content or ""
+        except openai.APIError as error:
+            return said, str(error)
+        return said, ""
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, number) for number in range(8)]
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, 10, "eight at work")
+        assert {job["node"] for job in calm.open_generations()} == {"alpha", "beta"}
+        beta.term()
+        ends = [each.result(30) for each in streams]
+    for said, why in ends:
+        assert said == " ".join(map(str, range(60))) or why, (said, why)
+    assert sum(not why for _, why in ends) >= 4, ends
+
+    until(lambda: state_of(calm, "beta") == "offline", 10, "beta's goodbye")
+    assert replica_states(calm, "beta") == {}
+    for number in range(4):
+        answer = calm.say(f"goes on {number}")
+        assert calm.ended_job(answer.id.removeprefix("chatcmpl-"))["node"] == "alpha"
+
+    # Approval is kept: it comes back without being asked for again, finds its files, and needs no download.
+    again = join("beta", **settings)
+    until(lambda: replica_states(calm, "beta").get(CHAT_MODEL) == "ready", 60, "beta's return")
+    again.term()
+    until(lambda: state_of(calm, "beta") == "offline", 10, "beta's second goodbye")
+
+
+def test_what_a_killed_node_has_started_dies_within_two_seconds(calm: Cluster, join: Callable[..., Joiner]) -> None:
+    gamma = join("gamma", **printed_settings(calm))
+    until(lambda: state_of(calm, "gamma") == "pending", 30, "gamma's registration")
+    calm.cli("nodes", "approve", "gamma")
+    until(lambda: replica_states(calm, "gamma").get("echo") == "ready", 90, "gamma's echo replica")
+    children = [process for process in processes_of(gamma.home) if process.pid != gamma.process.pid]
+    assert any("server.py" in " ".join(process.cmdline()) for process in children), "a backend is among them"
+    gamma.process.kill()
+    gamma.process.wait()
+    _, alive = psutil.wait_procs(children, timeout=2.0)
+    left = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert not left, left
+    # The others serve on, whatever was sent to it.
+    for number in range(3):
+        assert calm.say(f"still here {number}").choices[0].message.content == f"still here {number}"
+
+
+def test_a_wrong_token_ends_the_node_with_one_clear_line(cluster: Cluster, join: Callable[..., Joiner]) -> None:
+    settings = {**printed_settings(cluster), "LOCALAI_REGISTRATION_TOKEN": "lq-wrong"}
+    node = join("wrong-token", **settings)
+    assert node.process.wait(20) == 1
+    lines = [line for line in node.log().splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert "registration token is wrong" in lines[0]
+    assert cluster.node("wrong-token") is None
+
+
+def test_a_name_that_is_taken_ends_the_node_with_one_clear_line(cluster: Cluster, join: Callable[..., Joiner]) -> None:
+    node = join("alpha", **printed_settings(cluster))
+    assert node.process.wait(20) == 1
+    lines = [line for line in node.log().splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert "LOCALAI_NODE_NAME" in lines[0]
+    assert state_of(cluster, "alpha") == "ready"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "LOCALAI_REGISTER_TO"),
+        ({"LOCALAI_REGISTER_TO": "http://127.0.0.1:9"}, "LOCALAI_REGISTRATION_TOKEN"),
+        ({"LOCALAI_REGISTER_TO": "nonsense", "LOCALAI_REGISTRATION_TOKEN": "x"}, "is no URL"),
+    ],
+)
+def test_what_is_missing_is_named_in_one_line(
+    settings: dict[str, str], words: str, join: Callable[..., Joiner]
+) -> None:
+    node = join("lost", **settings)
+    assert node.process.wait(20) == 1
+    lines = [line for line in node.log().splitlines() if line.strip()]
+    node.output.unlink()
+    assert len(lines) == 1, lines
+    assert words in lines[0]
+
+
+def test_a_killed_replica_is_reported_and_comes_back(calm: Cluster) -> None:
+    logged = len(calm.node_log())
+    [pid, *_] = calm.pids("-n echo.1@alpha")
+    [backend] = [child for child in psutil.Process(pid).children() if "server.py" in " ".join(child.cmdline())]
+    os.kill(pid, signal.SIGKILL)
+    psutil.wait_procs([backend], timeout=2.0)
+    assert not backend.is_running() or backend.status() == psutil.STATUS_ZOMBIE
+    until(lambda: "echo.1@alpha failed" in calm.node_log()[logged:], 10, "the node's report")
+    assert re.search(r"echo\.1@alpha failed: the replica ended with exit code -9", calm.node_log()[logged:])
+    calm.until_serving("echo", 30)
+    assert pid not in calm.pids("-n echo.1@alpha")
+
+
+def test_work_of_a_killed_replica_is_taken_up_again_or_fails_with_a_reason(calm: Cluster) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        whole = pool.submit(calm.say, "[[echo tokens=20 delay_ms=50]]", "echo-one")
+        until(lambda: [job["live"] for job in calm.open_generations()] == ["leased"], 10, "the job at work")
+        os.kill(calm.pids("-n echo-one.1@alpha")[0], signal.SIGKILL)
+        failure = whole.exception(50)
+    if failure is None:
+        assert whole.result().choices[0].message.content == " ".join(map(str, range(20)))
+    else:
+        assert isinstance(failure, openai.InternalServerError)
+        assert "exit code -9" in failure.message
+    calm.until_serving("echo-one", 30)
+
+
+def test_no_process_of_a_node_knows_the_database(calm: Cluster) -> None:
+    nodes = [p for p in processes_of(calm.home) if p.environ().get("LOCALAI_Q_HOME") == str(calm.home / "worker")]
+    commands = "\n".join(" ".join(process.cmdline()) for process in nodes)
+    assert len(nodes) >= 8
+    assert "server.py" in commands
+    assert "-n echo.1@alpha" in commands
+    database = calm.state()["database_url"]
+    sockets = re.search("host=([^&]+)", database)[1]
+    for process in nodes:
+        environment = process.environ()
+        assert "LOCALAI_DATABASE_URL" not in environment
+        assert not [name for name, value in environment.items() if sockets in value or "postgresql" in value]
+    for spec in (calm.home / "worker").rglob("*.json"):
+        assert "postgresql" not in spec.read_text(), spec
+
+
+def test_a_node_may_not_speak_for_another(cluster: Cluster) -> None:
+    token = cluster.state()["registration_token"]
+    digest = "ab" * 32
+    body = {"name": "delta", "token": token, "secret_hash": digest, "version": "0", "hardware": {}}
+    answer = httpx.post(cluster.base_url + "/api/node/register", json=body)
+    assert answer.status_code == 201
+    assert answer.json()["state"] == "pending"
+    assert "redis_url" not in answer.json(), "what is not approved learns nothing"
+    secret = json.loads((cluster.home / "worker/nodes/alpha/identity.json").read_text())["secret"]
+    headers = {"Authorization": f"Bearer {secret}"}
+    other = f"{cluster.base_url}/api/node/{answer.json()['id']}/heartbeat"
+    assert httpx.post(other, json={}, headers=headers).status_code == 403
+    own = f"{cluster.base_url}/api/node/{cluster.ready['node_ids'][0]}/heartbeat"
+    began = time.time()
+    assert httpx.post(own, json={"running": []}, headers=headers).status_code == 200
+    assert cluster.node("alpha")["last_heartbeat"] >= began - 1

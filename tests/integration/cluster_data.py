@@ -1,0 +1,68 @@
+"""Rows and messages that tests of the services begin with, made by the services themselves."""
+
+import base64
+import json
+
+from localai_q import names
+from localai_q.bus.leases import Lease
+from localai_q.cluster.models import ModelConfig
+from localai_q.cluster.nodes import Node
+from localai_q.services import models, nodes
+from localai_q.services.wiring import Services
+from localai_q.store import models as model_rows
+from localai_q.store import nodes as node_rows
+from localai_q.store.keys import digest
+
+SECRET = "s"
+
+
+def add_model(services: Services, name: str = "m", **config: object) -> str:
+    """A model of the echo backend; its id."""
+    return models.add(services, name, ModelConfig(**{"backend": "echo", **config}))["id"]
+
+
+def model_named(services: Services, name: str):
+    with services.db.transaction() as db:
+        return model_rows.by_name(db, name)
+
+
+def join(
+    services: Services, name: str = "n1", secret: str = SECRET, *, host: str = "10.0.0.5", token: str | None = None
+):
+    """A machine asks to join; the answer that it gets."""
+    token = services.settings.registration_token if token is None else token
+    return nodes.register(services, token=token, name=name, secret_hash=digest(secret), version="1", hardware={"cpus": 2},
+                          host=host)  # fmt: skip
+
+
+def ready_node(services: Services, name: str = "n1") -> Node:
+    """A node that was approved and has come back for it."""
+    join(services, name)
+    nodes.approve(services, name)
+    join(services, name)
+    return node_named(services, name)
+
+
+def node_named(services: Services, name: str) -> Node:
+    with services.db.transaction() as db:
+        found = node_rows.by_name(db, name)
+    assert found is not None
+    return found
+
+
+def rung(services: Services, queue: str) -> list[str]:
+    """`task(argument)` of every doorbell on a queue, the first first."""
+    items = [json.loads(item) for item in services.redis.lrange(queue, 0, -1)]
+    told = [(item["headers"]["task"], json.loads(base64.b64decode(item["body"]))[0]) for item in reversed(items)]
+    return [f"{task.removeprefix('localai_q.')}({','.join(args)})" for task, args in told]
+
+
+def claim(services: Services, job_id: str, line: str, node_id: str = "n1") -> Lease:
+    lease = services.leases.claim(job_id, line, owner="owner", node_id=node_id)
+    assert isinstance(lease, Lease), lease
+    return lease
+
+
+def expire(services: Services, job_id: str, line: str) -> None:
+    """Let a lease run out now."""
+    assert services.redis.zadd(names.leases_key(line), {job_id: 1}, xx=True, ch=True)

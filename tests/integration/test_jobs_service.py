@@ -1,0 +1,330 @@
+"""Jobs end once, can be cancelled in any state, and are found again whatever was lost."""
+
+import time
+
+import pytest
+from cluster_data import add_model, claim, expire, join, ready_node, rung
+from sqlalchemy import text
+
+from localai_q import names
+from localai_q.bus.leases import Refusal
+from localai_q.cluster.events import End, Progress, Usage, encode
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.requests import GenerationRequest
+from localai_q.cluster.states import JobState
+from localai_q.errors import Busy, ModelNotFound, NotFound, UnsupportedByModel
+from localai_q.services import generations, jobs
+from localai_q.services.snapshots import Snapshots
+from localai_q.services.wiring import Services
+from localai_q.store import jobs as rows
+
+DONE = End(state="done", usage=Usage(prompt=5, completion=7, cached=2), timings={"total": 1.5}, result={"x": 1})
+
+
+def ask(services: Services, *, model: str = "m", stream: bool = False, kind: str = "chat") -> str:
+    """A request is accepted; its job."""
+    request = GenerationRequest(kind=kind, model=model, body={"messages": []}, stream=stream)
+    accepted = generations.submit(
+        services, Snapshots(services), request, key_id="k1", job_id=names.new_id(), watcher="w1"
+    )
+    return accepted.job_id
+
+
+def row(services: Services, job_id: str) -> Job:
+    with services.db.transaction() as db:
+        found = rows.by_id(db, job_id)
+        request = db.execute(text("SELECT request FROM jobs WHERE id = :id"), {"id": job_id}).scalar_one()
+    assert found is not None
+    return Job(**{**vars(found), "request": request})
+
+
+def age(services: Services, job_id: str, seconds: float, *, deadline: float | None = None) -> None:
+    """Make the job that much older, in Postgres and in its line."""
+    with services.db.transaction() as db:
+        db.execute(
+            text("UPDATE jobs SET created_at = now() - make_interval(secs => :s) WHERE id = :id"),
+            {"s": seconds, "id": job_id},
+        )
+        if deadline is not None:
+            db.execute(
+                text("UPDATE jobs SET deadline = to_timestamp(:at) WHERE id = :id"), {"at": deadline, "id": job_id}
+            )
+    line = row(services, job_id).line
+    if services.redis.zscore(names.waiting_key(line), job_id):
+        services.redis.zincrby(names.waiting_key(line), -1000 * seconds, job_id)
+
+
+@pytest.fixture
+def line(services: Services) -> str:
+    return names.model_queue(add_model(services))
+
+
+class TestSubmission:
+    def test_an_accepted_request_has_a_row_a_place_in_its_line_and_a_doorbell(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services, stream=True)
+        job = row(services, job_id)
+        assert (job.state, job.line, job.key_id, job.stream) == (JobState.OPEN, line, "k1", True)
+        assert job.request["model"] == "m"
+        assert job.deadline == pytest.approx(time.time() + services.settings.request_timeout, abs=5)
+        assert services.leases.waiting(line) == [job_id]
+        assert rung(services, line) == [f"run_generation({job_id})"]
+        assert claim(services, job_id, line).request == job.request
+
+    def test_a_request_that_finds_a_full_line_is_no_open_job(self, services: Services, line: str) -> None:
+        for _ in range(services.settings.max_waiting):
+            ask(services)
+        with pytest.raises(Busy):
+            ask(services)
+        shown = jobs.listed(services, states=["failed"], kinds=[], limit=10)
+        assert [job["error"]["error"] for job in shown] == ["Busy"]
+        assert len(services.leases.waiting(line)) == services.settings.max_waiting
+
+    def test_a_request_for_what_is_not_there_leaves_no_trace(self, services: Services, line: str) -> None:
+        with pytest.raises(ModelNotFound, match="Models here: m"):
+            ask(services, model="nothing")
+        with pytest.raises(UnsupportedByModel):
+            ask(services, kind="embedding")
+        assert jobs.listed(services, states=[], kinds=[], limit=10) == []
+
+    def test_the_same_work_for_the_same_node_is_one_job_while_it_is_open(self, services: Services) -> None:
+        node = ready_node(services)
+        wanted = {"kind": "install_backend", "node_id": node.id, "model_id": None, "request": {"backend": "echo"}}
+        first = jobs.submit_node_job(services, **wanted)
+        assert jobs.submit_node_job(services, **wanted) == first
+        other = jobs.submit_node_job(services, **{**wanted, "request": {"backend": "other"}})
+        assert other != first
+        queue = names.node_jobs_queue(node.id)
+        assert rung(services, queue) == [f"run_job({first})", f"run_job({other})"]
+        services.leases.finish(claim(services, first, queue, node.id), 1, DONE, node_id=node.id)
+        jobs.apply_ends(services)
+        assert jobs.submit_node_job(services, **wanted) not in (first, other)
+
+
+class TestEnds:
+    def test_an_end_is_written_once_with_everything_that_it_says(self, services: Services, line: str) -> None:
+        node = ready_node(services)
+        job_id = ask(services)
+        services.leases.finish(claim(services, job_id, line, node.id), 1, DONE, node_id=node.id)
+        assert jobs.apply_ends(services) == 1
+        job = row(services, job_id)
+        assert (job.state, job.attempt, job.node_id, job.request) == (JobState.DONE, 1, node.id, None)
+        assert (job.usage, job.timings, job.result, job.error) == (DONE.usage, DONE.timings, DONE.result, None)
+        assert job.ended == pytest.approx(time.time(), abs=5)
+        assert services.leases.ends() == {node.id: {}}
+        assert jobs.apply_ends(services) == 0
+        assert jobs.show(services, job_id)["node"] == "n1"
+
+    def test_a_second_end_changes_nothing(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        services.leases.finish(claim(services, job_id, line), 1, DONE, node_id="n1")
+        jobs.apply_ends(services)
+        late = End(state="failed", error={"error": "GenerationFailed", "message": "late", "param": None})
+        services.redis.hset(names.ends_key("n2"), job_id, f"2 {encode(late)}")
+        services.redis.sadd(names.NODES_WITH_ENDS, "n2")
+        assert jobs.apply_ends(services) == 0
+        assert row(services, job_id).state is JobState.DONE
+        assert services.leases.ends()["n2"] == {}
+
+    @pytest.mark.parametrize(
+        "garbage",
+        [
+            "1 {no json",
+            "words",
+            '1 {"k":"m"}',
+            '1 {"k":"e"}',
+            "1 7",
+            '1 {"k":"e","s":"nonsense","u":[1,2,3],"t":{},"x":null,"r":null}',
+            '1 {"k":"e","s":"done","u":[1,2,"three"],"t":{},"x":null,"r":null}',
+            '1 {"k":"e","s":"done","u":[1,2,3],"t":{},"x":null,"r":{"a":"\\u0000"}}',
+        ],
+    )
+    def test_an_end_that_cannot_be_written_fails_its_job_and_holds_up_no_other(
+        self, services: Services, line: str, garbage: str
+    ) -> None:
+        good, bad = ask(services), ask(services)
+        services.leases.finish(claim(services, good, line), 1, DONE, node_id="n1")
+        services.leases.finish(claim(services, bad, line), 1, DONE, node_id="n1")
+        services.redis.hset(names.ends_key("n1"), mapping={bad: garbage, "unknown": garbage})
+        assert jobs.apply_ends(services) == 2
+        assert row(services, good).state is JobState.DONE
+        assert row(services, bad).state is JobState.FAILED
+        assert "cannot be read" in row(services, bad).error["message"]
+        assert services.leases.ends() == {"n1": {}}
+
+
+class TestCancel:
+    def test_a_job_that_waits_is_cancelled_at_once(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        assert jobs.cancel(services, job_id) == "cancelled"
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert (job.state, job.error["error"], job.request) == (JobState.CANCELLED, "Cancelled", None)
+        assert services.leases.claim(job_id, line, owner="r", node_id="n") == Refusal(job_id=job_id, why="ended")
+
+    def test_the_owner_of_a_job_that_runs_is_asked(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        lease = claim(services, job_id, line)
+        assert jobs.cancel(services, job_id) == "cancelling"
+        assert row(services, job_id).state is JobState.OPEN
+        assert services.leases.renew([lease]) == [2]
+
+    def test_a_job_that_has_ended_stays_as_it_is(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        services.leases.finish(claim(services, job_id, line), 1, DONE, node_id="n1")
+        jobs.apply_ends(services)
+        assert jobs.cancel(services, job_id) == "done"
+
+    def test_a_job_that_redis_lost_is_cancelled_in_postgres(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        services.redis.flushall()
+        assert jobs.cancel(services, job_id) == "cancelled"
+        assert row(services, job_id).state is JobState.CANCELLED
+
+    def test_an_unknown_job_is_not_found(self, services: Services) -> None:
+        for act in (jobs.cancel, jobs.show):
+            with pytest.raises(NotFound, match="jobs list"):
+                act(services, "nothing")
+
+
+class TestRecovery:
+    def test_a_late_job_fails_with_its_deadline_even_while_somebody_works_on_it(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services)
+        lease = claim(services, job_id, line)
+        age(services, job_id, 10, deadline=time.time() - 1)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert (job.state, job.error["error"]) == (JobState.FAILED, "DeadlineExceeded")
+        assert services.leases.renew([lease]) == [0]
+
+    def test_a_job_whose_owner_died_goes_back_and_is_rung(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        claim(services, job_id, line)
+        services.redis.delete(line)
+        age(services, job_id, 10)
+        jobs.recover(services)
+        assert rung(services, line) == []  # its lease lives
+        expire(services, job_id, line)
+        jobs.recover(services)
+        assert rung(services, line) == [f"run_generation({job_id})"]
+        assert services.leases.waiting(line) == [job_id]
+        assert claim(services, job_id, line).deaths == 1
+
+    def test_a_doorbell_that_was_lost_is_rung_again_and_only_as_often_as_needed(
+        self, services: Services, line: str
+    ) -> None:
+        first, second = ask(services), ask(services)
+        for job_id in (first, second):
+            age(services, job_id, 10)
+        jobs.recover(services)
+        assert services.redis.llen(line) == 2
+        services.redis.rpop(line)
+        jobs.recover(services)
+        assert services.redis.llen(line) == 2
+        services.redis.delete(line)
+        jobs.recover(services)
+        jobs.recover(services)
+        assert sorted(rung(services, line)) == sorted(f"run_generation({job_id})" for job_id in (first, second))
+
+    def test_a_job_that_has_just_come_is_let_be(self, services: Services, line: str) -> None:
+        ask(services)
+        services.redis.delete(line)
+        jobs.recover(services)
+        assert services.redis.llen(line) == 0
+
+    def test_a_whole_answer_that_redis_lost_is_begun_again_with_a_higher_attempt(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services)
+        claim(services, job_id, line)
+        request = row(services, job_id).request
+        services.redis.flushall()
+        age(services, job_id, 10)
+        jobs.recover(services)
+        assert rung(services, line) == [f"run_generation({job_id})"]
+        lease = claim(services, job_id, line)
+        assert lease.attempt > 1000
+        assert lease.request == request
+        services.leases.finish(lease, 1, DONE, node_id="n1")
+        jobs.apply_ends(services)
+        assert row(services, job_id).state is JobState.DONE
+
+    def test_a_stream_that_redis_lost_fails_and_says_why(self, services: Services, line: str) -> None:
+        job_id = ask(services, stream=True)
+        services.redis.flushall()
+        age(services, job_id, 10)
+        jobs.recover(services)
+        job = row(services, job_id)
+        assert job.state is JobState.FAILED
+        assert "lost its data" in job.error["message"]
+        assert services.leases.waiting(line) == []
+
+    def test_an_end_that_is_not_written_down_yet_is_no_loss(self, services: Services, line: str) -> None:
+        job_id = ask(services, stream=True)
+        services.leases.finish(claim(services, job_id, line), 1, DONE, node_id="n1")
+        services.redis.delete(names.job_key(job_id))
+        age(services, job_id, 10)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert row(services, job_id).state is JobState.DONE
+
+    def test_a_line_that_is_full_does_not_keep_the_others_from_being_brought_back(
+        self, services: Services, line: str
+    ) -> None:
+        lost = [ask(services) for _ in range(services.settings.max_waiting)]
+        services.redis.flushall()
+        for job_id in lost:
+            age(services, job_id, 10)
+        newcomer = ask(services)
+        other_line = names.model_queue(add_model(services, "other"))
+        other = ask(services, model="other")
+        services.redis.delete(names.job_key(other), names.waiting_key(other_line), other_line)
+        age(services, other, 9)
+        jobs.recover(services)
+        assert services.leases.waiting(other_line) == [other]
+        assert set(services.leases.waiting(line)) == {*lost, newcomer}
+
+
+class TestShowing:
+    def test_a_job_is_shown_with_what_is_true_now(self, services: Services, line: str) -> None:
+        node = ready_node(services)
+        job_id = ask(services)
+        assert jobs.show(services, job_id)["live"] == "waiting"
+        claim(services, job_id, line, node.id)
+        shown = jobs.show(services, job_id)
+        assert (shown["state"], shown["live"], shown["node"], shown["model"]) == ("open", "leased", "n1", "m")
+        assert "request" not in shown
+
+    def test_the_progress_of_a_nodes_job_is_shown(self, services: Services) -> None:
+        node = ready_node(services)
+        job_id = jobs.submit_node_job(
+            services, kind="fetch_model", node_id=node.id, model_id=None, request={"source": "x"}
+        )
+        lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+        services.leases.append([(lease, 1, [Progress(stage="downloading", done=5, total=10, unit="bytes")])])
+        shown = jobs.show(services, job_id)
+        assert shown["progress"] == {"stage": "downloading", "done": 5, "total": 10, "unit": "bytes", "note": ""}
+        assert shown["usage"] is None
+
+    def test_a_list_is_narrowed_by_state_and_kind_the_newest_first(self, services: Services, line: str) -> None:
+        old, new = ask(services), ask(services)
+        age(services, old, 5)
+        jobs.cancel(services, old)
+        jobs.apply_ends(services)
+
+        def ids(states: tuple = (), kinds: tuple = (), limit: int = 9) -> list[str]:
+            return [job["id"] for job in jobs.listed(services, states=states, kinds=kinds, limit=limit)]
+
+        assert ids() == [new, old]
+        assert ids(limit=1) == [new]
+        assert ids(states=("cancelled",)) == [old]
+        assert ids(kinds=("embedding",)) == []
+
+
+def test_a_node_that_asks_to_join_is_no_node_of_a_job(services: Services, line: str) -> None:
+    join(services)
+    assert jobs.show(services, ask(services))["node"] is None

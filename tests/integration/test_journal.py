@@ -1,0 +1,233 @@
+"""Whoever reads a journal gets every entry once and in order, whatever becomes of the announcements."""
+
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+import redis
+from waiting import wait_for
+
+from localai_q import names
+from localai_q.bus import journal
+from localai_q.bus.journal import Listener, Reader
+from localai_q.bus.leases import Append, Lease, Leases, Submission
+from localai_q.cluster.events import Delta, End
+
+LINE = names.model_queue("m1")
+DONE = End(state="done")
+
+
+@pytest.fixture
+def leases(redis_client: redis.Redis) -> Leases:
+    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=100_000)
+
+
+@pytest.fixture
+def listener(redis_client: redis.Redis) -> Listener:
+    found = Listener(redis_client)
+    channel = f"web:{found.watcher}"
+    assert wait_for(lambda: redis_client.pubsub_numsub(channel)[0][1] == 1)
+    return found
+
+
+class Writer:
+    """An owner that writes numbered pieces."""
+
+    def __init__(self, leases: Leases, watcher: str) -> None:
+        self.job_id = names.new_id()
+        self.leases = leases
+        leases.submit(Submission(job_id=self.job_id, line=LINE, request={}, watcher=watcher), longest_line=100)
+        self.claim()
+
+    def claim(self) -> None:
+        lease = self.leases.claim(self.job_id, LINE, owner="r1", node_id="n1")
+        assert isinstance(lease, Lease)
+        self.lease, self.index = lease, lease.last_index + 1
+
+    def write(self, count: int, *, every: float = 0.0) -> None:
+        for _ in range(count):
+            batch = [(self.lease, self.index, [Delta(text=f"{self.index} ")])]
+            assert self.leases.append(batch) == [Append.WRITTEN]
+            self.index += 1
+            time.sleep(every)
+
+    def end(self) -> None:
+        assert self.leases.finish(self.lease, self.index, DONE, node_id="n1")
+
+
+def followed(reader: Reader, after: tuple[int, int] = (0, 0), each: Callable[[], object] = lambda: None) -> list:
+    """All entries up to the end; `each` is called after every one."""
+    found = []
+    for entry in reader.entries(after):
+        if entry is not None:
+            found.append(entry)
+            each()
+    return found
+
+
+def texts(entries: list) -> str:
+    return "".join(entry.event.text for entry in entries if isinstance(entry.event, Delta))
+
+
+def numbers(first: int, last: int) -> str:
+    return "".join(f"{n} " for n in range(first, last + 1))
+
+
+def follow_in_background(reader: Reader, **options) -> tuple[threading.Thread, list]:
+    found: list = []
+    thread = threading.Thread(target=lambda: found.extend(followed(reader, **options)), daemon=True)
+    thread.start()
+    return thread, found
+
+
+def test_a_reader_gets_every_entry_live_and_stops_at_the_end(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    reader = listener.open(writer.job_id)
+    thread, found = follow_in_background(reader)
+    started = time.monotonic()
+    writer.write(300)
+    writer.end()
+    thread.join(10)
+    assert texts(found) == numbers(1, 300)
+    assert [entry.index for entry in found] == list(range(1, 302))
+    assert found[-1].event == DONE
+    assert found[0].id == "1-1"
+    assert time.monotonic() - started < journal.SILENCE  # they were announced; nobody waited for a silence
+    reader.close()
+    assert listener.open_readers == 0
+
+
+def test_two_jobs_and_two_readers_of_one_job_do_not_get_into_each_others_way(
+    leases: Leases, listener: Listener
+) -> None:
+    one, two = Writer(leases, listener.watcher), Writer(leases, listener.watcher)
+    readers = [listener.open(one.job_id), listener.open(one.job_id), listener.open(two.job_id)]
+    running = [follow_in_background(reader) for reader in readers]
+    for writer, count in ((one, 20), (two, 30)):
+        writer.write(count)
+        writer.end()
+    for thread, _ in running:
+        thread.join(10)
+    assert [texts(found) for _, found in running] == [numbers(1, 20), numbers(1, 20), numbers(1, 30)]
+    readers[0].close()
+    assert listener.open_readers == 2
+
+
+def test_a_reader_that_comes_late_gets_what_it_missed_from_the_log(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(10)
+    thread, found = follow_in_background(listener.open(writer.job_id))
+    writer.write(5)
+    writer.end()
+    thread.join(10)
+    assert texts(found) == numbers(1, 15)
+
+
+def test_a_reader_that_comes_after_the_end_gets_everything(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(3)
+    writer.end()
+    assert texts(followed(listener.open(writer.job_id))) == numbers(1, 3)
+
+
+def test_a_reader_that_resumes_gets_only_what_is_behind_its_place_and_at_once(
+    leases: Leases, listener: Listener
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(10)
+    writer.end()
+    started = time.monotonic()
+    found = followed(listener.open(writer.job_id), after=(1, 7))
+    assert time.monotonic() - started < journal.SILENCE / 2
+    assert texts(found) == numbers(8, 10)
+
+
+def test_a_reader_of_a_job_that_nobody_announces_to_it_finds_its_entries(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, "another-web")
+    thread, found = follow_in_background(listener.open(writer.job_id))
+    writer.write(5)
+    writer.end()
+    thread.join(5)
+    assert texts(found) == numbers(1, 5)
+
+
+def test_announcements_that_are_lost_are_read_from_the_log_once(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    reader = listener.open(writer.job_id)
+    thread, found = follow_in_background(reader)
+    cut = 0
+    for _ in range(6):
+        writer.write(20, every=0.002)
+        cut += redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub", "SKIPME", "yes")
+        writer.write(20, every=0.002)
+    writer.end()
+    thread.join(10)
+    assert cut >= 3
+    assert texts(found) == numbers(1, 240)
+    assert [entry.index for entry in found] == list(range(1, 242))
+
+
+def test_a_reader_that_lost_the_last_announcement_still_sees_the_end(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    reader = listener.open(writer.job_id)
+    thread, found = follow_in_background(reader)
+    writer.write(3)
+    assert wait_for(lambda: len(found) == 0 and writer.index == 4)
+    real, listener._deliver = listener._deliver, lambda _: None  # the connection is up and says nothing
+    writer.end()
+    thread.join(5 * journal.SILENCE)
+    listener._deliver = real
+    assert [entry.index for entry in found] == [1, 2, 3, 4]
+
+
+def test_a_reader_that_is_slow_loses_nothing_when_its_queue_overflows(
+    leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "QUEUE_SIZE", 4)
+    writer = Writer(leases, listener.watcher)
+    reader = listener.open(writer.job_id)
+    thread, found = follow_in_background(reader, each=lambda: time.sleep(0.003))
+    writer.write(200)
+    writer.end()
+    thread.join(10)
+    assert texts(found) == numbers(1, 200)
+    assert [entry.index for entry in found] == list(range(1, 202))
+
+
+def test_a_second_attempt_goes_on_counting_and_its_marker_is_no_entry(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    thread, found = follow_in_background(listener.open(writer.job_id))
+    writer.write(3)
+    assert leases.release(writer.lease)
+    writer.claim()
+    writer.write(2)
+    writer.end()
+    thread.join(10)
+    assert [entry.id for entry in found] == ["1-1", "1-2", "1-3", "2-4", "2-5", "2-6"]
+    resumed = followed(listener.open(writer.job_id), after=(1, 3))
+    assert [entry.id for entry in resumed] == ["2-4", "2-5", "2-6"]
+
+
+def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    reader = listener.open(writer.job_id)
+    entries = reader.entries()
+    reader.wake()
+    started = time.monotonic()
+    assert next(entries) is None
+    assert time.monotonic() - started < 0.5 * journal.SILENCE
+    assert next(entries) is None
+    assert time.monotonic() - started >= journal.SILENCE
+
+
+def test_the_newest_event_of_jobs_is_read_in_one_trip(leases: Leases, redis_client: redis.Redis) -> None:
+    some, fresh = Writer(leases, ""), Writer(leases, "")
+    some.write(2)
+    found = journal.latest(redis_client, [some.job_id, fresh.job_id, "unknown"])
+    assert found == {some.job_id: Delta(text="2 ")}
+    assert journal.latest(redis_client, []) == {}

@@ -1,0 +1,523 @@
+"""The scripts on a real Valkey: a job has one owner at a time, one end, and a journal without gap or repetition."""
+
+import time
+
+import pytest
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from localai_q import names
+from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Refusal, Submission
+from localai_q.cluster.events import Delta, End, Usage, decode, encode
+
+LINE = names.model_queue("m1")
+JOURNAL_MAX = 50
+DONE = End(state="done", usage=Usage(prompt=3, completion=2))
+CANCELLED = End(state="cancelled", error={"error": "Cancelled", "message": "no", "param": None})
+
+
+@pytest.fixture
+def leases(redis_client: redis.Redis) -> Leases:
+    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=JOURNAL_MAX)
+
+
+def submission(job_id: str, **values: object) -> Submission:
+    return Submission(**{"job_id": job_id, "line": LINE, "request": {"ask": job_id}, **values})
+
+
+def submitted(leases: Leases, job_id: str = "j1", **values: object) -> str:
+    leases.submit(submission(job_id, **values), longest_line=100)
+    return job_id
+
+
+def claimed(leases: Leases, job_id: str, owner: str = "r1", node_id: str = "n1") -> Lease:
+    lease = leases.claim(job_id, LINE, owner=owner, node_id=node_id)
+    assert isinstance(lease, Lease), lease
+    return lease
+
+
+def expire(client: redis.Redis, job_id: str) -> None:
+    """Let the job's lease run out now."""
+    assert client.zadd(names.leases_key(LINE), {job_id: 1}, xx=True, ch=True)
+
+
+def pieces(*texts: str) -> list[Delta]:
+    return [Delta(text=text, tokens=1) for text in texts]
+
+
+def write(leases: Leases, lease: Lease, index: int, *texts: str) -> Append:
+    return leases.append([(lease, index, pieces(*texts))])[0]
+
+
+def journal(client: redis.Redis, job_id: str) -> list[tuple[str, str]]:
+    """Every entry: its id, and its text or kind."""
+    rows = client.xrange(names.journal_key(job_id))
+    return [(place, getattr(decode(fields["e"]), "text", decode(fields["e"]))) for place, fields in rows]
+
+
+class TestSubmit:
+    def test_a_job_is_told_its_place_in_the_line(self, leases: Leases) -> None:
+        assert [leases.submit(submission(f"j{n}"), longest_line=10) for n in (1, 2, 3)] == [1, 2, 3]
+        assert leases.waiting(LINE) == ["j1", "j2", "j3"]
+        assert leases.submit(submission("other", line=names.model_queue("m2")), longest_line=10) == 1
+
+    def test_a_full_line_refuses_and_leaves_no_trace(self, leases: Leases, redis_client: redis.Redis) -> None:
+        from localai_q.errors import Busy
+
+        leases.submit(submission("j1"), longest_line=1)
+        with pytest.raises(Busy, match="1 requests wait"):
+            leases.submit(submission("j2"), longest_line=1)
+        assert leases.live(["j1", "j2"]).keys() == {"j1"}
+        assert leases.waiting(LINE) == ["j1"]
+
+    def test_a_job_that_runs_makes_room_in_its_line(self, leases: Leases) -> None:
+        claimed(leases, submitted(leases))
+        assert leases.submit(submission("j2"), longest_line=1) == 1
+
+    def test_a_job_that_is_known_is_left_as_it_is(self, leases: Leases) -> None:
+        claimed(leases, submitted(leases))
+        assert leases.submit(submission("j1"), longest_line=1) == 0
+        assert leases.live(["j1"])["j1"].state == "leased"
+        assert leases.waiting(LINE) == []
+
+    def test_a_job_is_forgotten_in_the_end(self, leases: Leases, redis_client: redis.Redis) -> None:
+        submitted(leases, lives=100)
+        assert 99_000 < redis_client.pttl(names.job_key("j1")) <= 100_000
+
+    def test_how_long_a_job_has_waited_is_known(self, leases: Leases, redis_client: redis.Redis) -> None:
+        submitted(leases)
+        assert leases.waiting(LINE, older_than=5.0) == []
+        redis_client.zincrby(names.waiting_key(LINE), -6000, "j1")
+        assert leases.waiting(LINE, older_than=5.0) == ["j1"]
+
+
+class TestClaim:
+    def test_the_owner_gets_the_request_and_a_higher_attempt(self, leases: Leases, redis_client: redis.Redis) -> None:
+        deadline = round(time.time() + 60, 3)
+        submitted(leases, stream=True, deadline=deadline, attempt=4, request={"text": "ä€", "n": [1, None]})
+        lease = claimed(leases, "j1")
+        assert (lease.attempt, lease.last_index, lease.deaths) == (5, 0, 0)
+        assert (lease.request, lease.stream) == ({"text": "ä€", "n": [1, None]}, True)
+        assert lease.deadline == pytest.approx(deadline, abs=0.002)
+        live = leases.live(["j1"])["j1"]
+        assert (live.state, live.attempt, live.node_id, live.line) == ("leased", 5, "n1", LINE)
+        assert leases.waiting(LINE) == []
+
+    def test_the_marker_of_an_attempt_stands_before_anything_that_it_writes(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        claimed(leases, submitted(leases))
+        assert journal(redis_client, "j1") == [("1-0", None)]
+
+    def test_a_job_that_somebody_has_is_refused(self, leases: Leases) -> None:
+        claimed(leases, submitted(leases))
+        assert leases.claim("j1", LINE, owner="r2", node_id="n2") == Refusal(job_id="j1", why="leased")
+        assert leases.live(["j1"])["j1"].node_id == "n1"
+
+    def test_after_expiry_the_next_owner_goes_on_behind_what_was_written(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        first = claimed(leases, submitted(leases))
+        assert write(leases, first, 1, "a", "b", "c") is Append.WRITTEN
+        expire(redis_client, "j1")
+        second = claimed(leases, "j1", "r2", "n2")
+        assert (second.attempt, second.last_index) == (2, 3)
+        assert write(leases, second, 4, "d") is Append.WRITTEN
+        assert [place for place, _ in journal(redis_client, "j1")] == ["1-0", "1-1", "1-2", "1-3", "2-3", "2-4"]
+
+    @pytest.mark.parametrize("why", ["unknown", "ended", "cancelled", "late"])
+    def test_what_is_not_to_be_had_is_refused_with_the_reason(self, leases: Leases, why: str) -> None:
+        if why == "late":
+            submitted(leases, deadline=time.time() - 1)
+        elif why != "unknown":
+            lease = claimed(leases, submitted(leases))
+            if why == "ended":
+                leases.finish(lease, 1, DONE, node_id="n1")
+            else:
+                leases.abort("j1", LINE, CANCELLED)
+        assert leases.claim("j1", LINE, owner="r2", node_id="n2") == Refusal(job_id="j1", why=why)
+
+
+class TestAppend:
+    def test_an_owner_whose_job_was_taken_writes_nothing(self, leases: Leases, redis_client: redis.Redis) -> None:
+        first = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        claimed(leases, "j1", "r2")
+        before = journal(redis_client, "j1")
+        assert write(leases, first, 1, "ghost") is Append.FENCED
+        assert journal(redis_client, "j1") == before
+
+    def test_nobody_writes_to_a_job_that_has_ended_waits_or_is_unknown(self, leases: Leases) -> None:
+        lease = claimed(leases, submitted(leases))
+        leases.release(lease)
+        assert write(leases, lease, 1, "x") is Append.FENCED
+        again = claimed(leases, "j1")
+        leases.finish(again, 1, DONE, node_id="n1")
+        assert write(leases, again, 2, "x") is Append.FENCED
+        unknown = Lease(job_id="j9", line=LINE, attempt=1, last_index=0, request={}, stream=False)
+        assert write(leases, unknown, 1, "x") is Append.FENCED
+
+    def test_a_journal_that_is_gone_is_not_begun_anew(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.delete(names.journal_key("j1"))
+        assert write(leases, lease, 1, "x") is Append.JOURNAL_GONE
+        assert not redis_client.exists(names.journal_key("j1"))
+
+    def test_a_journal_has_a_most_and_takes_exactly_that(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        assert write(leases, lease, 1, *["x"] * (JOURNAL_MAX - 1)) is Append.WRITTEN
+        assert write(leases, lease, JOURNAL_MAX, "y", "z") is Append.JOURNAL_FULL
+        assert write(leases, lease, JOURNAL_MAX, "y") is Append.WRITTEN
+        assert write(leases, lease, JOURNAL_MAX + 1, "z") is Append.JOURNAL_FULL
+        assert len(journal(redis_client, "j1")) == JOURNAL_MAX + 1
+        assert leases.finish(lease, JOURNAL_MAX + 1, DONE, node_id="n1")  # there is always room for the end
+
+    def test_what_is_tried_again_word_for_word_is_there_and_announced_once(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        submitted(leases, watcher="w1")
+        lease = claimed(leases, "j1")
+        with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe("web:w1")
+            pubsub.get_message(timeout=1)
+            assert write(leases, lease, 1, "a", "b") is Append.WRITTEN
+            assert write(leases, lease, 1, "a", "b") is Append.WRITTEN  # the answer to the first was lost
+            assert write(leases, lease, 1, "a", "b", "c") is Append.WRITTEN  # and more has come since
+            heard = [message["data"] for _ in range(4) if (message := pubsub.get_message(timeout=0.2))]
+        assert heard == [f"j1 1-{n} {encode(piece)}" for n, piece in enumerate(pieces("a", "b", "c"), 1)]
+        assert [text for _, text in journal(redis_client, "j1")] == [None, "a", "b", "c"]
+
+    def test_writes_of_several_jobs_in_one_trip_keep_their_order_and_their_answers(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        one, two = (claimed(leases, submitted(leases, job)) for job in ("j1", "j2"))
+        leases.abort("j2", LINE, CANCELLED)
+        ghost = Lease(job_id="j1", line=LINE, attempt=7, last_index=0, request={}, stream=False)
+        batches = [(one, 1, pieces("a", "b")), (two, 1, pieces("x")), (ghost, 1, pieces("!")), (one, 3, pieces("c"))]
+        assert leases.append(batches) == [Append.WRITTEN, Append.CANCEL, Append.FENCED, Append.WRITTEN]
+        assert [text for _, text in journal(redis_client, "j1")] == [None, "a", "b", "c"]
+        assert [text for _, text in journal(redis_client, "j2")] == [None, "x"]
+
+    def test_every_watcher_hears_each_entry(self, leases: Leases, redis_client: redis.Redis) -> None:
+        submitted(leases, watcher="w1")
+        lease = claimed(leases, "j1")
+        assert leases.attach("j1", "w2")
+        assert leases.attach("j1", "w2")
+        assert not leases.attach("unknown", "w2")
+        with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe("web:w1", "web:w2")
+            pubsub.get_message(timeout=1), pubsub.get_message(timeout=1)
+            write(leases, lease, 1, "a")
+            heard = [message["channel"] for _ in range(3) if (message := pubsub.get_message(timeout=0.2))]
+        assert sorted(heard) == ["web:w1", "web:w2"]
+
+
+class TestRenew:
+    def test_a_lease_that_ran_out_is_kept_as_long_as_nobody_took_it(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        assert leases.renew([lease]) == [1]
+        assert leases.claim("j1", LINE, owner="r2", node_id="n2") == Refusal(job_id="j1", why="leased")
+        assert write(leases, lease, 1, "x") is Append.WRITTEN
+
+    def test_a_lease_that_was_taken_or_given_back_is_lost(self, leases: Leases, redis_client: redis.Redis) -> None:
+        first = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        second = claimed(leases, "j1", "r2")
+        assert leases.renew([first, second]) == [0, 1]
+        leases.release(second)
+        assert leases.renew([second]) == [0]
+        assert redis_client.zcard(names.leases_key(LINE)) == 0
+
+    def test_a_lease_that_was_put_back_into_its_line_is_lost(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        assert leases.requeue_expired(LINE) == ["j1"]
+        assert leases.renew([lease]) == [0]
+
+    def test_a_renewal_sets_the_expiry_by_the_clock_of_redis(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        leases.renew([lease])
+        seconds, micros = redis_client.time()
+        left = redis_client.zscore(names.leases_key(LINE), "j1") - (seconds * 1000 + micros / 1000)
+        assert 29_000 < left <= 30_001
+
+    def test_nothing_to_renew_asks_nothing(self, leases: Leases) -> None:
+        assert leases.renew([]) == []
+
+
+class TestFinish:
+    def test_a_job_ends_once_and_leaves_its_end_for_control(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        write(leases, lease, 1, "a")
+        with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(names.ENDS_CHANNEL)
+            pubsub.get_message(timeout=1)
+            assert leases.finish(lease, 2, DONE, node_id="n1")
+            assert pubsub.get_message(timeout=1)["data"] == "n1"
+        assert not leases.finish(lease, 2, DONE, node_id="n1")
+        assert not leases.finish(lease, 3, CANCELLED, node_id="n1")
+        assert journal(redis_client, "j1")[-1] == ("1-2", DONE)
+        assert leases.ends() == {"n1": {"j1": f"1 {encode(DONE)}"}}
+        assert redis_client.hget(names.job_key("j1"), "request") is None
+        assert leases.live(["j1"])["j1"].state == "ended"
+        assert not redis_client.exists(names.leases_key(LINE), names.waiting_key(LINE))
+        assert 0 < redis_client.pttl(names.job_key("j1")) <= 60_000
+        assert 0 < redis_client.pttl(names.journal_key("j1")) <= 60_000
+
+    def test_an_owner_whose_job_was_taken_cannot_end_it(self, leases: Leases, redis_client: redis.Redis) -> None:
+        first = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        second = claimed(leases, "j1", "r2", "n2")
+        assert not leases.finish(first, 1, DONE, node_id="n1")
+        assert leases.ends() == {}
+        assert leases.finish(second, 1, DONE, node_id="n2")
+        assert leases.ends().keys() == {"n2"}
+
+    def test_ends_are_forgotten_one_by_one(self, leases: Leases) -> None:
+        for job_id in ("j1", "j2"):
+            leases.finish(claimed(leases, submitted(leases, job_id)), 1, DONE, node_id="n1")
+        leases.forget_ends("n1", ["j1"])
+        leases.forget_ends("n1", [])
+        assert leases.ends()["n1"].keys() == {"j2"}
+
+
+class TestAbort:
+    def test_a_job_that_waits_ends_at_once(self, leases: Leases, redis_client: redis.Redis) -> None:
+        submitted(leases)
+        assert leases.abort("j1", LINE, CANCELLED) == "ended"
+        assert journal(redis_client, "j1") == [("1-1", CANCELLED)]
+        assert leases.ends() == {CONTROL: {"j1": f"1 {encode(CANCELLED)}"}}
+        assert leases.waiting(LINE) == []
+        assert redis_client.hget(names.job_key("j1"), "request") is None
+        assert leases.abort("j1", LINE, CANCELLED) is None
+        assert leases.abort("unknown", LINE, CANCELLED) is None
+
+    def test_the_owner_of_a_job_that_runs_is_asked_by_three_roads(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(names.cancel_channel("n1"))
+            pubsub.get_message(timeout=1)
+            assert leases.abort("j1", LINE, CANCELLED) == "asked"
+            assert pubsub.get_message(timeout=1)["data"] == "j1"
+        assert write(leases, lease, 1, "x") is Append.CANCEL
+        assert leases.renew([lease]) == [2]
+        assert [text for _, text in journal(redis_client, "j1")] == [None, "x"]
+        assert leases.finish(lease, 2, CANCELLED, node_id="n1")
+
+    def test_force_ends_a_job_that_runs_and_fences_its_owner(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        write(leases, lease, 1, "a")
+        assert leases.abort("j1", LINE, CANCELLED, force=True) == "ended"
+        assert write(leases, lease, 2, "b") is Append.FENCED
+        assert not leases.finish(lease, 2, DONE, node_id="n1")
+        assert leases.renew([lease]) == [0]
+        assert journal(redis_client, "j1")[-1] == ("2-2", CANCELLED)
+        assert redis_client.zcard(names.leases_key(LINE)) == 0
+
+    def test_a_job_whose_owner_is_silent_ends_at_once(self, leases: Leases, redis_client: redis.Redis) -> None:
+        claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        assert leases.abort("j1", LINE, CANCELLED) == "ended"
+
+
+class TestGivingBack:
+    def test_a_job_that_is_given_back_waits_again(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        write(leases, lease, 1, "a")
+        assert leases.release(lease)
+        assert not leases.release(lease)
+        assert leases.waiting(LINE) == ["j1"]
+        assert redis_client.zcard(names.leases_key(LINE)) == 0
+        again = claimed(leases, "j1", "r2")
+        assert (again.attempt, again.last_index, again.deaths) == (2, 1, 0)
+        assert again.request == {"ask": "j1"}
+
+    def test_the_deaths_of_owners_are_counted(self, leases: Leases, redis_client: redis.Redis) -> None:
+        leases.release(claimed(leases, submitted(leases)), died=True)
+        assert claimed(leases, "j1").deaths == 1
+        expire(redis_client, "j1")
+        assert leases.requeue_expired(LINE) == ["j1"]
+        assert leases.requeue_expired(LINE) == []
+        assert leases.waiting(LINE) == ["j1"]
+        assert claimed(leases, "j1").deaths == 2
+
+    def test_a_lease_that_lives_is_let_be(self, leases: Leases) -> None:
+        claimed(leases, submitted(leases))
+        assert leases.requeue_expired(LINE) == []
+        assert leases.waiting(LINE) == []
+
+    def test_a_lease_that_is_renewed_between_the_look_and_the_deed_is_let_be(
+        self, leases: Leases, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        look = redis_client.zrangebyscore
+
+        def look_and_renew(*args, **options):
+            found = look(*args, **options)
+            leases.renew([lease])
+            return found
+
+        monkeypatch.setattr(leases._redis, "zrangebyscore", look_and_renew)
+        assert leases.requeue_expired(LINE) == []
+        monkeypatch.undo()
+        assert write(leases, lease, 1, "x") is Append.WRITTEN
+        assert leases.waiting(LINE) == []
+
+    def test_the_lease_of_a_job_that_redis_forgot_is_cleared(self, leases: Leases, redis_client: redis.Redis) -> None:
+        claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        redis_client.delete(names.job_key("j1"))
+        assert leases.requeue_expired(LINE) == []
+        assert redis_client.zcard(names.leases_key(LINE)) == 0
+        assert leases.waiting(LINE) == []
+
+
+JOBS = ("a", "b")
+OWNERS = ("r1", "r2", "r3")
+
+
+class Machine(RuleBasedStateMachine):
+    """Three owners, two jobs, leases that run out at any moment: what each owner believes against what is true."""
+
+    client: redis.Redis
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.client.flushall()
+        self.leases = Leases(self.client, lease=30.0, journal_ttl=60.0, journal_max=10_000)
+        self.held: dict[tuple[str, str], tuple[Lease, int]] = {}  # by owner and job: the lease, the next index
+        self.current: dict[str, str | None] = dict.fromkeys(JOBS)  # the owner whose attempt is the job's
+        self.ended: dict[str, End] = {}
+        self.texts: dict[str, list[str]] = {job: [] for job in JOBS}  # what was accepted, in order
+        self.expired: set[str] = set()
+
+    @initialize()
+    def submit(self) -> None:
+        for job in JOBS:
+            submitted(self.leases, job)
+
+    @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS))
+    def claim(self, job: str, owner: str) -> None:
+        answer = self.leases.claim(job, LINE, owner=owner, node_id=owner)
+        if job in self.ended:
+            assert answer == Refusal(job_id=job, why="ended")
+        elif self.current[job] and job not in self.expired:
+            assert isinstance(answer, Refusal)
+            assert answer.why in ("leased", "cancelled")
+        elif isinstance(answer, Lease):
+            assert answer.last_index == len(self.texts[job])
+            self.held[owner, job] = (answer, answer.last_index + 1)
+            self.current[job] = owner
+            self.expired.discard(job)
+        else:
+            assert answer.why == "cancelled"
+
+    @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS), count=st.integers(1, 3), again=st.booleans())
+    def append(self, job: str, owner: str, count: int, again: bool) -> None:
+        if (owner, job) not in self.held:
+            return
+        lease, index = self.held[owner, job]
+        texts = [f"{lease.attempt}.{index + n}" for n in range(count)]
+        for _ in range(1 + again):
+            answer = write(self.leases, lease, index, *texts)
+            assert (answer in (Append.WRITTEN, Append.CANCEL)) == self.owns(owner, job)
+        if self.owns(owner, job):
+            self.texts[job] += texts
+            self.held[owner, job] = (lease, index + count)
+
+    @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS))
+    def renew(self, job: str, owner: str) -> None:
+        if (owner, job) in self.held:
+            kept = self.leases.renew([self.held[owner, job][0]]) != [0]
+            assert kept == self.owns(owner, job)
+            if kept:
+                self.expired.discard(job)
+
+    @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS), died=st.booleans())
+    def release(self, job: str, owner: str, died: bool) -> None:
+        if (owner, job) in self.held:
+            given = self.leases.release(self.held[owner, job][0], died=died)
+            assert given == self.owns(owner, job)
+            if given:
+                self.current[job] = None
+
+    @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS))
+    def finish(self, job: str, owner: str) -> None:
+        if (owner, job) in self.held:
+            lease, index = self.held[owner, job]
+            done = self.leases.finish(lease, index, DONE, node_id=owner)
+            assert done == self.owns(owner, job)
+            if done:
+                self.end(job, DONE)
+
+    @rule(job=st.sampled_from(JOBS), force=st.booleans())
+    def abort(self, job: str, force: bool) -> None:
+        alive = self.current[job] and job not in self.expired
+        answer = self.leases.abort(job, LINE, CANCELLED, force=force)
+        assert answer == (None if job in self.ended else "asked" if alive and not force else "ended")
+        if answer == "ended":
+            self.end(job, CANCELLED)
+
+    @rule(job=st.sampled_from(JOBS))
+    def time_passes(self, job: str) -> None:
+        if self.client.zadd(names.leases_key(LINE), {job: 1}, xx=True, ch=True):
+            self.expired.add(job)
+
+    @rule()
+    def requeue(self) -> None:
+        taken = {job for job in JOBS if self.current[job] and job in self.expired and job not in self.ended}
+        assert set(self.leases.requeue_expired(LINE)) == taken
+        for job in taken:
+            self.current[job] = None
+            self.expired.discard(job)
+
+    def owns(self, owner: str, job: str) -> bool:
+        return self.current[job] == owner and job not in self.ended
+
+    def end(self, job: str, end: End) -> None:
+        self.ended[job] = end
+        self.current[job] = None
+        self.expired.discard(job)
+
+    @invariant()
+    def journals_are_what_was_accepted(self) -> None:
+        for job in JOBS:
+            rows = journal(self.client, job)
+            places = [tuple(map(int, place.split("-"))) for place, _ in rows]
+            assert places == sorted(set(places))
+            entries = [(place, text) for place, (_, text) in zip(places, rows, strict=True) if text is not None]
+            assert [index for (_, index), _ in entries] == list(range(1, len(entries) + 1))
+            ends = [text for _, text in entries if isinstance(text, End)]
+            assert ends == ([self.ended[job]] if job in self.ended else [])
+            assert [text for _, text in entries if not isinstance(text, End)] == self.texts[job]
+            assert not ends or entries[-1][1] is ends[0]
+
+    @invariant()
+    def a_job_stands_in_one_place(self) -> None:
+        waiting = set(self.leases.waiting(LINE))
+        leased = set(self.client.zrange(names.leases_key(LINE), 0, -1))
+        assert not waiting & leased
+        assert (waiting | leased) == {job for job in JOBS if job not in self.ended and self.client.exists(f"job:{job}")}
+        assert leased == {job for job in JOBS if self.current[job]}
+        assert sorted(job for ends in self.leases.ends().values() for job in ends) == sorted(self.ended)
+
+
+def test_whatever_owners_do_and_whenever_leases_run_out_a_journal_is_whole_and_a_job_ends_once(
+    redis_client: redis.Redis,
+) -> None:
+    from hypothesis.stateful import run_state_machine_as_test
+
+    made = type("MachineOnValkey", (Machine,), {"client": redis_client})
+    quick = settings(
+        max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
+    )
+    run_state_machine_as_test(made, settings=quick)

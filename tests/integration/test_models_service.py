@@ -1,0 +1,157 @@
+"""Models are checked before they are registered; uploaded files are what their names say, or not there."""
+
+import hashlib
+import io
+
+import pytest
+from cluster_data import add_model, model_named
+
+from localai_q.cluster.models import ModelConfig
+from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
+from localai_q.gallery import catalog
+from localai_q.services import models
+from localai_q.services.wiring import Services
+
+CONTENT = b"weights" * 1000
+SHA = hashlib.sha256(CONTENT).hexdigest()
+
+
+def upload(services: Services, content: bytes = CONTENT, sha256: str = SHA, size: int | None = None) -> dict:
+    return models.keep_file(services, sha256, io.BytesIO(content), size)
+
+
+def files(services: Services) -> list[str]:
+    folder = services.settings.home / "files"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def changed(services: Services, **settings: object) -> Services:
+    return Services(services.settings.model_copy(update=settings), services.db, services.redis, services.leases,
+                    services.doorbells)  # fmt: skip
+
+
+class TestRegistry:
+    def test_a_model_is_kept_as_it_was_given(self, services: Services) -> None:
+        add_model(services, "org/Name:tag", slots=2, options=("a:b",))
+        found = model_named(services, "org/Name:tag")
+        assert (found.revision, found.config.slots, found.config.options) == (1, 2, ("a:b",))
+        (shown,) = models.listed(services)
+        assert (shown["name"], shown["slots"], shown["replicas"]) == ("org/Name:tag", 2, [])
+
+    def test_a_name_is_taken_once(self, services: Services) -> None:
+        add_model(services)
+        with pytest.raises(Conflict, match="models remove m"):
+            add_model(services)
+        assert len(models.listed(services)) == 1
+
+    def test_an_unknown_backend_is_named_beside_the_known_ones(self, services: Services) -> None:
+        with pytest.raises(NotFound, match="nonesuch"):
+            add_model(services, backend="nonesuch")
+        assert models.listed(services) == []
+
+    def test_a_backend_with_weights_needs_a_source(self, services: Services) -> None:
+        with pytest.raises(InvalidValue) as raised:
+            add_model(services, backend="xllamacpp")
+        assert raised.value.param == "source"
+
+    def test_a_file_of_the_store_must_have_been_uploaded(self, services: Services) -> None:
+        with pytest.raises(InvalidValue, match="uploaded"):
+            add_model(services, backend="xllamacpp", source=f"store:{SHA}", sha256=SHA)
+        upload(services)
+        assert add_model(services, backend="xllamacpp", source=f"store:{SHA}", sha256=SHA)
+
+    def test_a_file_needs_the_sha_that_makes_it_the_same_on_every_node(self, services: Services) -> None:
+        upload(services)
+        with pytest.raises(InvalidValue, match="SHA-256") as raised:
+            add_model(services, backend="xllamacpp", source=f"store:{SHA}")
+        assert raised.value.param == "sha256"
+
+    @pytest.mark.parametrize("source", ["store:../../etc/passwd", "store:", "store:" + "A" * 64])
+    def test_a_source_cannot_leave_the_store(self, services: Services, source: str) -> None:
+        with pytest.raises(InvalidValue):
+            add_model(services, backend="xllamacpp", source=source)
+
+    def test_an_unknown_model_cannot_be_removed(self, services: Services) -> None:
+        with pytest.raises(ModelNotFound, match="models list"):
+            models.remove(services, "nothing")
+
+    def test_a_file_goes_with_the_last_model_that_names_it(self, services: Services) -> None:
+        upload(services)
+        for name in ("a", "b"):
+            add_model(services, name, backend="xllamacpp", source=f"store:{SHA}", sha256=SHA)
+        models.remove(services, "a")
+        assert files(services) == [SHA]
+        models.remove(services, "b")
+        assert files(services) == []
+
+    def test_a_new_registry_gets_the_default_model_once(self, services: Services) -> None:
+        models.ensure_default(services)
+        models.ensure_default(services)
+        (shown,) = models.listed(services)
+        assert (shown["name"], shown["default"]) == (catalog.default_model().name, True)
+
+    def test_the_default_model_is_left_out_where_that_is_wanted_or_others_are_there(self, services: Services) -> None:
+        models.ensure_default(changed(services, no_model=True))
+        assert models.listed(services) == []
+        add_model(services)
+        models.ensure_default(services)
+        assert [shown["name"] for shown in models.listed(services)] == ["m"]
+
+    def test_what_a_model_config_may_say_is_checked(self) -> None:
+        for bad in ({"slots": 0}, {"context_size": 1}, {"backend": "../x"}, {"sha256": "zz"}, {"unknown": 1}):
+            with pytest.raises(ValueError, match="validation error"):
+                ModelConfig(**bad)
+
+
+class TestFiles:
+    def test_an_uploaded_file_is_read_back_from_any_byte(self, services: Services) -> None:
+        assert upload(services, size=len(CONTENT)) == {"sha256": SHA, "size": len(CONTENT)}
+        for start in (0, 5, len(CONTENT) - 1, len(CONTENT), len(CONTENT) + 9):
+            size, chunks = models.read_file(services, SHA, start)
+            assert size == len(CONTENT)
+            assert b"".join(chunks) == CONTENT[start:]
+
+    def test_a_file_that_is_not_what_its_name_says_leaves_nothing(self, services: Services) -> None:
+        with pytest.raises(InvalidValue, match=SHA):
+            upload(services, sha256="0" * 64)
+        assert files(services) == []
+
+    def test_a_wrong_upload_leaves_the_right_one_in_place(self, services: Services) -> None:
+        upload(services)
+        with pytest.raises(InvalidValue):
+            upload(services, content=b"changed")
+        assert b"".join(models.read_file(services, SHA, 0)[1]) == CONTENT
+
+    def test_an_upload_that_breaks_off_leaves_nothing(self, services: Services) -> None:
+        class Broken(io.BytesIO):
+            def read(self, size: int | None = -1) -> bytes:
+                if self.tell():
+                    raise OSError("the client has gone")
+                return super().read(100)
+
+        with pytest.raises(OSError, match="gone"):
+            models.keep_file(services, SHA, Broken(CONTENT), None)
+        assert files(services) == []
+
+    @pytest.mark.parametrize("told", [True, False])
+    def test_a_file_that_is_too_large_is_refused_told_or_found_out(self, services: Services, told: bool) -> None:
+        small = changed(services, max_upload=100)
+        with pytest.raises(BodyTooLarge, match="LOCALAI_Q_MAX_UPLOAD"):
+            upload(small, size=len(CONTENT) if told else None)
+        assert files(services) == []
+
+    def test_a_disk_without_room_refuses(self, services: Services) -> None:
+        with pytest.raises(Unavailable, match="no room"):
+            upload(changed(services, max_upload=1 << 62), size=1 << 60)
+        assert files(services) == []
+
+    @pytest.mark.parametrize("name", ["x", "../" + "a" * 61, "A" * 64, "a" * 63, "a" * 64 + "\n", ""])
+    def test_a_name_that_is_no_sha_is_refused(self, services: Services, name: str) -> None:
+        with pytest.raises(InvalidValue):
+            upload(services, sha256=name)
+        with pytest.raises(InvalidValue):
+            models.read_file(services, name, 0)
+
+    def test_an_unknown_file_is_not_found(self, services: Services) -> None:
+        with pytest.raises(NotFound):
+            models.read_file(services, "0" * 64, 0)

@@ -1,0 +1,223 @@
+"""How a machine joins, what it is told, and what becomes of it when it falls silent."""
+
+import pytest
+from cluster_data import SECRET, add_model, join, node_named, ready_node
+from sqlalchemy import text
+
+from localai_q import names
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.states import NodeState, ReplicaState
+from localai_q.errors import Conflict, Forbidden, NotFound
+from localai_q.services import nodes
+from localai_q.services.wiring import Services
+from localai_q.store import replicas
+
+
+def place(services: Services, node_name: str, model_id: str) -> Replica:
+    with services.db.transaction() as db:
+        found = replicas.place(db, model_id=model_id, node_id=node_named(services, node_name).id, number=1, revision=1,
+                               slots=4)  # fmt: skip
+    assert found is not None
+    return found
+
+
+def replica(services: Services, replica_id: str) -> Replica | None:
+    with services.db.transaction() as db:
+        return replicas.by_id(db, replica_id)
+
+
+def silent_for(services: Services, name: str, heartbeats: float) -> None:
+    with services.db.transaction() as db:
+        db.execute(
+            text("UPDATE nodes SET last_heartbeat = now() - make_interval(secs => :s) WHERE name = :name"),
+            {"s": heartbeats * services.settings.heartbeat, "name": name},
+        )
+
+
+class TestRegistration:
+    def test_a_machine_waits_for_approval_and_is_told_nothing_before(self, services: Services) -> None:
+        answer = join(services)
+        assert answer.keys() == {"id", "name", "state"}
+        assert answer["state"] == NodeState.PENDING
+        assert join(services)["id"] == answer["id"]
+        assert node_named(services, "n1").hardware == {"cpus": 2}
+
+    def test_an_approved_machine_is_ready_and_told_how_to_reach_redis_by_the_host_that_it_called(
+        self, services: Services
+    ) -> None:
+        join(services)
+        assert nodes.approve(services, "n1")["approved"]
+        answer = join(services, host="10.0.0.5")
+        port = services.settings.redis_url.rpartition(":")[2]
+        assert answer["state"] == NodeState.READY
+        assert answer["redis_url"] == f"redis://:tests@10.0.0.5:{port}"
+        assert answer["lease"] == services.settings.lease
+        assert answer["heartbeat"] == services.settings.heartbeat
+        assert {"journal_ttl", "journal_max"} <= answer.keys()
+        six = join(services, host="fe80::1")
+        assert f"@[fe80::1]:{port}" in six["redis_url"]
+
+    def test_a_redis_that_is_not_on_this_machine_is_named_as_it_is(self, services: Services) -> None:
+        def url(**changes: str) -> str:
+            changed = type(services)(services.settings.model_copy(update=changes), *list(vars(services).values())[1:])
+            return nodes.redis_url_for(changed, "10.0.0.5")
+
+        assert url(redis_url="redis://:p@redis.example/3") == "redis://:p@redis.example/3"
+        assert url(public_redis_url="rediss://public/0") == "rediss://public/0"
+        assert url(redis_url="redis://localhost/0") == "redis://10.0.0.5:6379/0"
+
+    @pytest.mark.parametrize("token", ["", "wrong", "joín-us"])
+    def test_a_wrong_token_is_refused_and_leaves_no_node(self, services: Services, token: str) -> None:
+        with pytest.raises(Forbidden, match="registration token"):
+            join(services, token=token)
+        assert nodes.listed(services) == []
+
+    def test_without_a_token_of_its_own_a_cluster_lets_nobody_in(self, services: Services) -> None:
+        closed = services.settings.model_copy(update={"registration_token": ""})
+        with pytest.raises(Forbidden):
+            join(type(services)(closed, *list(vars(services).values())[1:]), token="")
+
+    def test_a_name_belongs_to_the_secret_that_took_it(self, services: Services) -> None:
+        ready_node(services)
+        with pytest.raises(Conflict, match="LOCALAI_NODE_NAME"):
+            join(services, secret="another")
+        assert node_named(services, "n1").state is NodeState.READY
+
+    def test_auto_approval_makes_a_new_machine_ready(self, services: Services) -> None:
+        open_house = services.settings.model_copy(update={"auto_approve": True})
+        answer = join(type(services)(open_house, *list(vars(services).values())[1:]))
+        assert answer["state"] == NodeState.READY
+
+    def test_a_machine_that_comes_back_has_no_replicas(self, services: Services) -> None:
+        ready_node(services)
+        ready_node(services, "n2")
+        model_id = add_model(services)
+        mine, other = place(services, "n1", model_id), place(services, "n2", model_id)
+        answer = join(services)
+        assert answer["state"] == NodeState.READY
+        assert replica(services, mine.id) is None
+        assert replica(services, other.id) is not None
+
+    def test_approval_is_by_id_or_name_and_survives_a_restart_of_the_node(self, services: Services) -> None:
+        node_id = join(services)["id"]
+        nodes.approve(services, node_id)
+        assert join(services)["state"] == NodeState.READY
+        nodes.deregister(services, node_named(services, "n1"))
+        assert node_named(services, "n1").state is NodeState.OFFLINE
+        assert join(services)["state"] == NodeState.READY
+        with pytest.raises(NotFound, match="nodes list"):
+            nodes.approve(services, "nothing")
+
+
+class TestAuthentication:
+    def test_a_node_is_known_by_its_own_secret_only(self, services: Services) -> None:
+        node, other = ready_node(services), ready_node(services, "n2")
+        assert nodes.authenticate(services, node.id, SECRET).name == "n1"
+        for node_id, secret in ((node.id, "wrong"), (node.id, ""), ("unknown", SECRET), (node.id, node.secret_hash)):
+            with pytest.raises(Forbidden, match="not the secret"):
+                nodes.authenticate(services, node_id, secret)
+        assert other.id != node.id
+
+    def test_a_node_that_waits_for_approval_may_do_nothing(self, services: Services) -> None:
+        node_id = join(services)["id"]
+        with pytest.raises(Forbidden, match="nodes approve n1"):
+            nodes.authenticate(services, node_id, SECRET)
+
+
+class TestReports:
+    def test_a_node_is_told_which_of_its_replicas_should_not_be_there(self, services: Services) -> None:
+        node = ready_node(services)
+        ready_node(services, "n2")
+        model_id = add_model(services)
+        mine, other = place(services, "n1", model_id), place(services, "n2", model_id)
+        answer = nodes.heartbeat(services, node, hardware={}, running=[mine.id, other.id, "stray"])
+        assert answer["stop"] == sorted([other.id, "stray"])
+
+    def test_hardware_is_kept_and_not_forgotten_by_an_empty_report(self, services: Services) -> None:
+        node = ready_node(services)
+        nodes.heartbeat(services, node, hardware={"cpus": 8}, running=[])
+        nodes.heartbeat(services, node, hardware={}, running=[])
+        assert node_named(services, "n1").hardware == {"cpus": 8}
+
+    def test_a_replica_moves_as_its_node_reports_and_only_as_the_table_allows(self, services: Services) -> None:
+        node = ready_node(services)
+        found = place(services, "n1", add_model(services))
+        nodes.report_replica(services, node, found.id, ReplicaState.READY, "")
+        assert replica(services, found.id).state is ReplicaState.PLACED  # it has not been loaded: ignored
+        nodes.report_replica(services, node, found.id, ReplicaState.FAILED, "no memory")
+        failed = replica(services, found.id)
+        assert (failed.state, failed.reason, failed.failures) == (ReplicaState.FAILED, "no memory", 1)
+        nodes.report_replica(services, node, found.id, ReplicaState.GONE, "")
+        assert replica(services, found.id) is None
+
+    def test_a_node_can_neither_report_nor_read_the_replica_of_another(self, services: Services) -> None:
+        ready_node(services)
+        thief = ready_node(services, "n2")
+        found = place(services, "n1", add_model(services))
+        for state in (ReplicaState.GONE, ReplicaState.FAILED):
+            with pytest.raises(NotFound, match="n2"):
+                nodes.report_replica(services, thief, found.id, state, "")
+        with pytest.raises(NotFound):
+            nodes.replica_spec(services, thief, found.id)
+        assert replica(services, found.id) == found
+
+    def test_a_node_is_told_what_it_needs_to_start_a_replica(self, services: Services) -> None:
+        node = ready_node(services)
+        found = place(services, "n1", add_model(services, context_size=512))
+        spec = nodes.replica_spec(services, node, found.id)
+        assert (spec["id"], spec["number"], spec["state"]) == (found.id, 1, ReplicaState.PLACED)
+        assert (spec["model"]["name"], spec["model"]["context_size"]) == ("m", 512)
+
+    def test_a_report_wakes_control(self, services: Services) -> None:
+        node = ready_node(services)
+        found = place(services, "n1", add_model(services))
+        with services.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(names.WAKE_CHANNEL)
+            pubsub.get_message(timeout=1)
+            nodes.report_replica(services, node, found.id, ReplicaState.FAILED, "x")
+            assert pubsub.get_message(timeout=1)["data"] == node.id
+
+
+class TestHealth:
+    def test_a_silent_node_is_unhealthy_and_then_offline_without_replicas(self, services: Services) -> None:
+        ready_node(services)
+        ready_node(services, "n2")
+        found = place(services, "n1", add_model(services))
+        silent_for(services, "n1", nodes.UNHEALTHY_AFTER - 0.5)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.READY
+        silent_for(services, "n1", nodes.UNHEALTHY_AFTER + 0.5)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.UNHEALTHY
+        assert replica(services, found.id) is not None
+        silent_for(services, "n1", nodes.OFFLINE_AFTER + 0.5)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.OFFLINE
+        assert replica(services, found.id) is None
+        assert node_named(services, "n2").state is NodeState.READY
+
+    @pytest.mark.parametrize("silence", [nodes.UNHEALTHY_AFTER + 0.5, nodes.OFFLINE_AFTER + 0.5])
+    def test_a_node_that_reports_again_is_ready_again_and_told_so(self, services: Services, silence: float) -> None:
+        node = ready_node(services)
+        silent_for(services, "n1", silence)
+        nodes.watch_health(services)
+        gone = node_named(services, "n1")
+        assert gone.state is not NodeState.READY
+        answer = nodes.heartbeat(services, gone, hardware={}, running=["kept"])
+        assert answer == {"state": NodeState.READY, "stop": ["kept"]}
+        assert node_named(services, "n1").state is NodeState.READY
+        assert node.id == gone.id
+
+    def test_a_node_that_waits_for_approval_is_never_silent(self, services: Services) -> None:
+        join(services)
+        silent_for(services, "n1", 100)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.PENDING
+
+
+def test_a_list_of_nodes_shows_replicas_and_no_secret(services: Services) -> None:
+    ready_node(services)
+    place(services, "n1", add_model(services))
+    (shown,) = nodes.listed(services)
+    assert "secret_hash" not in shown
+    assert [(each["model"], each["state"]) for each in shown["replicas"]] == [("m", ReplicaState.PLACED)]
