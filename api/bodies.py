@@ -8,7 +8,7 @@ import flask
 from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
-from api.openai.strictjson import load_object
+from api.strictjson import load_object
 from localai_q.errors import InvalidValue, MissingParameter, UnknownParameter
 
 Body = TypeVar("Body", bound=BaseModel)

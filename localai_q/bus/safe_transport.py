@@ -11,7 +11,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import redis
@@ -30,7 +31,18 @@ SHOWN = 200  # characters of a refused item in the log
 
 
 class SafeChannel(kombu_redis.Channel):
-    """Delivers an item only if kombu can make a message of it."""
+    """Delivers an item only if kombu can make a message of it, and keeps the client that it talks to Redis with."""
+
+    _kept: redis.Redis | None = None
+
+    @contextmanager
+    def conn_or_acquire(self, client: redis.Redis | None = None) -> Iterator[redis.Redis]:
+        """As the base's, which builds a client for each command: a tenth of a worker's time."""
+        if client is None:
+            if self._kept is None or self._kept.connection_pool is not self.pool:
+                self._kept = self._create_client()
+            client = self._kept
+        yield client
 
     def _brpop_read(self, **options: Any) -> bool:
         """As the base's, with a check between reading and delivering."""

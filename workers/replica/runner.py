@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from localai_q import names
+from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import Delta, End, Finish, Usage, Vector
 from localai_q.cluster.requests import GenerationRequest
@@ -48,8 +50,9 @@ class Lost(Exception):
 class Runner:
     """Runs jobs on one backend."""
 
-    def __init__(self, claims: Claims, backend: Backend, *, identity: str, line: str) -> None:
+    def __init__(self, claims: Claims, backend: Backend, doorbells: Doorbells, *, identity: str, line: str) -> None:
         self._claims = claims
+        self._doorbells = doorbells
         self._backend = backend
         self._identity = identity
         self._line = line
@@ -150,8 +153,16 @@ class Runner:
             case "journal":
                 raise GenerationFailed("The request's journal is full or gone; see LOCALAI_Q_JOURNAL_MAX.")
             case "drain":
-                held.release()
+                self._give_back(held, died=False)
         raise Lost
+
+    def _give_back(self, held: Held, *, died: bool) -> None:
+        """Put the job back into its line, and ring for whoever serves it besides this replica."""
+        held.release(died=died)
+        try:
+            self._doorbells.ring(names.RUN_GENERATION, held.lease.job_id, queue=self._line)
+        except LocalAIError as error:
+            log.warning("nobody could be told of job %s, control will: %s", held.lease.job_id, error.message)
 
     def _why(self, held: Held, error: grpc.RpcError) -> Exception:
         """What a failed call means for the job."""
@@ -171,7 +182,7 @@ class Runner:
         shown = held.lease.stream and held.index > held.lease.last_index + 1
         if shown or held.lease.deaths + 1 >= DEATHS:
             return GenerationFailed(f"The backend died: {self._backend.death}")
-        held.release(died=True)
+        self._give_back(held, died=True)
         return Lost()
 
 

@@ -12,6 +12,7 @@ from celery import signals
 
 from localai_q import names
 from localai_q.bus.connection import client
+from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Leases
 from localai_q.celery import app
 from localai_q.config import settings
@@ -60,7 +61,8 @@ def make_runner(spec: ChildSpec, replica: ReplicaSpec, backend: Backend) -> Runn
     redis = client(spec.redis_url)
     leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
     claims = Claims(redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease)
-    return Runner(claims, backend, identity=replica.model.name, line=names.model_queue(replica.model.id))
+    line = names.model_queue(replica.model.id)
+    return Runner(claims, backend, Doorbells(app), identity=replica.model.name, line=line)
 
 
 def drain(runner: Runner, patience: float) -> None:

@@ -1,6 +1,6 @@
 """From bytes to a JSON object that every later step can carry: finite, not too deep, and storable as text.
 
-It owns what counts as JSON here. What the object must hold is the affair of `api.openai.schemas`.
+It owns what counts as JSON here. What the object must hold is the affair of `api.openai.schemas` and `api.bodies`.
 """
 
 from __future__ import annotations

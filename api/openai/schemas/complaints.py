@@ -1,7 +1,7 @@
 """How a mistake in a body is worded: from what pydantic reports to one error in OpenAI's style, naming the field.
 
-It owns the words and the `param`. Which values are mistakes is said by `api.openai.schemas`, which raises the errors
-made here inside its validators.
+It owns the words and the `param`. Which values are mistakes is said by the modules beside it, whose validators raise
+the errors made here.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from api.openai.strictjson import name_of_type, path_of
+from api.strictjson import name_of_type, path_of
 from localai_q.errors import (
     InvalidRequest,
     InvalidType,
@@ -54,6 +54,13 @@ def wrong_type(expected: str, given: Any, *, at: str | int | None = None) -> Pyd
 def wrong_value(message: str, *, at: str | int | None = None) -> PydanticCustomError:
     """A value is out of range or contradicts another."""
     return _custom("wrong_value", message, at)
+
+
+def not_among(values: tuple[str, ...], given: Any, *, at: str | int | None = None) -> PydanticCustomError:
+    """A value is none of those that are served."""
+    quoted = [f"'{value}'" for value in values]
+    listed = quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
+    return wrong_value(f"Invalid value: {str(given)[:100]!r}. Supported values are: {listed}.", at=at)
 
 
 def unsupported(message: str, *, at: str | int | None = None) -> PydanticCustomError:
