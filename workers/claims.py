@@ -15,6 +15,7 @@ from typing import Any
 import redis
 
 from localai_q import names
+from localai_q.bus import journal
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
 from localai_q.cluster.events import Delta, End, Event
 from localai_q.cluster.states import JobState
@@ -114,21 +115,26 @@ class Claims:
                 with self._io:
                     self._write([held])
                     done = self._leases.finish(held.lease, held.index, end, node_id=self._node_id)
-                self._drop(held)
+                self.drop(held)
                 return done
             except (redis.RedisError, OSError) as error:
                 log.warning("the end of job %s cannot be written yet: %s", held.lease.job_id, error)
                 time.sleep(RETRY)
-        self._drop(held)
+        self.drop(held)
         return False
+
+    def emitted(self, held: Held) -> list[Event]:
+        """What earlier attempts at the job have emitted."""
+        return [entry.event for entry in journal.read(self._redis, held.lease.job_id)]
 
     def release(self, held: Held, *, died: bool) -> None:
         try:
             with self._io:
+                self._take(held)  # what was not written was not shown; the next owner goes on from the journal
                 self._leases.release(held.lease, died=died)
         except (redis.RedisError, OSError) as error:
             log.warning("job %s cannot be given back, its lease will run out: %s", held.lease.job_id, error)
-        self._drop(held)
+        self.drop(held)
 
     def cancel_all(self, why: str) -> None:
         """Stop all work, e.g. because the process must end."""
@@ -139,7 +145,8 @@ class Claims:
         with self._lock:
             return list(self._held.values())
 
-    def _drop(self, held: Held) -> None:
+    def drop(self, held: Held) -> None:
+        """Let go of a job that is not ours any more."""
         with self._lock:
             self._held.pop(held.lease.job_id, None)
 

@@ -180,8 +180,17 @@ class Leases:
         seconds, micros = self._redis.time()
         now = int(seconds) * 1000 + int(micros) // 1000
         expired = self._redis.zrangebyscore(names.leases_key(line), "-inf", now, start=0, num=1000)
-        keys = [names.waiting_key(line), names.leases_key(line)]
-        return [job for job in expired if self._run["requeue"](keys=[names.job_key(job), *keys], args=[job])]
+        return [job_id for job_id in expired if self._requeue(job_id, line)]
+
+    def requeue_of(self, owner: str, line: str) -> list[str]:
+        """Put the jobs that this owner, who is known to be dead, held back into their line, and return their ids."""
+        held = self._redis.zrange(names.leases_key(line), 0, -1)
+        owners = {job_id: self._redis.hget(names.job_key(job_id), "owner") for job_id in held}
+        return [job_id for job_id in held if owners[job_id] == owner and self._requeue(job_id, line, owner)]
+
+    def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> bool:
+        keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]
+        return bool(self._run["requeue"](keys=keys, args=[job_id, dead_owner]))
 
     def attach(self, job_id: str, watcher: str) -> bool:
         """Have the job's events announced to this web process too. False if the job is not known."""

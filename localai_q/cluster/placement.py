@@ -6,7 +6,8 @@ The decision, in order:
 2. A failed replica is tried again once its back-off is over.
 3. A model that is to be everywhere gets a replica on each ready node that has none.
 4. A model that somebody waits for and that nothing serves gets one replica, on the ready node with the fewest.
-5. A model that somebody waits for, that nothing serves and whose replicas failed is given up for those who wait.
+5. A model that somebody waits for, that nothing serves and whose replicas failed again and again is given up for those
+   who wait. A first failure is only tried again: those in line did nothing to deserve an error.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
 
 BACKOFF_FIRST = 1.0  # seconds
 BACKOFF_MOST = 300.0
+GIVE_UP = 2  # failures in a row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,11 @@ Action = Place | Retry | Stop | GiveUp
 def backoff(failures: int) -> float:
     """Seconds to wait after so many failures in a row."""
     return min(BACKOFF_FIRST * 2.0 ** max(failures - 1, 0), BACKOFF_MOST)
+
+
+def hopeless(replica: Replica) -> bool:
+    """Whether a replica has failed so often that nobody should wait for its next try."""
+    return replica.state is ReplicaState.FAILED and replica.failures >= GIVE_UP
 
 
 def cooling(replica: Replica, now: float) -> bool:
@@ -111,6 +118,6 @@ def _of_model(
     for node in chosen:
         load[node.id] += 1
         actions.append(Place(model_id=model.id, node_id=node.id, reason=reason))
-    if waiting and not alive and not actions and failed:
+    if waiting and not alive and not actions and any(map(hopeless, failed)):
         actions.append(GiveUp(model_id=model.id, reason=failed[-1].reason))
     return actions

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from localai_q import names
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.placement import cooling
+from localai_q.cluster.placement import cooling, hopeless
 from localai_q.cluster.states import COMING_UP, ReplicaState
 from localai_q.errors import ModelUnavailable, UnsupportedByModel
 
@@ -50,7 +50,7 @@ def route(model: Model, replicas: Sequence[Replica], kind: str, now: float) -> R
         return Route(queue=queue, needs_load=False, reason=f"{ready} replicas ready")
     if any(replica.state in COMING_UP for replica in own):
         return Route(queue=queue, needs_load=False, reason="a replica is coming up")
-    failed = [replica for replica in own if cooling(replica, now)]
+    failed = [replica for replica in own if hopeless(replica) and cooling(replica, now)]
     if failed:
         raise ModelUnavailable(f"The model '{model.name}' could not be loaded: {failed[-1].reason}")
     return Route(queue=queue, needs_load=True, reason="nothing is loaded")

@@ -92,37 +92,41 @@ def abort(
 
 
 def apply_ends(services: Services) -> int:
-    """Write the ends that owners have left in Redis into Postgres, each once."""
-    applied = 0
+    """Write the ends that owners have left in Redis into Postgres, each once. How many were written."""
+    kinds: list[str] = []
     for owner, ends in services.leases.ends().items():
-        if not ends:
-            continue
-        applied += _apply(services, owner, ends)
-        services.leases.forget_ends(owner, list(ends))
-    return applied
+        if ends:
+            kinds += _apply(services, owner, ends)
+            services.leases.forget_ends(owner, list(ends))
+    if not set(kinds).isdisjoint(NODE_JOBS):
+        services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage
+    return len(kinds)
 
 
-def _apply(services: Services, owner: str, ends: Mapping[str, str]) -> int:
+def _apply(services: Services, owner: str, ends: Mapping[str, str]) -> list[str]:
     """Write these ends in one transaction; if one cannot be written, each in its own, so that it holds up no other."""
     try:
         with services.db.transaction() as db:
-            return sum(_apply_end(db, owner, job_id, record) for job_id, record in ends.items())
+            kinds = [_apply_end(db, owner, job_id, record) for job_id, record in ends.items()]
     except Unavailable:
         raise
     except Exception:
         if len(ends) > 1:
-            return sum(_apply(services, owner, {job_id: record}) for job_id, record in ends.items())
+            return [kind for job_id, record in ends.items() for kind in _apply(services, owner, {job_id: record})]
         log.exception("an end by %s cannot be written down", owner)
-    unreadable = End(state=JobState.FAILED, error=to_record(GenerationFailed("The end of this job cannot be read.")))
-    with services.db.transaction() as db:
-        return sum(jobs.end(db, job_id, unreadable, attempt=0) for job_id in ends)
+        unreadable = End(
+            state=JobState.FAILED, error=to_record(GenerationFailed("The end of this job cannot be read."))
+        )
+        with services.db.transaction() as db:
+            kinds = [jobs.end(db, job_id, unreadable, attempt=0) for job_id in ends]
+    return [kind for kind in kinds if kind]
 
 
-def _apply_end(db: Any, owner: str, job_id: str, record: str) -> bool:
+def _apply_end(db: Any, owner: str, job_id: str, record: str) -> str | None:
     attempt, _, text = record.partition(" ")
     event = decode(text)
     if not isinstance(event, End):
-        raise TypeError(f"this is no end: {text[:200]}")
+        raise ValueError(f"the end of job {job_id} is no end: {text[:100]!r}")
     return jobs.end(db, job_id, event, attempt=int(attempt), node_id=None if owner == CONTROL else owner)
 
 
@@ -135,13 +139,18 @@ def recover(services: Services) -> None:
         abort(services, job, DeadlineExceeded(), force=True)
     current = [job for job in open_jobs if job not in late]
     for line in sorted({job.line for job in open_jobs}):
-        _requeue(services, line)
+        _ring_for(services, services.leases.requeue_expired(line), line)
         _ring_again(services, line)
     _rebuild(services, current)
 
 
-def _requeue(services: Services, line: str) -> None:
-    for job_id in services.leases.requeue_expired(line):
+def bereave(services: Services, owner: str, line: str) -> None:
+    """An owner is known to be dead: what it held goes back into its line at once, without waiting for the leases."""
+    _ring_for(services, services.leases.requeue_of(owner, line), line)
+
+
+def _ring_for(services: Services, job_ids: Sequence[str], line: str) -> None:
+    for job_id in job_ids:
         log.warning("the owner of job %s has died; it goes back into its line", job_id, extra={"action": "requeue"})
         services.doorbells.ring(_task_of(line), job_id, queue=line)
 

@@ -13,6 +13,7 @@ from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound
+from localai_q.services import jobs
 from localai_q.services.wiring import Services
 from localai_q.store import models, nodes, replicas
 from localai_q.store.keys import digest
@@ -50,12 +51,12 @@ def register(
         node = _existing(db, node.id)
         if node.approved:
             # A node registers when its process starts: nothing of an earlier process is left.
-            for replica in replicas.every(db, node_id=node.id):
-                replicas.forget(db, replica.id)
+            gone = _forget_replicas(db, node.id)
             nodes.move(db, node.id, NodeState.READY)
             node = _existing(db, node.id)
     answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
     if node.approved:
+        _bereave(services, gone)
         services.redis.publish(names.WAKE_CHANNEL, node.id)
         answer |= {"redis_url": redis_url_for(services, host), **_shared_settings(services)}
     return answer
@@ -114,6 +115,8 @@ def report_replica(services: Services, node: Node, replica_id: str, state: Repli
             replicas.forget(db, replica_id)
         elif not replicas.move(db, replica_id, state, reason=reason):
             log.info("replica %s reported %s while %s; ignored", replica_id, state, replica.state)
+    if state in (ReplicaState.GONE, ReplicaState.FAILED):
+        _bereave(services, [replica])
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
@@ -135,8 +138,8 @@ def deregister(services: Services, node: Node) -> None:
     """A node leaves: its replicas have ended."""
     with services.db.transaction() as db:
         nodes.move(db, node.id, NodeState.OFFLINE)
-        for replica in replicas.every(db, node_id=node.id):
-            replicas.forget(db, replica.id)
+        gone = _forget_replicas(db, node.id)
+    _bereave(services, gone)
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
@@ -173,8 +176,20 @@ def watch_health(services: Services) -> None:
         for node in nodes.silent(db, OFFLINE_AFTER * interval):
             if nodes.move(db, node.id, NodeState.OFFLINE):
                 log.warning("node %s is offline", node.name)
-                for replica in replicas.every(db, node_id=node.id):
-                    replicas.forget(db, replica.id)
+                _forget_replicas(db, node.id)
+
+
+def _forget_replicas(db: Any, node_id: str) -> list[Replica]:
+    found = replicas.every(db, node_id=node_id)
+    for replica in found:
+        replicas.forget(db, replica.id)
+    return found
+
+
+def _bereave(services: Services, gone: list[Replica]) -> None:
+    """The processes of these replicas have ended: what they held may be done by others at once."""
+    for replica in gone:
+        jobs.bereave(services, replica.id, names.model_queue(replica.model_id))
 
 
 def _shared_settings(services: Services) -> dict[str, Any]:

@@ -63,8 +63,8 @@ def find_open(db: Connection, *, kind: str, line: str, request: dict[str, Any]) 
     return found
 
 
-def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> bool:
-    """Write a job's end, once: False if it has one already. The request is erased."""
+def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> str | None:
+    """Write a job's end, once, and return its kind; None if it has an end already. The request is erased."""
     target = JobState(end.state)
     values: dict[str, Any] = {
         "state": target,
@@ -81,8 +81,9 @@ def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | N
     if node_id:
         values["node_id"] = node_id
     allowed = sources(JOB_MOVES, target)
-    statement = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(allowed)).values(values)
-    return db.execute(statement).rowcount == 1
+    statement = update(jobs).where(jobs.c.id == job_id, jobs.c.state.in_(allowed)).values(values).returning(jobs.c.kind)
+    kind: str | None = db.execute(statement).scalar_one_or_none()
+    return kind
 
 
 def counts(db: Connection) -> dict[tuple[str, str], int]:

@@ -521,3 +521,15 @@ def test_whatever_owners_do_and_whenever_leases_run_out_a_journal_is_whole_and_a
         max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     run_state_machine_as_test(made, settings=quick)
+
+
+def test_what_a_dead_owner_held_goes_back_at_once_and_what_others_hold_does_not(leases: Leases) -> None:
+    for job_id, owner in (("a", "dead"), ("b", "alive")):
+        leases.submit(Submission(job_id=job_id, line=LINE, request={}), longest_line=9)
+        assert isinstance(leases.claim(job_id, LINE, owner=owner, node_id="n"), Lease)
+    assert leases.requeue_of("dead", LINE) == ["a"]
+    assert leases.waiting(LINE) == ["a"]
+    again = leases.claim("a", LINE, owner="next", node_id="n")
+    assert isinstance(again, Lease)
+    assert (again.attempt, again.deaths) == (2, 1)
+    assert leases.live(["b"])["b"].state == "leased"

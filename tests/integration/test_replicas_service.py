@@ -132,6 +132,12 @@ def test_a_failed_stage_is_told_to_those_who_wait_and_refused_to_those_who_come(
     assert (failed.state, failed.failures) == (ReplicaState.FAILED, 1)
     assert failed.reason == "installing: no network to PyPI"
     replicas.reconcile(services)
+    assert services.leases.live([waiting])[waiting].state == "waiting"  # a first failure is only tried again
+    older(services, 2.0)
+    replicas.reconcile(services)
+    stage(services, node, failed="no network to PyPI")
+    replicas.reconcile(services)
+    replicas.reconcile(services)
     error = error_of(services, waiting)
     assert error["error"] == "ModelUnavailable"
     assert "no network to PyPI" in error["message"]

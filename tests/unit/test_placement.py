@@ -66,7 +66,7 @@ DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if s
         ("back-off over, wanted", [model()], [N1], [replica(S.FAILED, age=2)], 1, [("retry", "m-n1")]),
         ("back-off over, everywhere", [model(spread=True)], [N1], [replica(S.FAILED, age=2)], 0, [("retry", "m-n1")]),
         ("back-off over, nobody waits", [model()], [N1], [replica(S.FAILED, age=2)], 0, []),
-        ("its node is away", [model()], [replace(N1, state=NodeState.OFFLINE)], [replica(S.FAILED, age=2)], 1,
+        ("its node is away", [model()], [replace(N1, state=NodeState.OFFLINE)], [replica(S.FAILED, age=2, failures=2)], 1,
          [("give up", "m")]),
         ("after many failures", [model()], [N1], [replica(S.FAILED, age=30, failures=6)], 1, [("give up", "m")]),
         # 3. everywhere
@@ -87,9 +87,10 @@ DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if s
         ("another node while one cools", [model()], [N1, N2], [replica(S.FAILED)], 1, [("place", "m", "n2")]),
         ("a retry before a new place", [model()], [N1, N2], [replica(S.FAILED, age=2)], 1, [("retry", "m-n1")]),
         # 5. given up
-        ("all cool down", [model()], [N1], [replica(S.FAILED)], 1, [("give up", "m")]),
+        ("all cool down", [model()], [N1], [replica(S.FAILED, failures=2)], 1, [("give up", "m")]),
+        ("a first failure", [model()], [N1], [replica(S.FAILED)], 1, []),
         ("all cool down, nobody waits", [model()], [N1], [replica(S.FAILED)], 0, []),
-        ("everywhere, all cool down", [model(spread=True)], [N1], [replica(S.FAILED)], 1, [("give up", "m")]),
+        ("everywhere, all cool down", [model(spread=True)], [N1], [replica(S.FAILED, failures=2)], 1, [("give up", "m")]),
         ("one serves, another cools", [model(spread=True)], [N1, N2], [replica(S.READY), replica(S.FAILED, "n2")], 1,
          []),
     ],
@@ -105,7 +106,7 @@ def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
 
 
 def test_giving_up_tells_why_the_last_one_failed() -> None:
-    (action,) = plan([model()], [N1], [replica(S.FAILED)], {"m": 1}, NOW)
+    (action,) = plan([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}, NOW)
     assert action.reason == "no memory"
 
 

@@ -15,9 +15,9 @@ def model(**config) -> Model:
     return Model(id="m1", name="Chatty", revision=1, config=ModelConfig(backend="echo", **config))
 
 
-def replica(state: ReplicaState, *, of: str = "m1", age: float = 0.0, reason: str = "") -> Replica:
+def replica(state: ReplicaState, *, of: str = "m1", age: float = 0.0, reason: str = "", failures: int = 2) -> Replica:
     return Replica(id=f"{of}{state}", model_id=of, node_id="n", number=1, revision=1, state=state, slots=1,
-                   failures=int(state is ReplicaState.FAILED), changed=NOW - age, reason=reason)  # fmt: skip
+                   failures=failures, changed=NOW - age, reason=reason)  # fmt: skip
 
 
 def test_a_request_always_joins_the_line_of_its_model() -> None:
@@ -45,9 +45,14 @@ def test_replicas_of_other_models_do_not_count() -> None:
     assert route(model(), [replica(ReplicaState.READY, of="m2")], "chat", NOW).needs_load
 
 
-def test_a_model_that_has_just_failed_is_refused_with_the_reason() -> None:
+def test_a_model_that_has_failed_twice_in_a_row_is_refused_with_the_reason() -> None:
+    failed = replica(ReplicaState.FAILED, reason="no room on the card", failures=2)
     with pytest.raises(ModelUnavailable, match=r"Chatty.*no room on the card"):
-        route(model(), [replica(ReplicaState.FAILED, reason="no room on the card")], "chat", NOW)
+        route(model(), [failed], "chat", NOW)
+
+
+def test_a_model_that_has_failed_once_is_waited_for() -> None:
+    assert route(model(), [replica(ReplicaState.FAILED, failures=1)], "chat", NOW).queue == "model.m1"
 
 
 def test_a_model_whose_back_off_is_over_is_tried_again() -> None:

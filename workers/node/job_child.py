@@ -21,7 +21,7 @@ from localai_q.gallery import catalog
 from workers.child import ChildSpec
 from workers.node.api import NodeApi
 from workers.node.fetcher import fetch
-from workers.node.installer import install_backend
+from workers.node.installer import install_backend, installed_path
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +56,26 @@ def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
 KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
     "install_backend": install,
     "fetch_model": fetch_model,
+}
+
+
+def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of `install`, if there is nothing left to do."""
+    entry = catalog.backend(str(request["backend"]))
+    if not installed_path(entry, spec.backends).is_dir():
+        return None
+    return {"backend": entry.name, "version": entry.version}
+
+
+def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of `fetch_model`, if there is nothing left to do."""
+    path = spec.models / "blobs" / str(request.get("sha256"))
+    return {"sha256": path.name, "size": path.stat().st_size} if path.is_file() else None
+
+
+PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {
+    "install_backend": installed,
+    "fetch_model": fetched,
 }
 
 

@@ -24,7 +24,7 @@ from localai_q.errors import Cancelled, GenerationFailed, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
 from workers.child import ChildSpec, read_spec, read_statuses
 from workers.claims import Claims, Held
-from workers.node.job_child import JobOrder
+from workers.node.job_child import PRESENT, JobOrder
 
 log = logging.getLogger(__name__)
 
@@ -53,13 +53,19 @@ class Jobs:
             held.finish(_failed(f"{held.lease.deaths} tries at this job died"))
             return
         try:
-            end = self._in_child(held)
+            end = self._present(held.lease.request) or self._in_child(held)
         except OSError as error:
             end = _failed(f"the node cannot start it: {error}")
         if held.cancelled.is_set() and held.why != "cancelled":
             held.release()
         else:
             held.finish(end)
+
+    def _present(self, request: dict[str, Any]) -> End | None:
+        """The end of a job whose result lies on this node already."""
+        check = PRESENT.get(str(request.get("kind")))
+        result = check(self._spec, request) if check else None
+        return End(state=JobState.DONE, result=result) if result else None
 
     def _in_child(self, held: Held) -> End:
         job_id = held.lease.job_id

@@ -15,6 +15,7 @@ from localai_q import names
 from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import Delta, End, Finish, Usage, Vector
+from localai_q.cluster.recovery import Said, continued, exhausted, said_so_far
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import (
@@ -72,7 +73,7 @@ class Runner:
             usage, timings = self._do(held)
             held.finish(End(state=JobState.DONE, usage=usage, timings={**timings, "total": time.time() - started}))
         except Lost:
-            return
+            self._claims.drop(held)
         except LocalAIError as error:
             state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
             held.finish(End(state=state, error=to_record(error), timings={"total": time.time() - started}))
@@ -93,19 +94,34 @@ class Runner:
             raise GenerationFailed(
                 f"{lease.deaths} replicas died while they worked on this request; it is not tried again."
             )
-        if lease.stream and lease.last_index:
-            raise GenerationFailed("The replica that produced this stream died, after it had sent a part of it.")
         request = GenerationRequest.from_json(lease.request)
         if request.kind == "embedding":
             return self._embed(held, request)
+        shown = said_so_far(self._claims.emitted(held)) if lease.stream and lease.last_index else {}
         usage, timings = Usage(), {"prompt": 0.0, "generation": 0.0}
+        counted: set[int] = set()  # prompts; that of several choices is counted once, as OpenAI does
         for choice, body in enumerate(request.bodies()):
-            used, times = self._generate(held, request.kind, choice, body)
-            if choice % request.n:  # the prompt of several choices is counted once, as OpenAI does
-                used = replace(used, prompt=0, cached=0)
-            usage += used
+            used, times = self._choose(held, request.kind, choice, body, shown.get(choice, Said()))
+            prompt = choice // request.n
+            usage += replace(used, prompt=0, cached=0) if prompt in counted else used
+            if used.prompt:
+                counted.add(prompt)
             timings = {name: timings[name] + times[name] for name in timings}
         return usage, timings
+
+    def _choose(
+        self, held: Held, kind: str, choice: int, body: dict[str, Any], said: Said
+    ) -> tuple[Usage, dict[str, float]]:
+        """One choice; what an earlier attempt has shown of it is neither lost nor said again."""
+        if said == Said():
+            return self._generate(held, kind, choice, body)
+        before = Usage(completion=said.tokens)
+        if said.finished or exhausted(body, said):
+            if not said.finished:
+                held.emit(Finish(choice=choice, reason="length"))
+            return before, _times(None)
+        used, times = self._generate(held, kind, choice, continued(kind, body, said))
+        return replace(used, prompt=max(used.prompt - said.tokens, 0)) + before, times
 
     def _generate(self, held: Held, kind: str, choice: int, body: dict[str, Any]) -> tuple[Usage, dict[str, float]]:
         options = predict_options(self._identity, kind, body, held.lease.job_id)
@@ -178,9 +194,8 @@ class Runner:
         return GenerationFailed(f"The backend failed: {words or code.name}")
 
     def _of_death(self, held: Held) -> Exception:
-        """Another replica may try, unless the client has seen text already or this is the second death."""
-        shown = held.lease.stream and held.index > held.lease.last_index + 1
-        if shown or held.lease.deaths + 1 >= DEATHS:
+        """Another replica goes on, unless this is the second that dies of the job."""
+        if held.lease.deaths + 1 >= DEATHS:
             return GenerationFailed(f"The backend died: {self._backend.death}")
         self._give_back(held, died=True)
         return Lost()
