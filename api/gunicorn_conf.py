@@ -31,6 +31,7 @@ control_socket_disable = True
 
 def on_starting(server: Any) -> None:
     """Once, in the master, before there are workers."""
+    import api.app  # noqa: F401  (the workers are forked: what is imported here they need not import)
     from localai_q.services import keys, models
     from localai_q.services.wiring import connect
     from localai_q.store import migrate

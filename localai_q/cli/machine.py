@@ -146,15 +146,15 @@ class Machine:
         self._go_on()
 
     def _start_processes(self) -> None:
-        """Start all but the nodes, and the nodes when they have something to register with."""
+        """Start everything; the nodes wait for the API by themselves."""
         for name, argv in self.commands.items():
             if name != "node":
                 self._add(name, argv, self._environment(), RANKS.get(name, OTHER_RANK))
-        self.client = watch.Client(self.settings.base_url, self.key_file)
-        watch.wait_for_web(self.client, self.logs / "web.log", self.stopping)
         for number, name in enumerate(self._nodes(), start=1):
             process = "node" if number == 1 else f"node-{number}"
             self._add(process, self.commands["node"], self._node_environment(name), RANKS["node"])
+        self.client = watch.Client(self.settings.base_url, self.key_file)
+        watch.wait_for_web(self.client, self.logs / "web.log", self.stopping)
 
     def _add(self, name: str, argv: list[str], env: dict[str, str], rank: int) -> None:
         folder = self.options.procfile.parent

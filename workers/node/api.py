@@ -22,8 +22,9 @@ from localai_q.errors import LocalAIError, NotFound, StartupError, Unavailable
 log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
-POLL = 2.0  # seconds between two questions while the node waits for approval, or for the API to come up
+POLL = 1.0  # seconds between two questions while the node waits for approval, or for the API to come up
 REMIND = 30.0  # seconds between two lines that say what is waited for
+PATIENCE = 5.0  # seconds before the first such line about an API that does not answer: it may be starting, too
 
 
 class Identity:
@@ -100,14 +101,15 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
     if urlsplit(url).scheme not in ("http", "https"):
         raise StartupError(f"LOCALAI_REGISTER_TO={url!r} is no URL: it needs the form http://HOST:8080")
     body = {"name": name, "token": token, "secret_hash": identity.hash, "version": __version__, "hardware": hardware}
-    said = 0.0
+    say_at, pending = time.monotonic() + PATIENCE, False
     while True:
         answer, waiting_for = _ask(url, name, body)
         if answer and "redis_url" in answer:
             return answer
-        if time.monotonic() - said > REMIND:
+        if (answer and not pending) or time.monotonic() > say_at:
             log.warning("%s", waiting_for)
-            said = time.monotonic()
+            say_at = time.monotonic() + REMIND
+        pending = bool(answer)
         time.sleep(POLL if answer else POLL / 4)
 
 

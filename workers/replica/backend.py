@@ -41,7 +41,13 @@ class Backend:
         self.death = ""  # why it died, once `dead` is set
         self.dead = threading.Event()
         self._process = self._start()
-        options = [("grpc.max_receive_message_length", MESSAGE), ("grpc.max_send_message_length", MESSAGE)]
+        options = [
+            ("grpc.max_receive_message_length", MESSAGE),
+            ("grpc.max_send_message_length", MESSAGE),
+            ("grpc.initial_reconnect_backoff_ms", 50),  # its socket appears within a second, not after gRPC's one
+            ("grpc.min_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 500),
+        ]
         self._channel = grpc.insecure_channel(f"unix:{spec.socket}", options=options)
         self._stub = backend_pb2_grpc.BackendStub(self._channel)
 
@@ -79,6 +85,8 @@ class Backend:
     def _start(self) -> subprocess.Popen[bytes]:
         self._spec.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._spec.socket.unlink(missing_ok=True)
+        if self._spec.log.exists():  # of the process before this one, whose last words are not this one's
+            self._spec.log.replace(self._spec.log.with_suffix(".1.log"))
         folder = self._spec.backend_folder
         program = folder / "run.sh"
         command = [str(program)] if program.exists() else [str(folder / "venv" / "bin" / "python"), "server.py"]
