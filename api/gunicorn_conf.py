@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from localai_q.config import exit_on_startup_error, settings
+from localai_q.config import exit_on_startup_error, settings, share_metrics
 from localai_q.errors import StartupError
 
 try:
     _settings = settings()
     _settings.require_stores()
+    if _settings.web_workers > 1:
+        share_metrics(_settings.home)
 except StartupError as _error:
     raise exit_on_startup_error(_error) from _error
 
@@ -45,3 +47,11 @@ def on_starting(server: Any) -> None:
         engine(_settings.database_url).dispose()  # a connection must not cross a fork
     except StartupError as error:
         raise exit_on_startup_error(error) from error
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """In the master, for each worker that has ended."""
+    if workers > 1:
+        from prometheus_client.multiprocess import mark_process_dead
+
+        mark_process_dead(worker.pid)

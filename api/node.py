@@ -62,7 +62,7 @@ def deregister(node_id: str) -> dict[str, Any]:
 @routes.get("/files/<sha256>")
 def file(node_id: str, sha256: str) -> Response:
     """An uploaded file, from the byte that `Range: bytes=N-` names."""
-    asked = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+    asked = re.fullmatch(r"bytes=([0-9]{1,18})-", request.headers.get("Range", ""))
     start = int(asked[1]) if asked else 0
     size, chunks = models.read_file(web().services, sha256, start)
     headers = {"Content-Length": str(max(size - start, 0))}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from urllib.parse import urlsplit
 
 from flask import Blueprint, request
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.bodies import parse
 from api.web import web
 from localai_q import __version__
+from localai_q.errors import InvalidValue
 from localai_q.services import nodes, status
 
 routes = Blueprint("public", __name__)
@@ -45,5 +47,12 @@ def readyz() -> tuple[dict[str, Any], int]:
 def register() -> tuple[dict[str, Any], int]:
     """A machine asks to join (LocalAI's `/api/node/register`)."""
     body = parse(Registration, request.get_data())
-    host = (request.host or "").rpartition(":")[0] or request.host
-    return nodes.register(web().services, **body.model_dump(), host=host.strip("[]")), 201
+    return nodes.register(web().services, **body.model_dump(), host=_host(request.headers.get("Host", ""))), 201
+
+
+def _host(header: str) -> str:
+    """The host that was called, without port and brackets."""
+    try:
+        return urlsplit(f"//{header}").hostname or ""
+    except ValueError as error:
+        raise InvalidValue("The header 'Host' names no host.", param="Host") from error

@@ -15,7 +15,11 @@ HEADERS = {
 
 
 def sse(data: str, event_id: str | None = None) -> bytes:
-    """One event: its data, and the id by which a client resumes after it. Data of several lines stays one event."""
+    """One event. Data of several lines stays one event.
+
+    Args:
+        event_id: tells of what the event was made: `JOB:ATTEMPT-INDEX` of the journal entry.
+    """
     if "\n" in data or "\r" in data:
         data = _LINE_END.sub("\ndata: ", data)
     if event_id is None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import secrets
+import shutil
 import socket
 import sys
 from functools import cache
@@ -78,7 +80,7 @@ class Settings(BaseSettings):
     @classmethod
     def _has_port(cls, value: str) -> str:
         host, colon, port = value.rpartition(":")
-        if not colon or not port.isdigit() or not 0 < int(port) < 65536:
+        if not colon or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
             raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
         return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
 
@@ -213,6 +215,23 @@ def child_environment(**changes: str) -> dict[str, str]:
     """The environment of this process with `changes`, for a child; a change to the empty string removes the name."""
     merged = {**os.environ, **changes}
     return {name: value for name, value in merged.items() if value or name not in changes}
+
+
+def share_metrics(home: Path) -> None:
+    """Have prometheus_client, imported after this, share its counters with child processes by files in `home`.
+
+    Raises:
+        StartupError: the folder for them cannot be made.
+    """
+    folder = home / "run" / "metrics"
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise StartupError(
+            f"cannot write to {folder} ({error.strerror}): set LOCALAI_Q_HOME to a folder that you can write"
+        ) from error
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)
 
 
 def exit_on_startup_error(error: StartupError) -> SystemExit:

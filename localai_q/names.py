@@ -21,6 +21,7 @@ ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
 WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
 
 NODES_WITH_ENDS = "ends"  # set of owners that have a hash of ends
+SERVED_SINCE = "served-since"  # seconds since the epoch: the web has been there without a break
 
 
 def new_id() -> str:
@@ -68,6 +69,16 @@ def leases_key(queue: str) -> str:
 def ends_key(owner: str) -> str:
     """Hash of job id to end, written by the node `owner`, read and emptied by control."""
     return f"ends:{owner}"
+
+
+def web_alive_key(watcher: str) -> str:
+    """There as long as this web process is."""
+    return f"web-alive:{watcher}"
+
+
+def web_missed_key(watcher: str) -> str:
+    """When the sign of life of this web process was first missed, in seconds since the epoch."""
+    return f"web-missed:{watcher}"
 
 
 def dead_letters(queue: str) -> str:

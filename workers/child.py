@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from localai_q.cluster.models import ModelConfig
 from localai_q.config import settings, write_private
 from localai_q.errors import StartupError
+
+ALIVE = "alive"  # what a child says to be heard of; no state
+ALIVE_EVERY = 3.0  # seconds
 
 
 class ModelSpec(ModelConfig):
@@ -62,7 +67,7 @@ def write_spec(path: Path, spec: ChildSpec) -> None:
 
 
 def read_spec() -> ChildSpec:
-    """The spec that this process was started with.
+    """The spec that this process was started with; its file goes, for it holds the broker's password.
 
     Raises:
         StartupError: it was not started by a node.
@@ -71,23 +76,33 @@ def read_spec() -> ChildSpec:
     if path is None:
         raise StartupError("this worker is a part of a node, which starts it: run 'celery -A localai_q worker' instead")
     try:
-        return ChildSpec.model_validate_json(path.read_text())
+        spec = ChildSpec.model_validate_json(path.read_text())
+        path.unlink()
     except (OSError, ValueError) as error:
         raise StartupError(f"cannot read what the node left in {path}: {error}") from error
+    return spec
 
 
 class StatusPipe:
-    """The child's end: one JSON line for each change of state."""
+    """The child's end: one JSON line for each change of state, and one every few seconds that says that it lives."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._lock = threading.Lock()  # a long line is not written at once
+        threading.Thread(target=self._stay_alive, name="alive", daemon=True).start()
 
     def say(self, state: str, reason: str = "") -> None:
         line = json.dumps({"state": state, "reason": reason}) + "\n"
         try:
-            os.write(self._fd, line.encode())
+            with self._lock:
+                os.write(self._fd, line.encode())
         except OSError:  # the node is gone; this process is about to be, too
             return
+
+    def _stay_alive(self) -> None:
+        while True:
+            time.sleep(ALIVE_EVERY)
+            self.say(ALIVE)
 
 
 def read_statuses(fd: int) -> Iterator[dict[str, Any]]:

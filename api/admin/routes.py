@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -11,7 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.bodies import parse
 from api.metrics import CONTENT_TYPE
 from api.web import web
+from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
 from localai_q.cluster.models import ModelConfig, ModelName
+from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
 from localai_q.services import jobs, keys, models, nodes
 
@@ -58,7 +62,8 @@ def approve_node(node: str) -> dict[str, Any]:
 def list_jobs() -> dict[str, Any]:
     """`state` and `kind` narrow (comma-separated), `limit` bounds."""
     limit = _limit(request.args.get("limit", "100"))
-    return {"jobs": jobs.listed(web().services, states=_listed("state"), kinds=_listed("kind"), limit=limit)}
+    states, kinds = _listed("state", tuple(JobState)), _listed("kind", (*GENERATIONS, *NODE_JOBS))
+    return {"jobs": jobs.listed(web().services, states=states, kinds=kinds, limit=limit)}
 
 
 @routes.get("/api/jobs/<job_id>")
@@ -83,7 +88,7 @@ def add_model() -> tuple[dict[str, Any], int]:
     return models.add(web().services, body.name, config), 201
 
 
-@routes.delete("/api/models/<path:name>")
+@routes.delete("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)  # slashes are part of a name
 def remove_model(name: str) -> dict[str, Any]:
     models.remove(web().services, name)
     return {"name": name, "removed": True}
@@ -122,11 +127,14 @@ def revoke_key(key_id: str) -> dict[str, Any]:
     return {"id": key_id, "revoked": True}
 
 
-def _listed(name: str) -> list[str]:
-    return [part for part in request.args.get(name, "").split(",") if part]
+def _listed(name: str, allowed: Collection[str]) -> list[str]:
+    found = [part for part in request.args.get(name, "").split(",") if part]
+    if not set(found) <= set(allowed):
+        raise InvalidValue(f"'{name}' needs one or more of {', '.join(allowed)}, with commas between them.", param=name)
+    return found
 
 
 def _limit(text: str) -> int:
-    if not text.isdigit() or not 1 <= int(text) <= MOST_LISTED:
+    if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_LISTED:
         raise InvalidValue(f"'limit' needs a number from 1 to {MOST_LISTED}.", param="limit")
     return int(text)

@@ -24,6 +24,7 @@ from localai_q.services import generations, jobs
 log = logging.getLogger(__name__)
 
 HOLD = 2.0  # seconds for which headers wait for a first event, so that an early failure has its own status
+HOLD_FOR_NODE = 30.0  # the same while a header is to name the node and no node has claimed the job
 KEEPALIVE = 10.0  # seconds between comments in a silent stream
 LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given up
 
@@ -99,11 +100,22 @@ class Following:
     def headers(self) -> dict[str, str]:
         """The headers that tell about the job."""
         found = {"X-LocalAI-Job": self.job_id}
-        if self._web.services.settings.expose_node:
-            live = self._web.services.leases.live([self.job_id]).get(self.job_id)
-            if live and live.node_id:
-                found["X-LocalAI-Node"] = self._web.snapshots.now().node_names.get(live.node_id, live.node_id)
+        if node := self._exposed_node():
+            found["X-LocalAI-Node"] = self._web.snapshots.now().node_names.get(node, node)
         return found
+
+    def holds_headers(self) -> bool:
+        """Whether headers wait on, although there is no event yet."""
+        silent = time.monotonic() - self.started
+        exposes = self._web.services.settings.expose_node
+        return silent < HOLD or (exposes and silent < HOLD_FOR_NODE and not self._exposed_node())
+
+    def _exposed_node(self) -> str | None:
+        """The id of the node that works on the job, if clients are told."""
+        if not self._web.services.settings.expose_node:
+            return None
+        live = self._web.services.leases.live([self.job_id]).get(self.job_id)
+        return live.node_id if live else None
 
     def _client_gone(self) -> None:
         self.gone = True
@@ -139,7 +151,7 @@ def _stream(following: Following) -> Response:
     """The answer as server-sent events."""
     entries = following.entries()
     first: list[Entry | None] = []
-    while not first or (first[-1] is None and time.monotonic() - following.started < HOLD):
+    while not first or (first[-1] is None and following.holds_headers()):
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
         _raise_failure(first[-1].event)
@@ -173,7 +185,7 @@ def _frames(following: Following, first: Entry | None, rest: Iterator[Entry | No
 
 
 def _entry_frames(following: Following, entry: Entry, chunks: list[str]) -> bytes:
-    """One entry's events. Only the last carries the id, so that whoever resumes has had the whole entry."""
+    """One entry's events. Only the last carries the id, which stands for the whole entry."""
     if isinstance(entry.event, End) and entry.event.state != JobState.DONE:
         return sse(json.dumps(from_record(entry.event.error or {}).body()))
     frames = b"".join(sse(chunk) for chunk in chunks[:-1])

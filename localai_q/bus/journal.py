@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import redis
 
 from localai_q import names
+from localai_q.bus import presence
 from localai_q.bus.connection import broker_errors
 from localai_q.cluster.events import End, Event, decode
 
@@ -68,7 +69,7 @@ class Listener:
         self._redis = client
         self._readers: dict[str, list[queue.Queue[str]]] = {}
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._announce()  # before the first job can name this process as its watcher
         threading.Thread(target=self._run, name="journal-listener", daemon=True).start()
 
     def open(self, job_id: str) -> Reader:
@@ -98,11 +99,21 @@ class Listener:
                 log.warning("lost the announcements of tokens, connecting again: %s", error)
                 time.sleep(0.2)
 
+    def _announce(self) -> None:
+        try:
+            presence.announce(self._redis, self.watcher)
+        except (redis.RedisError, OSError) as error:
+            log.warning("cannot show that this process is there: %s", error)
+
     def _listen(self) -> None:
+        due = 0.0
         with self._redis.pubsub() as pubsub:
             pubsub.subscribe(f"web:{self.watcher}")
             while True:
-                message = pubsub.get_message(timeout=5.0)
+                if time.monotonic() >= due:
+                    presence.announce(self._redis, self.watcher)
+                    due = time.monotonic() + presence.REFRESHED
+                message = pubsub.get_message(timeout=max(due - time.monotonic(), 0.01))
                 if message is None:
                     continue
                 # redis-py subscribes again after a cut without a word: this message is the only trace of it.

@@ -21,7 +21,7 @@ from localai_q.bus.connection import broker_errors
 from localai_q.cluster.events import End, Event, encode
 from localai_q.errors import Busy
 
-SCRIPTS = ("submit", "claim", "append", "renew", "finish", "abort", "release", "requeue", "attach")
+SCRIPTS = ("submit", "claim", "append", "renew", "finish", "abort", "release", "requeue")
 CONTROL = "control"  # the name under which ends are kept that no node has written
 
 
@@ -79,6 +79,7 @@ class LiveState:
     attempt: int
     node_id: str | None
     line: str
+    watchers: tuple[str, ...] = ()  # web processes that wait for its events
 
 
 class Leases:
@@ -192,11 +193,6 @@ class Leases:
         keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]
         return bool(self._run["requeue"](keys=keys, args=[job_id, dead_owner]))
 
-    def attach(self, job_id: str, watcher: str) -> bool:
-        """Have the job's events announced to this web process too. False if the job is not known."""
-        with broker_errors():
-            return bool(self._run["attach"](keys=[names.job_key(job_id)], args=[watcher]))
-
     def waiting(self, line: str, *, older_than: float = 0.0) -> list[str]:
         """The jobs of a line that joined it more than so many seconds ago, the longest waiting first."""
         seconds, micros = self._redis.time()
@@ -207,12 +203,12 @@ class Leases:
         """What Redis knows of these jobs; those it does not know are left out."""
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line"])
+            pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line", "watch"])
         with broker_errors():
             rows = pipe.execute() if job_ids else []
         return {
-            job_id: LiveState(state=state, attempt=int(attempt), node_id=node, line=line)
-            for job_id, (state, attempt, node, line) in zip(job_ids, rows, strict=True)
+            job_id: LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()))
+            for job_id, (state, attempt, node, line, watch) in zip(job_ids, rows, strict=True)
             if state
         }
 

@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
 from localai_q.cli.home import KEY_FILE, READY_FILE
 from localai_q.config import Settings, settings
-from localai_q.errors import LocalAIError, Unavailable
+from localai_q.errors import InvalidValue, LocalAIError, Unavailable
 
 Record = dict[str, Any]
 
@@ -26,28 +27,40 @@ class Api:
         self.url = found.api_url.rstrip("/") or _ready(found).get("base_url") or found.base_url
         self.key = found.api_key or _key(found)
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        self.http = httpx.Client(
-            base_url=self.url, headers=headers, timeout=httpx.Timeout(30.0, read=None), trust_env=False
-        )
+        with self.errors():
+            self.http = httpx.Client(
+                base_url=self.url, headers=headers, timeout=httpx.Timeout(30.0, read=None), trust_env=False
+            )
 
-    def call(self, method: str, path: str, **more: Any) -> Record:
+    def call(self, method: str, path: str, *parts: str, **more: Any) -> Record:
         """The answer's JSON.
 
+        Args:
+            path: with `{}` for each of `parts`, which may hold any character.
+
         Raises:
+            InvalidValue: something is no text that could be sent.
             LocalAIError: the API refused; the message is its own.
             Unavailable: it does not answer.
         """
         with self.errors():
-            response = self.http.request(method, path, **more)
+            quoted = [quote(part, safe="") for part in parts]
+            response = self.http.request(method, path.format(*quoted), **more)
         self.check(response)
         answer: Record = response.json() if response.content else {}
         return answer
 
     @contextmanager
     def errors(self) -> Iterator[None]:
-        """Say in one line that the cluster cannot be reached."""
+        """Say in one line that the cluster cannot be reached, or not be asked that."""
         try:
             yield
+        except httpx.InvalidURL as error:
+            raise InvalidValue(
+                f"{self.url} is no URL ({error}): set LOCALAI_Q_API, as http://127.0.0.1:8080"
+            ) from error
+        except UnicodeError as error:
+            raise InvalidValue(f"the key or an argument has characters that cannot be sent ({error})") from error
         except httpx.HTTPError as error:
             raise Unavailable(
                 f"no cluster answers at {self.url} ({error}): start one with 'localai-q up', or set LOCALAI_Q_API"

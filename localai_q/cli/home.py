@@ -24,10 +24,11 @@ from localai_q.errors import StartupError
 
 READY_FILE = "ready.json"
 KEY_FILE = "admin.key"
+PRIVATE = ("logs", "files", "worker")  # folders that hold what people said and what they uploaded
 
 
 def check_writable(home: Path) -> None:
-    """Make the home folder.
+    """Make the home folder, and in it the folders that only its owner may enter.
 
     Raises:
         StartupError: it cannot be made, or nothing can be written there.
@@ -36,6 +37,9 @@ def check_writable(home: Path) -> None:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=home):
             pass
+        for folder in (home / name for name in PRIVATE):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            folder.chmod(0o700)
     except OSError as error:
         raise StartupError(
             f"cannot write to {home} ({error.strerror}): set LOCALAI_Q_HOME to a folder that you can write"

@@ -36,13 +36,13 @@ def list_jobs(
 @app.command("show")
 def show_job(job: JobId) -> None:
     """Show everything about a job, as JSON."""
-    print(json.dumps(connect().call("GET", f"/api/jobs/{job}"), indent=2))
+    print(json.dumps(connect().call("GET", "/api/jobs/{}", job), indent=2))
 
 
 @app.command("cancel")
 def cancel_job(job: JobId) -> None:
     """Cancel a job that waits or runs."""
-    print(f"{job}: {connect().call('DELETE', f'/api/jobs/{job}')['state']}")
+    print(f"{job}: {connect().call('DELETE', '/api/jobs/{}', job)['state']}")
 
 
 def _shown(job: dict[str, Any]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ def list_keys(as_json: AsJson = False) -> None:
 @app.command("revoke")
 def revoke_key(key: Annotated[str, typer.Argument(help="The key's id, as 'list' shows it.")]) -> None:
     """Make a key invalid, within a few seconds everywhere."""
-    connect().call("DELETE", f"/api/keys/{key}")
+    connect().call("DELETE", "/api/keys/{}", key)
     print(f"Revoked {key}.")
 
 

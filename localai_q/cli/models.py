@@ -69,7 +69,7 @@ def add_model(
 @app.command("remove")
 def remove_model(name: Annotated[str, typer.Argument(help="The model's name.")]) -> None:
     """Remove a model: its copies end, and those who wait for it are told."""
-    connect().call("DELETE", f"/api/models/{name}")
+    connect().call("DELETE", "/api/models/{}", name)
     print(f"Removed {name}.")
 
 

@@ -25,7 +25,7 @@ def list_nodes(as_json: AsJson = False) -> None:
 @app.command("approve")
 def approve_node(node: Annotated[str, typer.Argument(help="The node's name or id.")]) -> None:
     """Let a node in that waits for it."""
-    made = connect().call("POST", f"/api/nodes/{node}/approve")
+    made = connect().call("POST", "/api/nodes/{}/approve", node)
     print(f"Approved {made['name']}.")
 
 

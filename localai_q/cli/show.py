@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+PIPED_WIDTH = 240  # columns of a table that no terminal shows, so that lines can be searched and pasted
+WHOLE = ("id", "name")  # columns that are pasted into the next command
+NARROWEST = 8  # columns that any other is given, even if the terminal then breaks the lines
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -24,11 +29,20 @@ def rows(records: Iterable[dict[str, Any]], columns: Sequence[str], *, as_json: 
         print(empty)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
+    needed = 0
     for column in columns:
-        table.add_column(column.upper().replace("_", " "), overflow="fold")
+        longest = max(len(text(record.get(column))) for record in listed) if column in WHOLE else None
+        needed += (longest or NARROWEST) + len("  ")
+        overflow: Literal["ignore", "fold"] = "ignore" if longest else "fold"
+        table.add_column(_title(column), overflow=overflow, no_wrap=bool(longest), min_width=longest)
     for record in listed:
         table.add_row(*(text(record.get(column)) for column in columns))
-    Console().print(table)
+    width = Console().width if sys.stdout.isatty() else PIPED_WIDTH
+    Console(width=max(width, needed)).print(table)
+
+
+def _title(column: str) -> str:
+    return column.upper().replace("_", " ")
 
 
 def text(value: Any) -> str:

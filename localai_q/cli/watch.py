@@ -45,6 +45,7 @@ class Client:
     def __init__(self, base_url: str, key_file: Path) -> None:
         self._http = httpx.Client(base_url=base_url, timeout=10.0, trust_env=False)
         self._key_file = key_file
+        self._refused: str | None = None
         self.problem = "it has not answered yet"
 
     def close(self) -> None:
@@ -94,19 +95,28 @@ class Client:
             self.problem = f"it does not answer: {error}"
             return None
         if answer.status_code in (401, 403):
-            self.problem = f"it does not accept the key in {self._key_file}"
+            self._refuse(key)
             return None
         if not answer.is_success:
             self.problem = f"{method} {path} gave status {answer.status_code}"
             return None
         return answer
 
+    def _refuse(self, key: str) -> None:
+        """Note that this key is not accepted; said once, for only a person can end that."""
+        self.problem = ""
+        if key != self._refused:
+            self._refused = key
+            say(
+                f"the API does not accept the key in {self._key_file}: run 'localai-q keys reset-admin', then this goes on"
+            )
+
 
 def until(probe: Callable[[], tuple[T | None, str]], log: Path, stopping: threading.Event) -> T:
     """Call `probe` until it has a result, and say what is waited for when nothing changes.
 
     Args:
-        probe: returns the result, or None, and what it waits for; a change of that text is progress.
+        probe: returns the result, or None, and what it waits for; a change of that text is progress, and none is not said.
         log: the log to name.
 
     Raises:
@@ -119,7 +129,7 @@ def until(probe: Callable[[], tuple[T | None, str]], log: Path, stopping: thread
             return result
         if text != waiting_for:
             waiting_for, since = text, time.monotonic()
-        elif time.monotonic() - since > PATIENCE:
+        elif text and time.monotonic() - since > PATIENCE:
             say(f"still waiting for {text} (log: {log})")
             since = time.monotonic()
         stopping.wait(POLL)
@@ -130,7 +140,9 @@ def wait_for_web(client: Client, log: Path, stopping: threading.Event) -> None:
     """Return when the API answers to the admin key."""
 
     def probe() -> tuple[bool | None, str]:
-        return (True, "") if client.nodes() is not None else (None, f"the web process: {client.problem}")
+        if client.nodes() is not None:
+            return True, ""
+        return None, client.problem and f"the web process: {client.problem}"
 
     until(probe, log, stopping)
 

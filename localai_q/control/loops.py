@@ -18,7 +18,7 @@ from localai_q.store import leaders
 
 log = logging.getLogger(__name__)
 
-LEAD = 10.0  # seconds for which a lead is taken; it is renewed, and the loop's beat noted, every third of that
+LEAD = 10.0  # seconds for which a lead is taken; it is renewed every third of that, and the beat of a sound loop noted
 GAP = 0.05  # seconds between two turns of a loop, however often it is woken
 KEPT_DAYS = 30  # of ended jobs
 
@@ -75,16 +75,17 @@ class Control:
             leaders.retire(db, self._owner)
 
     def _run(self, loop: Loop) -> None:
-        led_until, due = 0.0, 0.0
+        led_until, due, sound = 0.0, 0.0, True
         while not self._stopping.is_set():
             now = time.monotonic()
             try:
                 if now >= led_until - LEAD * 2 / 3:
-                    led_until = now + LEAD if self._lead(loop) else 0.0
+                    led_until = now + LEAD if self._lead(loop, beat=sound) else 0.0
                 if now < led_until and (now >= due or loop.wake.is_set()):
                     loop.wake.clear()
-                    due = now + loop.every
+                    due, sound = now + min(loop.every, LEAD), False
                     loop.turn(self._services)
+                    due, sound = now + loop.every, True
             except (Unavailable, redis.RedisError, OSError) as error:
                 log.warning("loop %s: %s", loop.name, error)
             except Exception:
@@ -92,9 +93,9 @@ class Control:
             self._stopping.wait(GAP)
             loop.wake.wait(min(loop.every, LEAD / 3))
 
-    def _lead(self, loop: Loop) -> bool:
+    def _lead(self, loop: Loop, *, beat: bool) -> bool:
         with self._services.db.transaction() as db:
-            return leaders.lead(db, loop.name, self._owner, seconds=LEAD)
+            return leaders.lead(db, loop.name, self._owner, seconds=LEAD, beat=beat)
 
     def _listen(self) -> None:
         """Have the loops look at once when something has happened."""

@@ -6,13 +6,14 @@ import time
 from dataclasses import dataclass
 
 from localai_q import names
+from localai_q.bus.connection import broker_errors
 from localai_q.bus.leases import Submission
 from localai_q.cluster.events import End
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.routing import route
 from localai_q.cluster.states import JobState
-from localai_q.errors import LocalAIError, to_record
+from localai_q.errors import LocalAIError, Unavailable, to_record
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs
@@ -48,10 +49,11 @@ def submit(
     submission = Submission(job_id=job_id, line=way.queue, request=body, watcher=watcher, deadline=deadline,
                             lives=timeout + services.settings.journal_ttl, stream=request.stream)  # fmt: skip
     try:
-        place = services.leases.submit(submission, longest_line=services.settings.max_waiting)
-        services.doorbells.ring(names.RUN_GENERATION, job_id, queue=way.queue)
-        if way.needs_load:
-            services.redis.publish(names.WAKE_CHANNEL, model.id)
+        with broker_errors():
+            place = services.leases.submit(submission, longest_line=services.settings.max_waiting)
+            services.doorbells.ring(names.RUN_GENERATION, job_id, queue=way.queue)
+            if way.needs_load:
+                services.redis.publish(names.WAKE_CHANNEL, model.id)
     except LocalAIError as error:
         refuse(services, job, error)
         raise
@@ -61,5 +63,12 @@ def submit(
 def refuse(services: Services, job: Job, error: LocalAIError) -> None:
     """End a job that could not be put in line, so that nothing runs for a caller who was told no."""
     end = End(state=JobState.FAILED, error=to_record(error))
+    try:
+        services.leases.abort(job.id, job.line, end, force=True)
+    except Unavailable:
+        # It may stand in Redis: the row stays open, so that recovery takes it out of there.
+        with services.db.transaction() as db:
+            jobs.make_late(db, job.id)
+        return
     with services.db.transaction() as db:
         jobs.end(db, job.id, end, attempt=0)

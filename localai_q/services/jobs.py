@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from localai_q import names
-from localai_q.bus import journal
+from localai_q.bus import journal, presence
 from localai_q.bus.leases import CONTROL, Submission
 from localai_q.cluster.events import End, Event, Progress, decode
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS, Job
@@ -18,6 +19,7 @@ from localai_q.errors import (
     DeadlineExceeded,
     GenerationFailed,
     LocalAIError,
+    ModelNotFound,
     NotFound,
     Unavailable,
     to_record,
@@ -30,6 +32,7 @@ log = logging.getLogger(__name__)
 UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is rung again
 LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
 REBUILT = 1000  # attempts of a job that Redis lost go on from here, above any that an old owner can hold
+ORPHANED = 20.0  # seconds after which a job is cancelled if nobody waits for it
 EVER = 365 * 24 * 3600.0
 ANY_LENGTH = 1 << 40  # of a line, for jobs that were accepted already and for those of nodes
 
@@ -91,6 +94,14 @@ def abort(
     return became
 
 
+def end_at_once(services: Services, db: Any, found: Iterable[Job], error: LocalAIError) -> None:
+    """End open jobs as part of a transaction, whoever works on them: what they are for is gone."""
+    end = End(state=JobState.FAILED, error=to_record(error))
+    ended = [job for job in found if jobs.end(db, job.id, end, attempt=job.attempt)]
+    for job in ended:
+        services.leases.abort(job.id, job.line, end, force=True)
+
+
 def apply_ends(services: Services) -> int:
     """Write the ends that owners have left in Redis into Postgres, each once. How many were written."""
     kinds: list[str] = []
@@ -131,17 +142,52 @@ def _apply_end(db: Any, owner: str, job_id: str, record: str) -> str | None:
 
 
 def recover(services: Services) -> None:
-    """Repair what a crash left behind: late jobs, expired leases, silent doorbells, jobs that Redis lost."""
+    """Repair what a crash left behind: late jobs, expired leases, silent doorbells, jobs that Redis lost.
+
+    End, too, what has lost its sense: jobs of a model that was removed, and jobs that nobody waits for any more.
+    """
     with services.db.transaction() as db:
         open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
+        known = {model.id for model in models.every(db)}
     late = [job for job in open_jobs if job.deadline and job.deadline < time.time()]
     for job in late:
         abort(services, job, DeadlineExceeded(), force=True)
     current = [job for job in open_jobs if job not in late]
     for line in sorted({job.line for job in open_jobs}):
         _ring_for(services, services.leases.requeue_expired(line), line)
+    stranded = [job for job in current if job.kind in GENERATIONS and job.model_id not in known]
+    _end_stranded(services, stranded)
+    current = [job for job in current if job not in stranded]
+    for line in sorted({job.line for job in current}):
         _ring_again(services, line)
+    _cancel_orphans(services, current)
     _rebuild(services, current)
+
+
+def _end_stranded(services: Services, stranded: Sequence[Job]) -> None:
+    """End jobs of models that are no more, unless somebody still works on them: what runs may end."""
+    live = services.leases.live([job.id for job in stranded])
+    unwritten = _unwritten(services) if stranded else set()
+    for job in stranded:
+        if job.id not in unwritten and (job.id not in live or live[job.id].state == "waiting"):
+            abort(services, job, ModelNotFound("The model of this request was removed."))
+            services.redis.delete(job.line)
+
+
+def _cancel_orphans(services: Services, open_jobs: Sequence[Job]) -> None:
+    """Cancel generations whose web process has died: nobody will read what they say.
+
+    A job that Redis lost and got back names no watcher; it is let be.
+    """
+    old = [job for job in open_jobs if job.kind in GENERATIONS and job.created < time.time() - ORPHANED]
+    live = services.leases.live([job.id for job in old])
+    gone = presence.gone(services.redis, {watcher for state in live.values() for watcher in state.watchers})
+    for job in old:
+        watchers = live[job.id].watchers if job.id in live else ()
+        if watchers and gone.issuperset(watchers):
+            log.warning("nobody waits for job %s any more", job.id, extra={"action": "orphan"})
+            nobody = Cancelled("The job was cancelled: the process that waited for it has gone.")
+            abort(services, job, nobody, state=JobState.CANCELLED)
 
 
 def bereave(services: Services, owner: str, line: str) -> None:
@@ -167,7 +213,7 @@ def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
     """Bring back what Redis no longer knows. A stream has shown text that is gone, so it fails and says so."""
     old = [job for job in open_jobs if job.created < time.time() - LOST]
     known = services.leases.live([job.id for job in old])
-    unwritten = {job_id for ends in services.leases.ends().values() for job_id in ends}
+    unwritten = _unwritten(services)
     for job in old:
         if job.id in known or job.id in unwritten:
             continue
@@ -178,8 +224,16 @@ def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
             with services.db.transaction() as db:
                 jobs.end(db, job.id, End(state=JobState.FAILED, error=to_record(lost)), attempt=job.attempt)
         else:
-            log.warning("Redis lost job %s; it is put back into its line", job.id, extra={"action": "rebuild"})
-            _enter_line(services, job, attempt=REBUILT)
+            with services.db.transaction() as db:
+                request = jobs.request(db, job.id)
+            if request is not None:
+                log.warning("Redis lost job %s; it is put back into its line", job.id, extra={"action": "rebuild"})
+                _enter_line(services, replace(job, request=request), attempt=REBUILT)
+
+
+def _unwritten(services: Services) -> set[str]:
+    """Jobs that have ended and whose rows do not say so yet."""
+    return {job_id for ends in services.leases.ends().values() for job_id in ends}
 
 
 def _enter_line(services: Services, job: Job, *, attempt: int = 0) -> None:

@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 
 from localai_q.config import write_private
-from localai_q.errors import BadKey, Conflict, NotFound, Unauthenticated
+from localai_q.errors import BadKey, Conflict, InvalidValue, NotFound, Unauthenticated
 from localai_q.services.wiring import Services
 from localai_q.store import keys
 from localai_q.store.keys import ApiKey
 
 REMEMBERED = 5.0  # seconds for which a process believes in a key without asking; so long may a revoked key still serve
 MOST_REMEMBERED = 10_000
-ADMIN_NAME = "admin"
+ADMIN_NAME = "admin"  # of the generated key, and of no other
 
 
 class Authenticator:
@@ -54,8 +54,12 @@ def admin_key_file(home: Path) -> Path:
 
 
 def ensure_admin(services: Services) -> None:
-    """Make the admin key at the first start, and leave it in its file."""
+    """Make the admin key at the first start, and leave it in its file.
+
+    The file is written before the commit: after a crash between the two there is no admin, and the next start makes one.
+    """
     with services.db.transaction() as db:
+        keys.lock(db)
         if keys.admins(db) == 0:
             _, key = keys.create(db, name=ADMIN_NAME, role="admin")
             write_private(admin_key_file(services.settings.home), key + "\n")
@@ -65,14 +69,21 @@ def reset_admin(services: Services) -> Path:
     """Make a new generated admin key in place of the old one, and return the file in which it lies."""
     path = admin_key_file(services.settings.home)
     with services.db.transaction() as db:
-        keys.revoke_named(db, ADMIN_NAME)
+        keys.lock(db)
+        keys.revoke_admins_named(db, ADMIN_NAME)
         _, key = keys.create(db, name=ADMIN_NAME, role="admin")
         write_private(path, key + "\n")
     return path
 
 
 def create(services: Services, *, name: str, role: str) -> tuple[ApiKey, str]:
-    """A new key, with the text that is shown this once."""
+    """A new key, with the text that is shown this once.
+
+    Raises:
+        InvalidValue: the name is that of the generated admin key, which 'keys reset-admin' replaces.
+    """
+    if name == ADMIN_NAME:
+        raise InvalidValue(f"The name '{ADMIN_NAME}' belongs to the generated admin key. Choose another.", param="name")
     with services.db.transaction() as db:
         return keys.create(db, name=name, role=role)
 

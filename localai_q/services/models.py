@@ -15,17 +15,20 @@ from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
+from localai_q.services import jobs
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, replicas
+from localai_q.store import jobs as job_rows
+from localai_q.store import marks, models, nodes, replicas
 
 CHUNK = 1 << 20
 HEADROOM = 1 << 30  # bytes that an upload leaves free on the disk
 STORE = "store:"
+DEFAULT_MODEL = "default_model"  # the mark of a database that has had it: who removes it is not given it again
 
 
 def ensure_default(services: Services) -> None:
-    """Register the gallery's default model in a registry that has none, unless a setting forbids it."""
+    """Register the gallery's default model once, in a registry that has none, unless a setting forbids it."""
     if services.settings.no_model:
         return
     entry = catalog.default_model()
@@ -33,7 +36,7 @@ def ensure_default(services: Services) -> None:
                          context_size=entry.context_size, slots=entry.slots, spread_all=entry.spread_all,
                          embeddings=entry.embeddings, rerank=entry.reranking, options=entry.options)  # fmt: skip
     with services.db.transaction() as db:
-        if not models.every(db):
+        if marks.first_time(db, DEFAULT_MODEL) and not models.every(db):
             models.add(db, entry.name, config, is_default=True)
 
 
@@ -99,10 +102,15 @@ def remove(services: Services, name: str) -> None:
         own = replicas.every(db, model_id=model.id)
         models.remove(db, model.id)
         unused = not _is_named(models.every(db), model.config.source)
+        removed = ModelNotFound(f"The model '{name}' was removed.")
+        shared = {replica.job_id for replica in replicas.every(db)}  # models can share a stage, e.g. of their backend
+        stages = [job_rows.by_id(db, r.job_id) for r in own if r.job_id and r.job_id not in shared]
+        jobs.end_at_once(services, db, [job for job in stages if job], removed)
     for replica in own:
         if replica.state is not ReplicaState.FAILED:
             services.doorbells.ring(names.STOP_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
-    replica_services.fail_waiting(services, model.id, ModelNotFound(f"The model '{name}' was removed."))
+    replica_services.fail_waiting(services, model.id, removed)
+    services.redis.delete(names.model_queue(model.id))
     if unused and model.config.source.startswith(STORE):
         file_path(services, model.config.source.removeprefix(STORE)).unlink(missing_ok=True)
 

@@ -9,12 +9,14 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from localai_q import names
+from localai_q.bus import presence
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
-from localai_q.errors import Conflict, Forbidden, NotFound
+from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
 from localai_q.services import jobs
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
 from localai_q.store.keys import digest
 
@@ -51,7 +53,7 @@ def register(
         node = _existing(db, node.id)
         if node.approved:
             # A node registers when its process starts: nothing of an earlier process is left.
-            gone = _forget_replicas(db, node.id)
+            gone = _clear(services, db, node, "was started anew")
             nodes.move(db, node.id, NodeState.READY)
             node = _existing(db, node.id)
     answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
@@ -138,7 +140,7 @@ def deregister(services: Services, node: Node) -> None:
     """A node leaves: its replicas have ended."""
     with services.db.transaction() as db:
         nodes.move(db, node.id, NodeState.OFFLINE)
-        gone = _forget_replicas(db, node.id)
+        gone = _clear(services, db, node, "has left")
     _bereave(services, gone)
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
@@ -167,22 +169,32 @@ def listed(services: Services) -> list[dict[str, Any]]:
 
 
 def watch_health(services: Services) -> None:
-    """Mark nodes that have fallen silent, and forget the replicas of those that stay so."""
+    """Mark nodes that have fallen silent, and forget the replicas of those that stay so.
+
+    Silence says something only of a time in which the web could be told: a node is judged when both Postgres and a web
+    process have been there without a break for as long as it may be silent.
+    """
     interval = services.settings.heartbeat
     with services.db.transaction() as db:
-        for node in nodes.silent(db, UNHEALTHY_AFTER * interval):
+        unhealthy = nodes.silent(db, UNHEALTHY_AFTER * interval)
+        offline = nodes.silent(db, OFFLINE_AFTER * interval)
+        served = presence.served_for(services.redis)  # after the queries: without Postgres it is not continued
+        for node in unhealthy if served > UNHEALTHY_AFTER * interval else ():
             if nodes.move(db, node.id, NodeState.UNHEALTHY):
                 log.warning("node %s has not reported for %s s", node.name, UNHEALTHY_AFTER * interval)
-        for node in nodes.silent(db, OFFLINE_AFTER * interval):
+        for node in offline if served > OFFLINE_AFTER * interval else ():
             if nodes.move(db, node.id, NodeState.OFFLINE):
                 log.warning("node %s is offline", node.name)
-                _forget_replicas(db, node.id)
+                _clear(services, db, node, "is offline")
 
 
-def _forget_replicas(db: Any, node_id: str) -> list[Replica]:
-    found = replicas.every(db, node_id=node_id)
+def _clear(services: Services, db: Any, node: Node, why: str) -> list[Replica]:
+    """Forget what the node's process was doing: its replicas, which are returned, and its jobs."""
+    found = replicas.every(db, node_id=node.id)
     for replica in found:
         replicas.forget(db, replica.id)
+    own = job_rows.open_in(db, names.node_jobs_queue(node.id))
+    jobs.end_at_once(services, db, own, Unavailable(f"The node '{node.name}' {why} before this was done."))
     return found
 
 

@@ -7,12 +7,13 @@ import time
 from typing import Any
 
 from localai_q import names
+from localai_q.cluster.events import End
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
 from localai_q.cluster.stages import Step, next_step
-from localai_q.cluster.states import COMING_UP, ReplicaState
-from localai_q.errors import ModelNotFound, ModelUnavailable
+from localai_q.cluster.states import COMING_UP, JobState, ReplicaState
+from localai_q.errors import ModelNotFound, ModelUnavailable, to_record
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
@@ -55,11 +56,18 @@ def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
 
 def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:
     """End every job that waits for this model, with the reason."""
-    for job_id in services.leases.waiting(names.model_queue(model_id)):
-        with services.db.transaction() as db:
-            job = jobs.by_id(db, job_id)
-        if job:
-            job_services.abort(services, job, error)
+    line = names.model_queue(model_id)
+    end = End(state=JobState.FAILED, error=to_record(error))
+    seen: list[str] = []
+    while (waiting := services.leases.waiting(line)) != seen:  # each look shows a part of a long line
+        for job_id in waiting:
+            with services.db.transaction() as db:
+                job = jobs.by_id(db, job_id)
+            if job:
+                job_services.abort(services, job, error)
+            else:
+                services.leases.abort(job_id, line, end)
+        seen = waiting
 
 
 def stop(services: Services, replica_id: str, reason: str) -> None:

@@ -50,10 +50,26 @@ def listed(db: Connection, *, states: Collection[str] = (), kinds: Collection[st
 
 
 def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
-    """Open jobs with their requests that were accepted more than so many seconds ago, the oldest first."""
+    """Open jobs without their requests that were accepted more than so many seconds ago, the oldest first."""
     limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
-    query = select(jobs).where(jobs.c.state == JobState.OPEN, jobs.c.created_at < limit).order_by(jobs.c.created_at)
+    query = select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.created_at < limit).order_by(jobs.c.created_at)
     return [_job(row) for row in db.execute(query.limit(10_000))]
+
+
+def open_in(db: Connection, line: str) -> list[Job]:
+    """The open jobs of a line, without their requests."""
+    return [_job(row) for row in db.execute(select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.line == line))]
+
+
+def request(db: Connection, job_id: str) -> dict[str, Any] | None:
+    """What was asked; None once the job has ended."""
+    found: dict[str, Any] | None = db.execute(select(jobs.c.request).where(jobs.c.id == job_id)).scalar_one_or_none()
+    return found
+
+
+def make_late(db: Connection, job_id: str) -> None:
+    """Let the deadline of an open job have passed, so that recovery ends it."""
+    db.execute(update(jobs).where(jobs.c.id == job_id, jobs.c.state == JobState.OPEN).values(deadline=func.now()))
 
 
 def find_open(db: Connection, *, kind: str, line: str, request: dict[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from sqlalchemy import Connection, Row, func, insert, select, update
 from localai_q.names import new_id
 from localai_q.store.tables import api_keys
 
+LOCK = 0x10CA1A2  # advisory lock of those who make the admin key
 PREFIX = "lai-"  # as LocalAI's keys begin
 
 
@@ -58,11 +59,15 @@ def revoke(db: Connection, key_id: str) -> bool:
     return db.execute(statement).rowcount == 1
 
 
-def revoke_named(db: Connection, name: str) -> None:
-    """Make every valid key of that name invalid."""
-    db.execute(
-        update(api_keys).where(api_keys.c.name == name, api_keys.c.revoked_at.is_(None)).values(revoked_at=func.now())
-    )
+def revoke_admins_named(db: Connection, name: str) -> None:
+    """Make every valid admin key of that name invalid."""
+    named = (api_keys.c.name == name, api_keys.c.role == "admin", api_keys.c.revoked_at.is_(None))
+    db.execute(update(api_keys).where(*named).values(revoked_at=func.now()))
+
+
+def lock(db: Connection) -> None:
+    """Let no other transaction that asks for this decide about admin keys before this one has ended."""
+    db.execute(select(func.pg_advisory_xact_lock(LOCK)))
 
 
 def admins(db: Connection) -> int:

@@ -8,14 +8,14 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from localai_q.store.tables import leaders
 
 
-def lead(db: Connection, loop: str, owner: str, *, seconds: float) -> bool:
-    """Take or keep the lead of a loop for so long, and note that it runs. False if another process has it."""
+def lead(db: Connection, loop: str, owner: str, *, seconds: float, beat: bool = True) -> bool:
+    """Take or keep the lead of a loop for so long, and note that it works. False if another process has it."""
     until = func.now() + func.make_interval(0, 0, 0, 0, 0, 0, seconds)
     values = {"loop": loop, "owner": owner, "until": until, "beat_at": func.now()}
     statement = upsert(leaders).values(values)
     statement = statement.on_conflict_do_update(
         index_elements=[leaders.c.loop],
-        set_={"owner": owner, "until": until, "beat_at": func.now()},
+        set_={"owner": owner, "until": until} | ({"beat_at": func.now()} if beat else {}),
         where=or_(leaders.c.owner == owner, leaders.c.until < func.now()),
     )
     return db.execute(statement).rowcount == 1

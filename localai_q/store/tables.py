@@ -119,6 +119,12 @@ api_keys = Table(
     _created(),
 )
 
+marks = Table(
+    "marks",
+    metadata,
+    Column("name", Text, primary_key=True),  # of something that is done once in the life of the database
+)
+
 leaders = Table(
     "leaders",
     metadata,

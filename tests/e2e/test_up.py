@@ -145,7 +145,7 @@ def test_nodes_and_jobs_are_listed_shown_and_cancelled(calm: Cluster) -> None:
     assert "alpha" in calm.cli("nodes", "list")
     stream = calm.say("[[echo tokens=400 delay_ms=50]]", stream=True)
     job_id = next(stream).id.removeprefix("chatcmpl-")
-    [listed] = json.loads(calm.cli("jobs", "list", "--json", "--state", "open"))
+    [listed] = json.loads(calm.cli("jobs", "list", "--json", "--state", "open", "--kind", "chat"))
     assert (listed["id"], listed["live"]) == (job_id, "leased")
     row = next(
         line for line in calm.cli("jobs", "list", "--state", "open", COLUMNS="200").splitlines() if job_id in line

@@ -49,5 +49,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 assert os.environ["LOCALAI_DATABASE_URL"]
 assert os.environ["LOCALAI_REDIS_URL"]
-(HOME / "admin.key").write_text(KEY)
+if not (HOME / "admin.key").exists():
+    (HOME / "admin.key").write_text(KEY)
 http.server.ThreadingHTTPServer((HOST, int(PORT)), Handler).serve_forever()

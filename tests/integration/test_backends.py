@@ -35,11 +35,11 @@ TOOL = {
 class Running:
     """A backend process and a stub for it."""
 
-    def __init__(self, folder: Path, **env: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, **env: str) -> None:
         self.socket = Path(tempfile.mkdtemp(prefix="lq")) / "b.sock"
         self.address = f"unix:{self.socket}"
         self.process = subprocess.Popen(
-            [python_of(folder), "server.py", "--addr", self.address],
+            [python_of(folder), "server.py", "--addr", self.address, *arguments],
             cwd=folder,
             env={**os.environ, **env},
             stdout=subprocess.DEVNULL,
@@ -166,6 +166,16 @@ def test_a_backend_stops_quickly_on_sigterm_even_amid_a_stream(own_echo: Running
     own_echo.process.send_signal(signal.SIGTERM)
     assert own_echo.process.wait(5) == 0
     assert time.monotonic() - start < 2
+
+
+def test_a_backend_that_works_on_more_than_64_requests_answers_its_health_check(folders: dict[str, Path]) -> None:
+    with closing(Running(folders["echo"], "--threads", "86", "--parent", str(os.getpid()))) as running:
+        assert running.load(Model="m", Options=["parallel:70"]).success
+        streams = [running.stream(content="[[echo tokens=9 delay_ms=60000]]") for _ in range(70)]
+        for stream in streams:
+            next(stream)
+        assert running.stub.Health(pb.HealthMessage(), timeout=5).message == b"OK"
+        assert running.status().slots_busy == 70
 
 
 def test_a_backend_dies_with_its_parent(folders: dict[str, Path]) -> None:

@@ -200,18 +200,53 @@ def test_an_index_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: p
     assert "\n" not in caught.value.message
 
 
-def test_a_file_of_this_node_is_linked(tmp_path: Path) -> None:
+def test_a_file_of_this_node_is_copied(tmp_path: Path) -> None:
     model = tmp_path / "model.gguf"
     model.write_bytes(CONTENT)
     path = fetch(f"file:{model}", DIGEST, tmp_path, ignore)
     assert path == tmp_path / "blobs" / DIGEST
-    assert path.samefile(model)
+    assert path.read_bytes() == CONTENT
     assert fetch(f"file:{model}", None, tmp_path, ignore) == path
     with pytest.raises(Unavailable, match=f"its SHA-256 is {DIGEST}, expected {'0' * 64}"):
         fetch(f"file:{model}", "0" * 64, tmp_path, ignore)
     with pytest.raises(NotFound, match="this node has no such file"):
         fetch("file:/nowhere/model.gguf", None, tmp_path, ignore)
+    assert visible(tmp_path) == {DIGEST}
     assert model.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize("kernel_copies", [True, False])
+def test_an_edit_of_a_users_own_file_does_not_reach_the_verified_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_copies: bool
+) -> None:
+    if not kernel_copies:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    model = tmp_path / "model.gguf"
+    model.write_bytes(CONTENT)
+    path = fetch(f"file:{model}", DIGEST, tmp_path, ignore)
+    with model.open("r+b") as file:
+        file.write(b"edited in place")
+    assert path.read_bytes() == CONTENT
+
+
+def test_many_fetches_at_once_stay_alone_and_leave_no_lock_behind(tmp_path: Path) -> None:
+    inside, most = 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(100):
+            with fetcher._alone(tmp_path / ".x.lock"):
+                inside += 1
+                most = max(most, inside)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("source", ["ftp://x", "file:relative", "store:abc", "pypi:p#m", "pypi:p==1", "nonsense"])

@@ -3,16 +3,18 @@
 import time
 
 import pytest
+import redis
 from cluster_data import add_model, claim, expire, join, ready_node, rung
 from sqlalchemy import text
 
 from localai_q import names
+from localai_q.bus import presence
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import End, Progress, Usage, encode
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Busy, ModelNotFound, NotFound, UnsupportedByModel
+from localai_q.errors import Busy, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
 from localai_q.services import generations, jobs
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
@@ -87,6 +89,38 @@ class TestSubmission:
         with pytest.raises(UnsupportedByModel):
             ask(services, kind="embedding")
         assert jobs.listed(services, states=[], kinds=[], limit=10) == []
+
+    def test_a_request_that_was_refused_after_it_had_joined_its_line_does_not_run(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def broken(*_: object) -> None:
+            raise redis.ConnectionError("gone")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(services.redis, "publish", broken)
+            with pytest.raises(Unavailable):
+                ask(services)
+        (job,) = jobs.listed(services, states=["failed"], kinds=[], limit=10)
+        assert services.leases.waiting(line) == []
+        assert services.leases.claim(job["id"], line, owner="r", node_id="n") == Refusal(job_id=job["id"], why="ended")
+
+    def test_a_request_that_was_refused_while_redis_was_away_is_taken_out_of_its_line_when_it_is_back(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def unavailable(*_: object, **__: object) -> None:
+            raise Unavailable
+
+        with monkeypatch.context() as patched:
+            patched.setattr(services.doorbells, "ring", unavailable)
+            patched.setattr(services.leases, "abort", unavailable)
+            with pytest.raises(Unavailable):
+                ask(services)
+        (job_id,) = services.leases.waiting(line)
+        age(services, job_id, 3)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert row(services, job_id).state is JobState.FAILED
+        assert services.leases.waiting(line) == []
 
     def test_the_same_work_for_the_same_node_is_one_job_while_it_is_open(self, services: Services) -> None:
         node = ready_node(services)
@@ -287,6 +321,62 @@ class TestRecovery:
         jobs.recover(services)
         assert services.leases.waiting(other_line) == [other]
         assert set(services.leases.waiting(line)) == {*lost, newcomer}
+
+
+class TestWhatHasLostItsSense:
+    def test_a_request_that_came_back_into_the_line_of_a_removed_model_is_told(
+        self, services: Services, line: str
+    ) -> None:
+        waits, runs, unknown = ask(services), ask(services), ask(services)
+        lease = claim(services, runs, line)
+        with services.db.transaction() as db:
+            db.execute(text("DELETE FROM models"))
+        services.redis.delete(names.job_key(unknown))
+        for job_id in (waits, runs, unknown):
+            age(services, job_id, 10)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert [row(services, each).error["error"] for each in (waits, unknown)] == ["ModelNotFound"] * 2
+        assert row(services, runs).state is JobState.OPEN  # what runs may end
+        services.leases.release(lease)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert row(services, runs).error["error"] == "ModelNotFound"
+        assert services.redis.exists(line, names.waiting_key(line), names.leases_key(line)) == 0
+
+    def test_a_job_is_cancelled_when_its_web_process_has_been_missed_for_long_enough(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        waits, runs, fresh = ask(services), ask(services), ask(services)
+        lease = claim(services, runs, line)
+        for job_id in (waits, runs):
+            age(services, job_id, jobs.ORPHANED + 1)
+        presence.announce(services.redis, "w1")
+        jobs.recover(services)
+        services.redis.delete(names.web_alive_key("w1"))
+        jobs.recover(services)  # once proves nothing: Redis may just have started
+        assert services.leases.live([waits])[waits].state == "waiting"
+        presence.announce(services.redis, "w1")
+        jobs.recover(services)
+        assert not services.redis.exists(names.web_missed_key("w1"))
+        services.redis.delete(names.web_alive_key("w1"))
+        jobs.recover(services)
+        monkeypatch.setattr(presence, "MISSED", 0.0)
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert (row(services, waits).state, row(services, fresh).state) == (JobState.CANCELLED, JobState.OPEN)
+        assert services.leases.renew([lease]) == [2]
+
+    def test_a_job_that_redis_got_back_names_nobody_and_is_let_be(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(presence, "MISSED", 0.0)
+        job_id = ask(services)
+        age(services, job_id, jobs.ORPHANED + 1)
+        services.redis.flushall()
+        for _ in range(3):
+            jobs.recover(services)
+        assert services.leases.live([job_id])[job_id].state == "waiting"
 
 
 class TestShowing:

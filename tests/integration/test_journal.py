@@ -9,7 +9,7 @@ import redis
 from waiting import wait_for
 
 from localai_q import names
-from localai_q.bus import journal
+from localai_q.bus import journal, presence
 from localai_q.bus.journal import Listener, Reader
 from localai_q.bus.leases import Append, Lease, Leases, Submission
 from localai_q.cluster.events import Delta, End
@@ -231,3 +231,14 @@ def test_the_newest_event_of_jobs_is_read_in_one_trip(leases: Leases, redis_clie
     found = journal.latest(redis_client, [some.job_id, fresh.job_id, "unknown"])
     assert found == {some.job_id: Delta(text="2 ")}
     assert journal.latest(redis_client, []) == {}
+
+
+def test_a_web_process_shows_that_it_is_there_from_its_first_moment_and_goes_on_doing_so(
+    redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "REFRESHED", 0.05)
+    key = names.web_alive_key(Listener(redis_client).watcher)
+    assert redis_client.pttl(key) > 0.9 * 1000 * presence.LIVES
+    time.sleep(0.1)
+    redis_client.delete(key)
+    assert wait_for(lambda: redis_client.exists(key), 2.0)

@@ -1,11 +1,12 @@
 """Keys are stored as hashes, stop working soon after they are revoked, and an admin cannot lock everybody out."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
 
-from localai_q.errors import BadKey, Conflict, NotFound, Unauthenticated
+from localai_q.errors import BadKey, Conflict, InvalidValue, NotFound, Unauthenticated
 from localai_q.services import keys
 from localai_q.services.keys import Authenticator
 from localai_q.services.wiring import Services
@@ -125,3 +126,25 @@ def test_a_lost_admin_key_file_is_not_made_anew_by_itself(services: Services) ->
     path.unlink()
     keys.ensure_admin(services)
     assert not path.exists()  # only the hash is known; 'localai-q keys reset-admin' makes another
+
+
+def test_processes_that_start_at_once_make_one_admin_key_and_its_file_has_it(services: Services) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: keys.ensure_admin(services), range(8)))
+    assert len(keys.listed(services)) == 1
+    assert works(Authenticator(services), keys.admin_key_file(services.settings.home).read_text().strip())
+
+
+def test_a_start_that_died_before_it_committed_is_made_up_for_by_the_next(services: Services) -> None:
+    path = keys.admin_key_file(services.settings.home)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("lai-never-committed\n")
+    keys.ensure_admin(services)
+    assert works(Authenticator(services), path.read_text().strip())
+
+
+@pytest.mark.parametrize("role", ["admin", "user"])
+def test_the_name_of_the_generated_key_cannot_be_taken(services: Services, role: str) -> None:
+    with pytest.raises(InvalidValue, match="generated"):
+        keys.create(services, name=keys.ADMIN_NAME, role=role)
+    assert keys.listed(services) == []

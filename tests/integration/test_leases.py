@@ -201,11 +201,9 @@ class TestAppend:
         assert [text for _, text in journal(redis_client, "j2")] == [None, "x"]
 
     def test_every_watcher_hears_each_entry(self, leases: Leases, redis_client: redis.Redis) -> None:
-        submitted(leases, watcher="w1")
+        submitted(leases, watcher="w1 w2")
         lease = claimed(leases, "j1")
-        assert leases.attach("j1", "w2")
-        assert leases.attach("j1", "w2")
-        assert not leases.attach("unknown", "w2")
+        assert leases.live(["j1"])["j1"].watchers == ("w1", "w2")
         with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
             pubsub.subscribe("web:w1", "web:w2")
             pubsub.get_message(timeout=1), pubsub.get_message(timeout=1)
@@ -533,3 +531,15 @@ def test_what_a_dead_owner_held_goes_back_at_once_and_what_others_hold_does_not(
     assert isinstance(again, Lease)
     assert (again.attempt, again.deaths) == (2, 1)
     assert leases.live(["b"])["b"].state == "leased"
+
+
+def test_a_job_that_redis_has_forgotten_does_not_stay_in_its_line(leases: Leases, redis_client: redis.Redis) -> None:
+    line = names.model_queue("forgetful")
+    for attempt in (
+        lambda: leases.claim("lost", line, owner="r", node_id="n"),
+        lambda: leases.abort("lost", line, End(state="cancelled")),
+    ):
+        redis_client.zadd(names.waiting_key(line), {"lost": 1})
+        redis_client.zadd(names.leases_key(line), {"lost": 1})
+        attempt()
+        assert redis_client.exists(names.waiting_key(line), names.leases_key(line)) == 0

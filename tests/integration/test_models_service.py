@@ -90,6 +90,12 @@ class TestRegistry:
         (shown,) = models.listed(services)
         assert (shown["name"], shown["default"]) == (catalog.default_model().name, True)
 
+    def test_a_default_model_that_was_removed_does_not_come_back(self, services: Services) -> None:
+        models.ensure_default(services)
+        models.remove(services, catalog.default_model().name)
+        models.ensure_default(services)
+        assert models.listed(services) == []
+
     def test_the_default_model_is_left_out_where_that_is_wanted_or_others_are_there(self, services: Services) -> None:
         models.ensure_default(changed(services, no_model=True))
         assert models.listed(services) == []

@@ -1,15 +1,19 @@
 """How a machine joins, what it is told, and what becomes of it when it falls silent."""
 
+import time
+
 import pytest
-from cluster_data import SECRET, add_model, join, node_named, ready_node
+from cluster_data import SECRET, add_model, claim, join, node_named, ready_node
 from sqlalchemy import text
 
 from localai_q import names
+from localai_q.bus import presence
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.states import NodeState, ReplicaState
+from localai_q.cluster.states import JobState, NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound
-from localai_q.services import nodes
+from localai_q.services import jobs, nodes
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
 from localai_q.store import replicas
 
 
@@ -32,6 +36,21 @@ def silent_for(services: Services, name: str, heartbeats: float) -> None:
             text("UPDATE nodes SET last_heartbeat = now() - make_interval(secs => :s) WHERE name = :name"),
             {"s": heartbeats * services.settings.heartbeat, "name": name},
         )
+
+
+def served_for(services: Services, heartbeats: float) -> None:
+    """A web process is there, and has been for so long."""
+    presence.announce(services.redis, "w1")
+    since = time.time() - heartbeats * services.settings.heartbeat
+    services.redis.set(names.SERVED_SINCE, since, ex=5)
+
+
+def error_of(services: Services, job_id: str) -> str:
+    with services.db.transaction() as db:
+        found = job_rows.by_id(db, job_id)
+    assert found is not None
+    assert found.state is JobState.FAILED
+    return found.error["message"]
 
 
 class TestRegistration:
@@ -183,6 +202,7 @@ class TestHealth:
         ready_node(services)
         ready_node(services, "n2")
         found = place(services, "n1", add_model(services))
+        served_for(services, 100)
         silent_for(services, "n1", nodes.UNHEALTHY_AFTER - 0.5)
         nodes.watch_health(services)
         assert node_named(services, "n1").state is NodeState.READY
@@ -199,6 +219,7 @@ class TestHealth:
     @pytest.mark.parametrize("silence", [nodes.UNHEALTHY_AFTER + 0.5, nodes.OFFLINE_AFTER + 0.5])
     def test_a_node_that_reports_again_is_ready_again_and_told_so(self, services: Services, silence: float) -> None:
         node = ready_node(services)
+        served_for(services, 100)
         silent_for(services, "n1", silence)
         nodes.watch_health(services)
         gone = node_named(services, "n1")
@@ -213,6 +234,46 @@ class TestHealth:
         silent_for(services, "n1", 100)
         nodes.watch_health(services)
         assert node_named(services, "n1").state is NodeState.PENDING
+
+    def test_nobody_is_judged_for_a_time_in_which_no_web_process_could_be_told(self, services: Services) -> None:
+        ready_node(services)
+        silent_for(services, "n1", 100)
+        nodes.watch_health(services)  # there is no web process
+        served_for(services, nodes.UNHEALTHY_AFTER - 0.5)
+        nodes.watch_health(services)  # it is back, and has not been for long enough
+        assert node_named(services, "n1").state is NodeState.READY
+        served_for(services, nodes.UNHEALTHY_AFTER + 0.5)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.UNHEALTHY
+        served_for(services, nodes.OFFLINE_AFTER + 0.5)
+        nodes.watch_health(services)
+        assert node_named(services, "n1").state is NodeState.OFFLINE
+
+    def test_a_web_process_that_is_missed_once_begins_anew(self, services: Services) -> None:
+        served_for(services, 100)
+        assert presence.served_for(services.redis) > 100
+        services.redis.pexpire(names.web_alive_key("w1"), 5000)  # ten seconds without a sign of life
+        assert presence.served_for(services.redis) == 0.0
+        presence.announce(services.redis, "w1")
+        assert presence.served_for(services.redis) < 1.0
+
+
+@pytest.mark.parametrize("how", ["started anew", "left", "offline"])
+def test_the_jobs_of_a_node_end_with_its_process(services: Services, how: str) -> None:
+    node = ready_node(services)
+    job_id = jobs.submit_node_job(services, kind="fetch_model", node_id=node.id, model_id=None, request={"source": "x"})
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    if how == "started anew":
+        join(services)
+    elif how == "left":
+        nodes.deregister(services, node)
+    else:
+        served_for(services, 100)
+        silent_for(services, "n1", 100)
+        nodes.watch_health(services)
+    assert how in error_of(services, job_id)
+    assert services.leases.renew([lease]) == [0]
+    assert jobs.apply_ends(services) == 0
 
 
 def test_a_list_of_nodes_shows_replicas_and_no_secret(services: Services) -> None:

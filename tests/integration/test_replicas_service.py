@@ -243,3 +243,25 @@ def test_removing_a_model_tells_those_who_wait_and_stops_its_replicas(services: 
     assert rung(services, names.node_queue(node.id)) == [f"stop_replica({replica_id})"]
     replicas.reconcile(services)
     assert all_replicas(services) == []
+
+
+def test_a_line_of_any_length_is_told_that_its_model_was_removed(services: Services, node: Node) -> None:
+    line = names.model_queue(add_model(services))
+    last = ask(services)
+    services.redis.zadd(names.waiting_key(line), {f"lost{number}": number for number in range(1500)})
+    models.remove(services, "m")
+    assert error_of(services, last)["error"] == "ModelNotFound"
+    assert services.redis.exists(line, names.waiting_key(line)) == 0
+
+
+def test_a_stage_ends_with_the_last_model_that_needs_it(services: Services, node: Node) -> None:
+    for name in ("a", "b"):
+        add_model(services, name)
+        ask(services, name)
+    replicas.reconcile(services)
+    (stage_id,) = services.leases.waiting(names.node_jobs_queue(node.id))
+    models.remove(services, "a")
+    assert error_of(services, stage_id) is None
+    models.remove(services, "b")
+    assert error_of(services, stage_id)["message"] == "The model 'b' was removed."
+    assert services.leases.waiting(names.node_jobs_queue(node.id)) == []

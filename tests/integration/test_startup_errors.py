@@ -16,6 +16,7 @@ from localai_q import ports
 
 COMMAND = [str(Path(sys.executable).parent / "localai-q"), "up"]
 STAND_IN = Path(__file__).with_name("stand_in_web.py")
+KEY = "lq-test-key"  # which the stand-in accepts
 
 
 @pytest.fixture
@@ -126,3 +127,30 @@ def test_a_cluster_comes_up_and_goes(environment: dict[str, str], tmp_path: Path
     up.kill()
     up.communicate()
     assert not psutil.wait_procs(children, timeout=5)[1]
+
+
+def test_a_key_that_is_not_accepted_is_said_once_and_a_new_one_makes_the_cluster_ready(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    home = Path(environment["LOCALAI_Q_HOME"])
+    home.mkdir()
+    (home / "logs").mkdir(mode=0o755)  # as an earlier version made it
+    (home / "admin.key").write_text("revoked")
+    procfile = tmp_path / "Procfile"
+    procfile.write_text(f"web: python {STAND_IN}\n")
+    up = start(environment, procfile)
+    assert up.stderr is not None
+    said = ""
+    while "reset-admin" not in said:
+        said = up.stderr.readline()
+        assert said, "it ended"
+    assert str(home / "admin.key") in said
+    time.sleep(1.5)
+    assert not (home / "ready.json").exists()
+    (home / "admin.key").write_text(KEY)
+    wait_ready(environment, up)
+    assert {path.name: path.stat().st_mode & 0o777 for path in (home / "logs", home / "files", home / "worker")} == {
+        "logs": 0o700, "files": 0o700, "worker": 0o700,
+    }  # fmt: skip
+    up.send_signal(signal.SIGINT)
+    assert "reset-admin" not in up.communicate(timeout=10)[1]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import secrets
+import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import httpx
 from localai_q import __version__
 from localai_q.config import write_private
 from localai_q.errors import LocalAIError, NotFound, StartupError, Unavailable
+from workers.node.installer import certificates
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,7 @@ class NodeApi:
 
     def __init__(self, url: str, node_id: str, secret: str) -> None:
         self._id = node_id
-        self._http = httpx.Client(base_url=url, timeout=TIMEOUT, headers={"Authorization": f"Bearer {secret}"})
+        self._http = _client(url, headers={"Authorization": f"Bearer {secret}"})
 
     def heartbeat(self, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
         """Report; returns `{"state", "stop": [replica ids]}`."""
@@ -102,20 +104,27 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
         raise StartupError(f"LOCALAI_REGISTER_TO={url!r} is no URL: it needs the form http://HOST:8080")
     body = {"name": name, "token": token, "secret_hash": identity.hash, "version": __version__, "hardware": hardware}
     say_at, pending = time.monotonic() + PATIENCE, False
-    while True:
-        answer, waiting_for = _ask(url, name, body)
-        if answer and "redis_url" in answer:
-            return answer
-        if (answer and not pending) or time.monotonic() > say_at:
-            log.warning("%s", waiting_for)
-            say_at = time.monotonic() + REMIND
-        pending = bool(answer)
-        time.sleep(POLL if answer else POLL / 4)
+    with _client(url) as http:
+        while True:
+            answer, waiting_for = _ask(http, url, name, body)
+            if answer and "redis_url" in answer:
+                return answer
+            if (answer and not pending) or time.monotonic() > say_at:
+                log.warning("%s", waiting_for)
+                say_at = time.monotonic() + REMIND
+            pending = bool(answer)
+            time.sleep(POLL if answer else POLL / 4)
 
 
-def _ask(url: str, name: str, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+def _client(url: str, **more: Any) -> httpx.Client:
+    """A client that asks the API itself: a proxy of the environment is for the world outside the cluster."""
+    trust = ssl.create_default_context(cafile=certificates())
+    return httpx.Client(base_url=url, timeout=TIMEOUT, trust_env=False, verify=trust, **more)
+
+
+def _ask(http: httpx.Client, url: str, name: str, body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
     try:
-        response = httpx.post(f"{url.rstrip('/')}/api/node/register", json=body, timeout=TIMEOUT)
+        response = http.post("/api/node/register", json=body)
     except httpx.HTTPError as error:
         return None, f"waiting for the API at {url}: {error}"
     if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:

@@ -22,12 +22,16 @@ from pathlib import Path
 from localai_q import names
 from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
-from workers.child import ChildSpec, read_statuses, write_spec
+from workers.child import ALIVE, ChildSpec, read_statuses, write_spec
+from workers.node import leftovers
 
 log = logging.getLogger(__name__)
 
 LAST_LINES = 8
 RESTART = 1.0  # seconds before the jobs worker is started again
+LOOK = 1.0  # seconds between two looks for replicas that hang
+SILENCE = 30.0  # seconds after which a ready replica that says nothing counts as hanging
+LAST_PATIENCE = 5.0  # seconds that a stopped replica has to end, once its jobs had theirs
 
 Process = subprocess.Popen[bytes]
 Report = Callable[[str, str, str], None]  # replica id, state, reason
@@ -43,6 +47,7 @@ class Child:
     state: str = "loading"
     reason: str = ""
     stopping: bool = False
+    silent: float = 0.0  # seconds; those in which this process did not look are not counted
 
 
 class Spawner:
@@ -70,14 +75,19 @@ class Spawner:
 class Children:
     """Every child of this node."""
 
-    def __init__(self, home: Path, report: Report) -> None:
+    def __init__(self, home: Path, report: Report, *, drain_timeout: float) -> None:
+        leftovers.clear(home)
         self._home = home
-        self._report = report
+        self._drain_timeout = drain_timeout
+        self._send = report
+        self._reports: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
         self._replicas: dict[str, Child] = {}
         self._jobs: Child | None = None
         self._lock = threading.Lock()
         self._spawner = Spawner()
         self.stopping = False
+        threading.Thread(target=self._send_reports, name="reports", daemon=True).start()
+        threading.Thread(target=self._watch_silence, name="silence", daemon=True).start()
 
     def running(self) -> dict[str, str]:
         """The state of every replica that has a process, by id."""
@@ -97,18 +107,23 @@ class Children:
                 queues = f"{names.model_queue(model.id)},{names.replica_queue(replica_id)}"
                 child = self._spawn(name, f"replica-{replica_id}", queues, spec, self._watch_replica(replica_id))
                 self._replicas[replica_id] = child
-        if known:
-            self._report(replica_id, known.state, known.reason)
+            elif not known.stopping:  # else its end is about to be reported
+                self._report(replica_id, known.state, known.reason)
 
     def stop_replica(self, replica_id: str) -> None:
-        """Have a replica finish what it holds and end."""
+        """Have a replica finish what it holds and end; one that does not is killed."""
         with self._lock:
             child = self._replicas.get(replica_id)
-        if child is None:
-            self._report(replica_id, "gone", "")
-            return
-        child.stopping = True
+            if child is None:
+                self._report(replica_id, "gone", "")
+                return
+            if child.stopping:
+                return
+            child.stopping = True
         child.process.terminate()
+        killer = threading.Timer(self._drain_timeout + LAST_PATIENCE, kill_group, (child.process,))
+        killer.daemon = True
+        killer.start()
 
     def start_jobs_worker(self, spec: ChildSpec) -> None:
         """Start the worker that does this node's long jobs, and keep it running."""
@@ -117,8 +132,14 @@ class Children:
             if self.stopping or child.stopping:
                 return
             log.error("the jobs worker ended: %s", tail(child.log, LAST_LINES))
-            time.sleep(RESTART)
-            self.start_jobs_worker(spec)
+            while not self.stopping:
+                time.sleep(RESTART)
+                try:
+                    self.start_jobs_worker(spec)
+                except OSError as error:
+                    log.error("the jobs worker cannot be started: %s", error)
+                else:
+                    return
 
         queue = names.node_jobs_queue(spec.node_id)
         with self._lock:
@@ -141,45 +162,84 @@ class Children:
     def _spawn(
         self, name: str, file: str, queues: str, spec: ChildSpec, on_exit: Callable[[Child, int], None]
     ) -> Child:
-        read_end, write_end = os.pipe()
         spec_path = self._home / "run" / f"{file}.json"
-        write_spec(spec_path, spec.model_copy(update={"status_fd": write_end}))
         celery = str(Path(sys.executable).with_name("celery"))
         command = [celery, "-A", "localai_q", "worker", "-Q", queues, "-n", name, "--loglevel", "INFO"]
         env = child_environment(LOCALAI_Q_CHILD_SPEC=str(spec_path), LOCALAI_REGISTRATION_TOKEN="")
         path = self._home / "logs" / f"{file}.log"
+        read_end, write_end = os.pipe()
         try:
+            write_spec(spec_path, spec.model_copy(update={"status_fd": write_end}))
             process = self._spawner.run(lambda: spawn(command, env=env, log=path, pass_fds=(write_end,)))
-            child = Child(name=name, process=process, log=path)
+        except OSError:
+            os.close(read_end)
+            spec_path.unlink(missing_ok=True)
+            raise
         finally:
             os.close(write_end)
-        threading.Thread(target=self._follow, args=(child, read_end, on_exit), name=name, daemon=True).start()
+        child = Child(name=name, process=process, log=path)
+
+        def follow() -> None:
+            self._listen(child, read_end)
+            code = process.wait()
+            spec_path.unlink(missing_ok=True)  # of a child that ended before it read that
+            on_exit(child, code)
+
+        threading.Thread(target=follow, name=name, daemon=True).start()
         return child
 
-    def _follow(self, child: Child, read_end: int, on_exit: Callable[[Child, int], None]) -> None:
+    def _listen(self, child: Child, read_end: int) -> None:
         for said in read_statuses(read_end):
+            child.silent = 0.0
+            if said.get("state") == ALIVE:
+                continue
             child.state, child.reason = str(said.get("state")), str(said.get("reason", ""))
             log.info("%s: %s %s", child.name, child.state, child.reason)
             self._on_status(child)
-        on_exit(child, child.process.wait())
 
     def _on_status(self, child: Child) -> None:
         with self._lock:
             found = next((key for key, value in self._replicas.items() if value is child), None)
-        if found and child.state == "ready" and not child.stopping:
-            self._report(found, "ready", "")
+            if found and child.state == "ready" and not child.stopping:
+                self._report(found, "ready", "")
+
+    def _watch_silence(self) -> None:
+        """Kill every ready replica of which nothing is heard; its end is reported as that of any other."""
+        while True:
+            time.sleep(LOOK)
+            with self._lock:
+                ready = [child for child in self._replicas.values() if child.state == "ready" and not child.stopping]
+            for child in ready:
+                child.silent += LOOK
+                if child.silent > SILENCE:
+                    child.reason = f"the replica has hung: nothing was heard of it for {SILENCE:.0f} s"
+                    kill_group(child.process)
+
+    def _report(self, replica_id: str, state: str, reason: str) -> None:
+        """Have this said to the API after what was to be said before; who says it waits for nobody."""
+        self._reports.put((replica_id, state, reason))
+
+    def _send_reports(self) -> None:
+        while True:
+            report = self._reports.get()
+            try:
+                self._send(*report)
+            except Exception:
+                log.exception("replica %s is %s, which could not be reported", *report[:2])
 
     def _watch_replica(self, replica_id: str) -> Callable[[Child, int], None]:
         def watch(child: Child, code: int) -> None:
+            reason = child.reason or f"the replica ended with exit code {code}: {tail(child.log, LAST_LINES)}"
+            if child.stopping:
+                leftovers.remove_logs(self._home, replica_id)
+            else:
+                log.error("%s failed: %s", child.name, reason)
             with self._lock:
                 self._replicas.pop(replica_id, None)
-            if self.stopping:
-                return
-            if child.stopping:
-                self._report(replica_id, "gone", "")
-                return
-            reason = child.reason or f"the replica ended with exit code {code}: {tail(child.log, LAST_LINES)}"
-            log.error("%s failed: %s", child.name, reason)
-            self._report(replica_id, "failed", reason)
+                leftovers.limit_logs(self._home, self._replicas)
+                if child.stopping and not self.stopping:
+                    self._report(replica_id, "gone", "")
+                elif not child.stopping:
+                    self._report(replica_id, "failed", reason)
 
         return watch

@@ -18,7 +18,7 @@ import time
 import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Protocol
@@ -31,6 +31,7 @@ from localai_q.errors import InvalidValue, NotFound, Unavailable
 from workers.node.installer import certificates, index_url, run_uv
 
 CHUNK = 1 << 20
+COPY = 1 << 30  # bytes that the kernel copies at once
 SPARE = 64 << 20  # bytes that stay free on the disk
 ATTEMPTS = 4  # connections that one download may use
 PAUSE = 0.5  # seconds before the second, doubled each time
@@ -129,10 +130,25 @@ def _digest_of(source: str, blobs: Path) -> str | None:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """Hold the lock file, across threads and processes; it is let go when this process dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    """Hold the lock file, across threads and processes; it is let go when this process dies, and goes when done."""
+    while True:
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(lock, file):  # its holder removed it while this waited
+                continue
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)  # while it is held: nobody else can have made a new one
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @dataclass
@@ -188,20 +204,26 @@ def _hash_file(file: IO[bytes], hasher: Any, total: int, report: _Report) -> int
 def _from_file(source: str, path: Path, wanted: str | None, blobs: Path, report: _Report) -> Path:
     if not path.is_file():
         raise NotFound(f"cannot fetch {source}: this node has no such file")
-    hasher = hashlib.sha256()
-    with path.open("rb") as file:
-        _hash_file(file, hasher, path.stat().st_size, report)
-    found = hasher.hexdigest()
-    if wanted and found != wanted:
-        raise Unavailable(f"{source} has another content than expected: its SHA-256 is {found}, expected {wanted}")
+    _need_room(source, blobs, path.stat().st_size)
     part = blobs / f".{_key(source)}.part"
-    part.unlink(missing_ok=True)
     try:
-        os.link(path, part)
-    except OSError:
-        _need_room(source, blobs, path.stat().st_size)
-        shutil.copyfile(path, part)
-    return _keep(source, part, found, wanted, blobs)
+        _copy(path, part)
+        hasher = hashlib.sha256()
+        with part.open("rb") as file:
+            _hash_file(file, hasher, part.stat().st_size, report)
+        return _keep(source, part, hasher.hexdigest(), wanted, blobs)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _copy(path: Path, part: Path) -> None:
+    """Copy the file; where the file system can, both share their blocks until one of them is written to."""
+    part.unlink(missing_ok=True)
+    with suppress(OSError, AttributeError), path.open("rb") as file, part.open("wb") as copy:
+        while os.copy_file_range(file.fileno(), copy.fileno(), COPY):
+            pass
+        return
+    shutil.copyfile(path, part)  # this system cannot, or not between these folders
 
 
 # --- from a remote file, resumed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+import re
 import tempfile
 import threading
 import time
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 CONCURRENCY = 4  # short work at once
 REPORT_TRIES = 60  # one a second
 LONGEST_FOLDER = 80  # bytes; a socket's own name has 21
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")  # as the API has it
 
 
 class Node:
@@ -48,7 +50,7 @@ class Node:
         self._secret = secret
         self._api = api.NodeApi(cfg.api_of_node, self.id, secret)
         self._stopping = threading.Event()
-        self.children = Children(self.home, self._report)
+        self.children = Children(self.home, self._report, drain_timeout=cfg.drain_timeout)
 
     def start(self) -> None:
         """Begin to report and to do jobs."""
@@ -141,6 +143,7 @@ def prepare(worker: Any, conf: Any) -> None:
             "set LOCALAI_REGISTER_TO (the API's URL) and LOCALAI_REGISTRATION_TOKEN to join a cluster; "
             "'localai-q up' prints both when it starts"
         )
+    check_name(cfg.effective_node_name)
     identity = api.Identity(cfg.node_home / "identity.json")
     hold_home(cfg.node_home)
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
@@ -153,6 +156,19 @@ def prepare(worker: Any, conf: Any) -> None:
     register_tasks(node)
     signals.worker_ready.connect(lambda **_: node.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: threading.Thread(target=node.stop).start(), weak=False)
+
+
+def check_name(name: str) -> None:
+    """Refuse a name that the API would refuse, before a folder is called so.
+
+    Raises:
+        StartupError: it is no name.
+    """
+    if not NAME.fullmatch(name):
+        raise StartupError(
+            f"a node cannot be called {name!r}: set LOCALAI_NODE_NAME to at most 63 letters, digits, '_', '-' and '.', "
+            "of which the first is a letter or a digit"
+        )
 
 
 def hold_home(home: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import subprocess
 import threading
@@ -27,6 +28,7 @@ PROBE_TIMEOUT = 5.0
 PROBES_MISSED = 3  # after so many in a row the backend counts as wedged
 MESSAGE = 50 << 20  # bytes, as LocalAI has it
 LOG_LINES = 8
+SPARE_THREADS = 16  # of a backend, for what is asked of it besides its slots' requests
 
 
 class Backend:
@@ -87,11 +89,18 @@ class Backend:
         self._spec.socket.unlink(missing_ok=True)
         if self._spec.log.exists():  # of the process before this one, whose last words are not this one's
             self._spec.log.replace(self._spec.log.with_suffix(".1.log"))
-        folder = self._spec.backend_folder
-        program = folder / "run.sh"
-        command = [str(program)] if program.exists() else [str(folder / "venv" / "bin" / "python"), "server.py"]
         env = child_environment(LOCALAI_GRPC_AUTH_TOKEN=self._token, LOCALAI_Q_CHILD_SPEC="")
-        return spawn([*command, "--addr", f"unix:{self._spec.socket}"], env=env, log=self._spec.log, cwd=folder)
+        command = [*self._program(), "--addr", f"unix:{self._spec.socket}"]
+        return spawn(command, env=env, log=self._spec.log, cwd=self._spec.backend_folder)
+
+    def _program(self) -> list[str]:
+        """LocalAI's `run.sh`, which knows `--addr` and no more, or our own server."""
+        folder = self._spec.backend_folder
+        if (folder / "run.sh").exists():
+            return [str(folder / "run.sh")]
+        threads = self._spec.model.slots + SPARE_THREADS
+        python = str(folder / "venv" / "bin" / "python")
+        return [python, "server.py", "--threads", str(threads), "--parent", str(os.getpid())]
 
     def _wait_for_health(self) -> None:
         deadline = time.monotonic() + START

@@ -4,7 +4,11 @@
 -- which the end is kept.
 -- Returns {1} ended now; {2, node} its owner on that node was asked to cancel; {0} there is nothing to end.
 local job = redis.call('HMGET', KEYS[1], 'state', 'node', 'watch')
-if not job[1] or job[1] == 'ended' then return {0} end
+if not job[1] or job[1] == 'ended' then
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  redis.call('ZREM', KEYS[4], ARGV[1])
+  return {0}
+end
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])

@@ -3,7 +3,11 @@
 -- KEYS 1 job, 2 journal, 3 waiting, 4 leases.  ARGV 1 id, 2 owner, 3 node, 4 lease (ms), 5 expiry of the journal (ms).
 -- Returns {attempt, last index, request, stream, deaths, deadline} or {0, why not}.
 local job = redis.call('HMGET', KEYS[1], 'state', 'cancel', 'deadline', 'request', 'stream', 'deaths')
-if not job[1] then return {0, 'unknown'} end
+if not job[1] then
+  redis.call('ZREM', KEYS[3], ARGV[1])
+  redis.call('ZREM', KEYS[4], ARGV[1])
+  return {0, 'unknown'}
+end
 if job[1] == 'ended' then return {0, 'ended'} end
 if job[2] then return {0, 'cancelled'} end
 local t = redis.call('TIME')

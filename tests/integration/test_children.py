@@ -1,0 +1,191 @@
+"""A node's replicas, as real processes: what they leave behind, what hangs, and what does not want to end."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis
+from waiting import wait_for
+
+from localai_q import names
+from localai_q.embedded.valkey import Valkey
+from localai_q.gallery import catalog
+from workers.child import ChildSpec, ModelSpec, ReplicaSpec
+from workers.node import children as module
+from workers.node import leftovers
+from workers.node.children import Children
+from workers.node.installer import install_backend
+
+
+class Node:
+    """A node's children, and what is reported of them."""
+
+    def __init__(self, home: Path, redis_url: str, echo: Path) -> None:
+        self.home = home
+        self.told: list[tuple[str, str, str]] = []
+        self.children = Children(home, lambda *report: self.told.append(report), drain_timeout=0.5)
+        self._redis_url = redis_url
+        self._echo = echo
+
+    def start(self, *, backend: Path | None = None, slots: int = 2) -> str:
+        replica_id = names.new_id()
+        model = ModelSpec(id=names.new_id(), name="m", revision=1, backend="echo", slots=slots)
+        replica = ReplicaSpec(
+            id=replica_id, number=1, model=model, backend_folder=backend or self._echo, model_file=None,
+            socket=self.home / "run" / f"{replica_id}.sock", log=self.home / "logs" / f"backend-{replica_id}.log",
+        )  # fmt: skip
+        spec = ChildSpec(
+            node_id="n1", node_name="alpha", redis_url=self._redis_url, lease=5.0, journal_ttl=60.0, journal_max=1000,
+            status_fd=-1, backends=self.home, models=self.home, api_url="", secret="", replica=replica,
+        )  # fmt: skip
+        self.children.start_replica(spec)
+        return replica_id
+
+    def hears(self, replica_id: str, state: str, seconds: float = 30.0) -> str:
+        """Wait for a report; its reason."""
+        found = wait_for(lambda: [told for told in self.told if told[:2] == (replica_id, state)], seconds)
+        assert found, (state, self.told)
+        return found[0][2]
+
+    def process(self, replica_id: str) -> psutil.Process:
+        return psutil.Process(self.children._replicas[replica_id].process.pid)
+
+    def left(self, folder: str, replica_id: str) -> list[str]:
+        return [path.name for path in (self.home / folder).iterdir() if replica_id in path.name]
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_backend(catalog.backend("echo"), tmp_path_factory.mktemp("backends"), lambda _: None)
+
+
+@pytest.fixture
+def node(tmp_path: Path, valkey: Valkey, redis_client: redis.Redis, echo: Path) -> Iterator[Node]:
+    found = Node(tmp_path, valkey.url, echo)
+    yield found
+    found.children.stop_all(1.0)
+
+
+@pytest.fixture
+def never_ready(tmp_path: Path) -> Path:
+    """A backend that never answers."""
+    folder = tmp_path / "never"
+    folder.mkdir()
+    (folder / "run.sh").write_text('#!/bin/sh\necho "arguments: $*"\nexec sleep 100\n')
+    (folder / "run.sh").chmod(0o755)
+    return folder
+
+
+def arguments_of(replica: psutil.Process) -> list[str]:
+    return next(child.cmdline() for child in replica.children() if "server.py" in child.cmdline())
+
+
+def test_our_own_backend_has_a_thread_for_every_slot_and_some_for_its_health(node: Node) -> None:
+    replica_id = node.start(slots=100)
+    node.hears(replica_id, "ready")
+    replica = node.process(replica_id)
+    command = " ".join(arguments_of(replica))
+    assert "--threads 116" in command
+    assert f"--parent {replica.pid}" in command
+
+
+def test_a_backend_with_a_run_script_is_told_its_address_only(node: Node, never_ready: Path) -> None:
+    replica_id = node.start(backend=never_ready)
+    log = node.home / "logs" / f"backend-{replica_id}.log"
+    assert wait_for(lambda: log.exists() and log.read_text(), 20)
+    assert log.read_text().split() == ["arguments:", "--addr", f"unix:{node.home}/run/{replica_id}.sock"]
+
+
+def test_the_brokers_password_lies_in_no_file_once_a_replica_has_read_it(node: Node) -> None:
+    replica_id = node.start()
+    node.hears(replica_id, "ready")
+    assert node.left("run", replica_id) == [f"{replica_id}.sock"]
+
+
+def test_a_replica_that_ends_as_asked_leaves_nothing(node: Node) -> None:
+    replica_id = node.start()
+    node.hears(replica_id, "ready")
+    assert len(node.left("logs", replica_id)) == 2
+    node.children.stop_replica(replica_id)
+    assert node.hears(replica_id, "gone") == ""
+    assert node.left("run", replica_id) == []
+    assert node.left("logs", replica_id) == []
+
+
+def test_a_replica_that_hangs_is_noticed_killed_and_reported(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE", 6.0)
+    calm, hanging = node.start(), node.start()
+    for replica_id in (calm, hanging):
+        node.hears(replica_id, "ready")
+    replica = node.process(hanging)
+    family = [replica, *replica.children(recursive=True)]
+    replica.send_signal(signal.SIGSTOP)
+    assert "nothing was heard of it for 6 s" in node.hears(hanging, "failed", 15)
+    assert not psutil.wait_procs(family[1:], timeout=5)[1]
+    assert node.left("logs", hanging), "what it said last is kept"
+    assert node.children.running() == {calm: "ready"}, "one that says that it is alive stays as it is"
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_replica_that_is_still_loading_can_be_stopped_even_if_it_hangs(
+    node: Node, never_ready: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    monkeypatch.setattr(module, "LAST_PATIENCE", 1.0)
+    replica_id = node.start(backend=never_ready)
+    assert wait_for(lambda: node.left("logs", replica_id)[1:], 20), "its backend is running"
+    if stopped:
+        os.kill(node.process(replica_id).pid, signal.SIGSTOP)
+    began = time.monotonic()
+    node.children.stop_replica(replica_id)
+    node.children.stop_replica(replica_id)  # the API says it again with every heartbeat
+    node.hears(replica_id, "gone", 10)
+    assert (time.monotonic() - began >= 1.5) is stopped
+    assert node.children.running() == {}
+
+
+def test_a_report_that_waits_for_the_api_keeps_nobody_from_being_heard(
+    tmp_path: Path, valkey: Valkey, echo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SILENCE", 4.0)
+    node = Node(tmp_path, valkey.url, echo)
+    node.children._send = lambda *_: time.sleep(60)
+    replica_id = node.start()
+    assert wait_for(lambda: node.children.running() == {replica_id: "ready"}, 30)
+    time.sleep(7)
+    assert node.children.running() == {replica_id: "ready"}
+    node.children.stop_all(2.0)
+
+
+def make_log(home: Path, name: str, age: float) -> None:
+    path = home / "logs" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
+    os.utime(path, (time.time() - age,) * 2)
+
+
+def test_logs_are_kept_of_the_twenty_replicas_that_failed_last(tmp_path: Path) -> None:
+    for age in range(25):
+        for kind in ("replica-r{}.log", "backend-r{}.log", "backend-r{}.1.log"):
+            make_log(tmp_path, kind.format(age), age)
+    make_log(tmp_path, "jobs.log", 99)
+    leftovers.limit_logs(tmp_path, {"r24"})
+    names_left = {path.name for path in (tmp_path / "logs").iterdir()}
+    kept = [*range(20), 24]  # the last one runs
+    assert {name for name in names_left if name.startswith("replica")} == {f"replica-r{age}.log" for age in kept}
+    assert len(names_left) == len(kept) * 3 + 1
+
+
+def test_a_node_that_starts_clears_what_the_one_before_it_left(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    for name in ("replica-r1.json", ".replica-r1.json.abcd", "r1.sock", "jobs.json"):
+        (tmp_path / "run" / name).write_text("a password")
+    for age in range(25):
+        make_log(tmp_path, f"job-j{age}.log", age)
+        make_log(tmp_path, f"replica-r{age}.log", age)
+    Children(tmp_path, print, drain_timeout=1.0)
+    assert list((tmp_path / "run").iterdir()) == []
+    assert len(list((tmp_path / "logs").iterdir())) == 40

@@ -1,0 +1,193 @@
+"""The web process as gunicorn runs it, here with two workers: over HTTP, and by the command line."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from cluster_data import add_model, claim, ready_node
+from prometheus_client.parser import text_string_to_metric_families
+from waiting import wait_for
+
+from localai_q import names, ports
+from localai_q.bus.connection import client
+from localai_q.cluster.events import Delta, End
+from localai_q.config import load_settings
+from localai_q.embedded.valkey import Valkey
+from localai_q.processes import spawn, stop, tail
+from localai_q.services import keys
+from localai_q.services.wiring import Services, connect
+
+BIN = Path(sys.executable).parent
+ROOT = Path(__file__).resolve().parents[2]
+TOKEN = "join-us"
+
+
+class Web:
+    """Two workers of gunicorn on stores of their own, and the services on the same stores."""
+
+    def __init__(self, home: Path, database_url: str, redis_url: str) -> None:
+        self.address = f"127.0.0.1:{ports.choose()}"
+        self.url = f"http://{self.address}"
+        self.environment = {**os.environ, "LOCALAI_Q_HOME": str(home), "LOCALAI_ADDRESS": self.address,
+                            "LOCALAI_DATABASE_URL": database_url, "LOCALAI_REDIS_URL": redis_url,
+                            "LOCALAI_REGISTRATION_TOKEN": TOKEN, "LOCALAI_Q_WEB_WORKERS": "2", "LOCALAI_Q_NO_MODEL": "1",
+                            "LOCALAI_EXPOSE_NODE_HEADER": "true"}  # fmt: skip
+        self.log = home / "web.log"
+        argv = [str(BIN / "gunicorn"), "--config", "python:api.gunicorn_conf", "api.wsgi:app"]
+        self.process = spawn(argv, env=self.environment, log=self.log, cwd=ROOT)
+        assert wait_for(lambda: (home / "admin.key").exists() and self.answers(), 30), tail(self.log)
+        key = (home / "admin.key").read_text().strip()
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        self.services: Services = connect(
+            load_settings(home=home, database_url=database_url, redis_url=redis_url, registration_token=TOKEN)
+        )
+
+    def answers(self) -> bool:
+        try:
+            return httpx.get(f"{self.url}/healthz", trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    def cli(self, *arguments: str | bytes, **changes: str) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [str(BIN / "localai-q"), *arguments],
+            env={**self.environment, **changes}, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        return done.returncode, done.stdout, done.stderr
+
+    def models(self) -> set[str]:
+        return {model["name"] for model in self.http.get("/api/models").raise_for_status().json()["models"]}
+
+
+@pytest.fixture(scope="module")
+def web(make_database: Callable[..., str], valkey: Valkey, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Web]:
+    client(valkey.url).flushall()
+    found = Web(tmp_path_factory.mktemp("web"), make_database("web"), valkey.url)
+    yield found
+    found.http.close()
+    stop(found.process, 5.0)
+
+
+def values(web: Web, name: str) -> list[float]:
+    text = httpx.get(f"{web.url}/metrics", headers=web.http.headers, trust_env=False).raise_for_status().text
+    families = text_string_to_metric_families(text)
+    return [sample.value for family in families for sample in family.samples if sample.name == name]
+
+
+def test_counters_of_two_web_processes_are_shown_as_one(web: Web) -> None:
+    before = sum(values(web, "localai_requests_total"))
+    for _ in range(40):  # each over a connection of its own, so that both workers get some
+        assert httpx.get(f"{web.url}/healthz", trust_env=False).is_success
+    counts = {sum(values(web, "localai_requests_total")) - before for _ in range(6)}
+    assert counts == {41, 42, 43, 44, 45, 46}
+    assert len(list((web.log.parent / "run" / "metrics").glob("counter_*.db"))) == 2
+
+
+def test_a_name_is_one_part_of_a_path_whatever_it_holds(web: Web) -> None:
+    for name in ("keepme", "a/b", "a//b", "a/"):
+        add_model(web.services, name)
+    for wrong in ("keepme?x=1", "keepme#x", "x/../keepme", "%6beepme"):
+        code, _, err = web.cli("models", "remove", wrong)
+        assert (code, f"There is no model '{wrong}'" in err) == (1, True), err
+    assert web.models() >= {"keepme", "a/b", "a//b", "a/"}
+    for name in ("a/", "a/b", "a//b"):
+        assert web.cli("models", "remove", name) == (0, f"Removed {name}.\n", "")
+        assert name not in web.models()
+    assert "keepme" in web.models()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "fix"),
+    [
+        (["nodes", "list"], {"LOCALAI_Q_API": "http://[::1"}, "set LOCALAI_Q_API"),
+        (["nodes", "list"], {"LOCALAI_API_KEY": "schlüssel"}, "the key or an argument"),
+        (["models", "remove", b"\xff"], {}, "the key or an argument"),
+    ],
+)
+def test_what_cannot_be_sent_ends_in_one_line(
+    web: Web, arguments: list[str | bytes], changes: dict[str, str], fix: str
+) -> None:
+    code, _, err = web.cli(*arguments, **changes)
+    assert code == 1
+    assert fix in err
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("query", "words"),
+    [
+        ("limit=²", "'limit' needs a number from 1 to 1000"),
+        ("limit=٣", "'limit'"),
+        ("limit=0", "'limit'"),
+        (f"limit={'9' * 5000}"[:4000], "'limit'"),
+        ("state=open,bogus", "'state' needs one or more of open, done, failed, cancelled"),
+        ("kind=bogus", "'kind' needs one or more of chat, completion"),
+    ],
+)
+def test_a_list_of_jobs_refuses_what_it_does_not_know_by_name(web: Web, query: str, words: str) -> None:
+    answer = web.http.get(f"/api/jobs?{query}")
+    assert answer.status_code == 400
+    assert words in answer.json()["error"]["message"]
+    assert web.http.get("/api/jobs?state=open,done&kind=chat,fetch_model&limit=1000").status_code == 200
+
+
+def test_a_model_name_has_no_line_end(web: Web) -> None:
+    assert web.http.post("/api/models", json={"name": "parrot\n", "backend": "echo"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("header", "host"),
+    [("[::1]", "[::1]"), ("[fd00::7]:8080", "[fd00::7]"), ("one", "one"), ("10.1.1.1:80", "10.1.1.1")],
+)
+def test_a_node_is_told_of_redis_by_the_host_that_it_called(web: Web, header: str, host: str) -> None:
+    name = names.new_id()
+    body = {"name": name, "token": TOKEN, "secret_hash": "0" * 64}
+    assert httpx.post(f"{web.url}/api/node/register", json=body, trust_env=False).json()["state"] == "pending"
+    web.http.post(f"/api/nodes/{name}/approve").raise_for_status()
+    answer = httpx.post(f"{web.url}/api/node/register", json=body, headers={"Host": header}, trust_env=False)
+    assert f"@{host}:" in answer.json()["redis_url"]
+    broken = httpx.post(f"{web.url}/api/node/register", json=body, headers={"Host": "[::1"}, trust_env=False)
+    assert broken.status_code == 400
+
+
+def test_a_stream_that_is_claimed_late_names_its_node_all_the_same(web: Web) -> None:
+    node = ready_node(web.services, "late")
+    line = names.model_queue(add_model(web.services, "slow"))
+    seen: dict[str, str] = {}
+
+    def ask() -> None:
+        body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
+        with web.http.stream("POST", "/v1/chat/completions", json=body, timeout=30) as response:
+            seen.update({name.lower(): value for name, value in response.headers.items()})
+            seen["text"] = response.read().decode()
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    assert wait_for(lambda: web.services.leases.waiting(line))
+    time.sleep(3.0)  # more than headers wait for a first event otherwise
+    assert not seen
+    lease = claim(web.services, web.services.leases.waiting(line)[0], line, node.id)
+    assert wait_for(lambda: bool(seen), 5), "the headers wait for more than the claim"
+    web.services.leases.append([(lease, lease.last_index + 1, [Delta(text="hi")])])
+    web.services.leases.finish(lease, lease.last_index + 2, End(state="done"), node_id=node.id)
+    asking.join(10)
+    assert seen["x-localai-node"] == "late"
+    assert values(web, "localai_time_to_first_token_seconds_count") == [1.0]
+    assert wait_for(lambda: values(web, "localai_generation_seconds_count")) == [1.0]
+    assert f"id: {lease.job_id}:1-{lease.last_index + 1}\n" in seen["text"]
+
+
+def test_a_piped_table_has_whole_ids_on_one_line_each(web: Web) -> None:
+    name = "a-person-with-a-long-name-" * 3
+    made, _ = keys.create(web.services, name=name, role="user")
+    code, out, err = web.cli("keys", "list", COLUMNS="80")
+    assert code == 0, err
+    assert any(made.id in line and name in line for line in out.splitlines())
+    assert all(key["id"] for key in json.loads(web.cli("keys", "list", "--json")[1]))
