@@ -138,7 +138,9 @@ def test_a_replica_that_is_still_loading_can_be_stopped_even_if_it_hangs(
     replica_id = node.start(backend=never_ready)
     assert wait_for(lambda: node.left("logs", replica_id)[1:], 20), "its backend is running"
     if stopped:
-        os.kill(node.process(replica_id).pid, signal.SIGSTOP)
+        replica = node.process(replica_id)
+        replica.suspend()
+        assert wait_for(lambda: replica.status() == psutil.STATUS_STOPPED)  # until then SIGTERM would still end it
     began = time.monotonic()
     node.children.stop_replica(replica_id)
     node.children.stop_replica(replica_id)  # the API says it again with every heartbeat
