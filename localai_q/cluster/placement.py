@@ -5,7 +5,8 @@ The decision, in order:
 1. A replica of a model that has changed since it was placed is stopped.
 2. A failed replica is tried again once its back-off is over.
 3. A model that is to be everywhere gets a replica on each ready node that has none.
-4. A model that somebody waits for and that nothing serves gets one replica, on the ready node with the fewest.
+4. A model that somebody waits for and that nothing serves gets one replica, on the ready node with the fewest. Where one
+   has failed for the first time, its next try comes sooner than a load elsewhere.
 5. A model that somebody waits for, that nothing serves and whose replicas failed again and again is given up for those
    who wait. A first failure is only tried again: those in line did nothing to deserve an error.
 """
@@ -98,11 +99,11 @@ def _outdated(model: Model, own: Sequence[Replica]) -> list[Action]:
 def _of_model(
     model: Model, ready: Sequence[Node], own: Sequence[Replica], load: Counter[str], waiting: int, now: float
 ) -> list[Action]:
-    alive = [r for r in own if r.state is ReplicaState.READY or r.state in COMING_UP]
+    ready_ids = {node.id for node in ready}
+    alive = [r for r in own if r.state is ReplicaState.READY or (r.state in COMING_UP and r.node_id in ready_ids)]
     wanted = model.config.spread_all or (waiting > 0 and not alive)
     if not wanted:
         return []
-    ready_ids = {node.id for node in ready}
     failed = [replica for replica in own if replica.state is ReplicaState.FAILED]
     actions: list[Action] = [
         Retry(replica_id=replica.id, reason=f"try {replica.failures + 1}")
@@ -114,10 +115,12 @@ def _of_model(
     if model.config.spread_all:
         chosen, reason = free, "one on every ready node"
     else:
-        chosen, reason = ([] if actions else free[:1]), f"{waiting} waiting, none loaded"
+        returning = any(r.node_id in ready_ids and not hopeless(r) for r in failed)
+        chosen, reason = ([] if actions or returning else free[:1]), f"{waiting} waiting, none loaded"
     for node in chosen:
         load[node.id] += 1
         actions.append(Place(model_id=model.id, node_id=node.id, reason=reason))
-    if waiting and not alive and not actions and any(map(hopeless, failed)):
+    coming = any(r.state in COMING_UP for r in own)  # even on a node that is away: it may be back
+    if waiting and not alive and not coming and not actions and any(map(hopeless, failed)):
         actions.append(GiveUp(model_id=model.id, reason=failed[-1].reason))
     return actions

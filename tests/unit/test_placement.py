@@ -84,7 +84,11 @@ DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if s
         ("the emptiest node", [model(), model("o")], [N1, N2], [replica(S.READY, of="o")], 3,
          [("place", "m", "n2")]),
         ("the same load: by name", [model()], [N3, N2], [], 1, [("place", "m", "n2")]),
-        ("another node while one cools", [model()], [N1, N2], [replica(S.FAILED)], 1, [("place", "m", "n2")]),
+        ("another node while one cools", [model()], [N1, N2], [replica(S.FAILED, failures=2)], 1,
+         [("place", "m", "n2")]),
+        ("no other node after a first failure", [model()], [N1, N2], [replica(S.FAILED)], 1, []),
+        ("another node while one comes up on a node that is away", [model()], [N1, replace(N2, state=NodeState.UNHEALTHY)],
+         [replica(S.LOADING, "n2")], 1, [("place", "m", "n1")]),
         ("a retry before a new place", [model()], [N1, N2], [replica(S.FAILED, age=2)], 1, [("retry", "m-n1")]),
         # 5. given up
         ("all cool down", [model()], [N1], [replica(S.FAILED, failures=2)], 1, [("give up", "m")]),
