@@ -218,11 +218,13 @@ def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, liste
     reader = listener.open(writer.job_id)
     entries = reader.entries()
     reader.wake()
-    started = time.monotonic()
-    assert next(entries) is None
-    assert time.monotonic() - started < 0.5 * journal.SILENCE
-    assert next(entries) is None
-    assert time.monotonic() - started >= journal.SILENCE
+    waits = []
+    for _ in range(3):
+        started = time.monotonic()
+        assert next(entries) is None
+        waits.append(time.monotonic() - started)
+    assert waits[0] < 0.5 * journal.SILENCE
+    assert waits[2] >= journal.SILENCE  # the second may have been the news that announcements can be heard now
 
 
 def test_the_newest_event_of_jobs_is_read_in_one_trip(leases: Leases, redis_client: redis.Redis) -> None:
