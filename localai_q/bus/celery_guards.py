@@ -42,7 +42,7 @@ class WakeHook(bootsteps.StartStopStep):
         def wake(**_: Any) -> None:
             hub.call_soon(hub.call_later, SETTLE, _nothing)
 
-        self._wake = wake
+        self._wake = wake  # the signal holds it weakly
         signals.task_postrun.connect(wake, dispatch_uid="localai_q.wake")
 
     def stop(self, consumer: Any) -> None:
