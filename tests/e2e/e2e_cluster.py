@@ -50,16 +50,16 @@ def clean_environment(**changes: str) -> dict[str, str]:
     return {**kept, "PATH": f"{BIN}{os.pathsep}{kept['PATH']}", "PYTHONUNBUFFERED": "1", **changes}
 
 
-def processes_of(home: Path) -> list[psutil.Process]:
-    """Every process that works in this home: by its settings, its command line or its folder."""
-    found = []
+def processes_of(home: Path) -> dict[psutil.Process, list[str]]:
+    """Every process that works in this home, by its settings, its command line or its folder; and that line."""
+    found = {}
     for process in psutil.process_iter():
         try:
             if process.status() == psutil.STATUS_ZOMBIE or process.pid == os.getpid():
                 continue
-            settings = process.environ().get("LOCALAI_Q_HOME", "")
-            if any(f"{text}/".startswith(f"{home}/") for text in (settings, process.cwd(), *process.cmdline())):
-                found.append(process)
+            settings, line = process.environ().get("LOCALAI_Q_HOME", ""), process.cmdline()
+            if any(f"{text}/".startswith(f"{home}/") for text in (settings, process.cwd(), *line)):
+                found[process] = line
         except psutil.Error:
             continue
     return found
@@ -118,11 +118,11 @@ class Cluster:
         try:
             code = self.process.wait(STOP)
         except subprocess.TimeoutExpired:
-            left = [process.cmdline() for process in processes_of(self.home)]
+            left = list(processes_of(self.home).values())
             self.kill()
             pytest.fail(f"the cluster did not end within {STOP:g} s of Ctrl-C; still there: {left}\n{self.logs()}")
         took = time.monotonic() - began
-        left = [process.cmdline() for process in processes_of(self.home)]
+        left = list(processes_of(self.home).values())
         self.kill()
         assert not left, f"processes left behind: {left}"
         assert code == 0, self.output()
@@ -137,8 +137,8 @@ class Cluster:
 
     def pids(self, *words: str) -> list[int]:
         """The processes whose command line holds all these words, the oldest first."""
-        found = [p for p in processes_of(self.home) if all(word in " ".join(p.cmdline()) for word in words)]
-        return [process.pid for process in sorted(found, key=lambda process: process.create_time())]
+        found = [p for p, line in processes_of(self.home).items() if all(word in " ".join(line) for word in words)]
+        return [process.pid for process in sorted(found, key=psutil.Process.create_time)]
 
     def output(self) -> str:
         """What `up` has printed."""

@@ -44,7 +44,7 @@ class Joiner:
         """Ask it to leave; fails unless it and all its processes end."""
         self.process.send_signal(signal.SIGTERM)
         self.process.wait(20)
-        left = [process.cmdline() for process in processes_of(self.home)]
+        left = list(processes_of(self.home).values())
         assert not left, left
 
 
