@@ -6,7 +6,7 @@ import re
 
 from flask import Flask, Response, g, request
 
-from api import errors, node, public
+from api import errors, jobs, node, public
 from api.admin import routes as admin
 from api.auth import guard
 from api.bodies import Request
@@ -26,7 +26,8 @@ def create_app(settings: Settings) -> Flask:
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.strict_slashes = False
     app.extensions["localai_q"] = make_web(settings)
-    for routes in (public.routes, node.routes, admin.routes, blueprint("openai_v1", "/v1"), blueprint("openai", None)):
+    openai = (blueprint("openai_v1", "/v1"), blueprint("openai", None))
+    for routes in (public.routes, node.routes, jobs.routes, admin.routes, *openai):
         app.register_blueprint(routes)
     errors.register(app)
     app.before_request(_name_request)

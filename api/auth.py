@@ -40,6 +40,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "public": anyone,
     "openai_v1": any_key,
     "openai": any_key,
+    "jobs": any_key,
     "admin": admin_key,
     "node": node_secret,
 }

@@ -23,7 +23,7 @@ bind = [_settings.address]
 workers = _settings.web_workers
 worker_class = "gevent"
 worker_connections = 2000
-graceful_timeout = 4
+graceful_timeout = int(_settings.web_drain) + 2
 timeout = 60
 keepalive = 75
 loglevel = _settings.log_level.lower()
@@ -47,6 +47,19 @@ def on_starting(server: Any) -> None:
         engine(_settings.database_url).dispose()  # a connection must not cross a fork
     except StartupError as error:
         raise exit_on_startup_error(error) from error
+
+
+def post_worker_init(worker: Any) -> None:
+    """In each worker: end its streams in time, when it is told to stop, so that their clients can come back."""
+    import gevent
+
+    def stop_streams() -> None:
+        while worker.alive:
+            gevent.sleep(0.1)
+        gevent.sleep(_settings.web_drain)
+        worker.wsgi.extensions["localai_q"].streams.stop()
+
+    gevent.spawn(stop_streams)
 
 
 def child_exit(server: Any, worker: Any) -> None:

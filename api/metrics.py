@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from localai_q.cluster.events import End
 from localai_q.services import status
 from localai_q.services.wiring import Services
 
@@ -43,6 +44,12 @@ class Metrics:
             "localai_generation_seconds", "From request to end.", ["model"], buckets=SECONDS, **own
         )
         self.tokens = Counter("localai_tokens", "Tokens of ended generations.", ["model", "type"], **own)
+
+    def count_end(self, model: str, end: End, seconds: float) -> None:
+        """A generation that was followed here has ended, so many seconds after its following began."""
+        self.duration.labels(model).observe(seconds)
+        self.tokens.labels(model, "prompt").inc(end.usage.prompt)
+        self.tokens.labels(model, "completion").inc(end.usage.completion)
 
     def render(self, multiprocess: bool) -> bytes:
         """All of it in Prometheus' text format."""

@@ -7,6 +7,7 @@ import re
 _LINE_END = re.compile(r"\r\n|\r|\n")
 
 DONE = b"data: [DONE]\n\n"  # how OpenAI ends a stream
+RETRY = b"retry: 200\n"  # come back in 200 ms; without an empty line, for the reason that `comment` gives
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",

@@ -1,4 +1,4 @@
-"""What a web process holds: its services, its ear for tokens, its memory of keys and of the registry, its counters."""
+"""What a web process holds: its services, the streams of its clients, its memory of keys and of the registry, its counters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from flask import current_app, g
 
 from api.metrics import Metrics
+from api.streams import Streams
 from localai_q.bus.journal import Listener
 from localai_q.config import Settings
 from localai_q.services.keys import Authenticator
@@ -20,7 +21,7 @@ class Web:
     """One per web process."""
 
     services: Services
-    listener: Listener
+    streams: Streams
     snapshots: Snapshots
     authenticator: Authenticator
     metrics: Metrics
@@ -29,12 +30,13 @@ class Web:
 def make_web(settings: Settings) -> Web:
     """Connect a web process."""
     services = connect(settings)
+    metrics = Metrics(services)
     return Web(
         services=services,
-        listener=Listener(services.redis),
+        streams=Streams(services, Listener(services.redis), metrics),
         snapshots=Snapshots(services),
         authenticator=Authenticator(services),
-        metrics=Metrics(services),
+        metrics=metrics,
     )
 
 

@@ -17,7 +17,7 @@ import socket
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import platformdirs
 from pydantic import Field, ValidationError, field_validator
@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     max_upload: int = Field(200 << 30, gt=0, validation_alias="LOCALAI_Q_MAX_UPLOAD")
     max_waiting: int = Field(1024, gt=0, validation_alias="LOCALAI_Q_MAX_WAITING")  # jobs in line for one model
     no_model: bool = Field(False, validation_alias="LOCALAI_Q_NO_MODEL")  # a new registry gets no default model
+    web_drain: float = Field(3.0, ge=0, validation_alias="LOCALAI_Q_WEB_DRAIN")  # for streams, when it must stop
+    stalled_client: float = Field(60.0, gt=0, validation_alias="LOCALAI_Q_STALLED_CLIENT")
+    stalled_job: Literal["cancel", "grace"] = Field("cancel", validation_alias="LOCALAI_Q_STALLED_JOB")
     expose_node: bool = Field(False, validation_alias="LOCALAI_EXPOSE_NODE_HEADER")
 
     # The stores. Empty: what `localai-q up` embeds.

@@ -118,6 +118,13 @@ class ModelNotFound(NotFound):
     code = "model_not_found"
 
 
+class Gone(NotFound):
+    """What was here is kept no longer."""
+
+    status = 410
+    code = "gone"
+
+
 class MethodNotAllowed(LocalAIError):
     """This method is not allowed here."""
 
@@ -170,6 +177,10 @@ class Unavailable(LocalAIError):
     status = 503
     type = "service_unavailable"
     code = "unavailable"
+
+
+class Stopping(Unavailable):
+    """This process is being stopped. Come back for the answer, or send the request again."""
 
 
 class ModelUnavailable(Unavailable):

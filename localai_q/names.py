@@ -13,6 +13,7 @@ RUN_GENERATION = "localai_q.run_generation"  # (job id) on model.<mid> or replic
 RUN_JOB = "localai_q.run_job"  # (job id) on node.<nid>.jobs
 START_REPLICA = "localai_q.start_replica"  # (replica id) on node.<nid>
 STOP_REPLICA = "localai_q.stop_replica"  # (replica id) on node.<nid>
+PROBE = "localai_q.probe"  # (a new id) on replica.<rid> or node.<nid>.jobs, from its own consumer
 
 CONTROL_QUEUE = "control"
 
@@ -22,6 +23,8 @@ WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
 
 NODES_WITH_ENDS = "ends"  # set of owners that have a hash of ends
 SERVED_SINCE = "served-since"  # seconds since the epoch: the web has been there without a break
+WATCHED_SINCE = "watched-since"  # seconds since the epoch: leases have been judged without a break
+EPOCH = "epoch"  # random; another one means that Redis has lost its data
 
 
 def new_id() -> str:
@@ -47,7 +50,7 @@ def node_jobs_queue(node_id: str) -> str:
 
 
 def job_key(job_id: str) -> str:
-    """Hash: queue, owner, attempt, state, request, deadline, stream, cancel."""
+    """Hash: what is true of a job now, its request, and what reading its answer needs; `submit.lua` begins it."""
     return f"job:{job_id}"
 
 

@@ -2,6 +2,9 @@
 
 One `Claims` per process. Three threads serve all its jobs: one renews leases, one writes what the jobs emit (coalesced,
 pipelined, first token at once), one hears of cancellations. What the work is, is the business of whoever claims.
+
+What a job has written stays in memory until its end. Where Redis turns out to have lost the job or a part of its journal,
+it is given that back, and the write is made again.
 """
 
 from __future__ import annotations
@@ -15,9 +18,8 @@ from typing import Any
 import redis
 
 from localai_q import names
-from localai_q.bus import journal
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
-from localai_q.cluster.events import Delta, End, Event
+from localai_q.cluster.events import Delta, End, Event, decode
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, to_record
 
@@ -33,13 +35,22 @@ class Held:
 
     def __init__(self, claims: Claims, lease: Lease) -> None:
         self.lease = lease
-        self.cancelled = threading.Event()  # stop: the owner asked, the lease is lost, or the journal is unusable
+        self.cancelled = threading.Event()  # stop: the owner asked, the lease is lost, or the journal is full
         self.why = ""  # why it was cancelled: cancelled | lost | journal
         self.pending: list[Event] = []
         self.unsure: list[Event] = []  # may have been written when the connection broke: tried again just as it was
-        self.index = lease.last_index + 1  # of the next entry
+        self.written: list[Event] = []
         self._claims = claims
         self._on_cancel: Callable[[], object] | None = None
+
+    @property
+    def index(self) -> int:
+        """The place of the next entry."""
+        return self.lease.last_index + 1 + len(self.written)
+
+    def emitted(self) -> list[Event]:
+        """What earlier attempts at the job have emitted."""
+        return [event for _, text in self.lease.journal if (event := decode(text))]
 
     def emit(self, event: Event) -> None:
         """Have the event written; returns at once."""
@@ -74,7 +85,7 @@ class Claims:
     def __init__(self, client: Any, leases: Leases, *, owner: str, node_id: str, lease: float) -> None:
         self._redis = client
         self._leases = leases
-        self._owner = owner
+        self._owner = f"{owner}.{names.new_id()}"  # another one for each process, even of the same owner
         self._node_id = node_id
         self._renew_every = min(lease / 3, 2.0)
         self._held: dict[str, Held] = {}
@@ -99,7 +110,7 @@ class Claims:
 
     def enqueue(self, held: Held, event: Event) -> None:
         with self._lock:
-            first = held.index == held.lease.last_index + 1 and not held.pending
+            first = not held.written and not held.pending
             last = held.pending[-1] if held.pending else None
             if isinstance(last, Delta) and isinstance(event, Delta) and last.joins(event):
                 held.pending[-1] = last.join(event)
@@ -110,31 +121,39 @@ class Claims:
         self._dirty.set()
 
     def finish(self, held: Held, end: End) -> bool:
+        def write() -> Append:
+            self._write([held])
+            if held.unsure:
+                return Append.LOST
+            return self._leases.finish(held.lease, held.index, end, node_id=self._node_id)
+
         for _ in range(FINISH_TRIES):
             try:
-                with self._io:
-                    self._write([held])
-                    done = self._leases.finish(held.lease, held.index, end, node_id=self._node_id)
-                self.drop(held)
-                return done
+                return self._leave(held, write)
             except (redis.RedisError, OSError) as error:
                 log.warning("the end of job %s cannot be written yet: %s", held.lease.job_id, error)
                 time.sleep(RETRY)
         self.drop(held)
         return False
 
-    def emitted(self, held: Held) -> list[Event]:
-        """What earlier attempts at the job have emitted."""
-        return [entry.event for entry in journal.read(self._redis, held.lease.job_id)]
-
     def release(self, held: Held, *, died: bool) -> None:
+        def write() -> Append:
+            self._write([held])
+            return self._leases.release(held.lease, died=died)
+
         try:
-            with self._io:
-                self._take(held)  # what was not written was not shown; the next owner goes on from the journal
-                self._leases.release(held.lease, died=died)
+            self._leave(held, write)
         except (redis.RedisError, OSError) as error:
             log.warning("job %s cannot be given back, its lease will run out: %s", held.lease.job_id, error)
-        self.drop(held)
+            self.drop(held)
+
+    def _leave(self, held: Held, write: Callable[[], Append]) -> bool:
+        """Make this last write of a job, and let go of it. False if the job is not ours any more."""
+        with self._io:
+            while (answer := write()) is Append.LOST and self._restore(held):
+                continue
+            self.drop(held)
+        return answer is Append.WRITTEN
 
     def cancel_all(self, why: str) -> None:
         """Stop all work, e.g. because the process must end."""
@@ -160,39 +179,68 @@ class Claims:
                     self._write(self.held())
             except (redis.RedisError, OSError) as error:
                 log.warning("tokens cannot be written yet: %s", error)
-                self._dirty.set()
                 time.sleep(RETRY)
             self._first.wait(FLUSH)
 
     def _write(self, jobs: list[Held]) -> None:
-        """Write what these jobs have pending. On an error it is pending again, in its order."""
+        """Write what these jobs have pending. What could not be written is pending again, in its order."""
+        lost = self._append(jobs)
+        for held in lost:
+            self._restore(held)
+        self._append(lost)
+
+    def _append(self, jobs: list[Held]) -> list[Held]:
+        """Write what these jobs have pending, and return those that Redis has lost."""
         batches = [(held, events) for held in jobs if (events := self._take(held))]
         if not batches:
-            return
+            return []
         try:
             answers = self._leases.append([(held.lease, held.index, events) for held, events in batches])
         except (redis.RedisError, OSError):
-            with self._lock:
-                for held, events in batches:
-                    held.unsure = events
+            for held, events in batches:
+                self._put_back(held, events)
             raise
         for (held, events), answer in zip(batches, answers, strict=True):
-            self._note(held, len(events), answer)
+            self._note(held, events, answer)
+        return [held for (held, _), answer in zip(batches, answers, strict=True) if answer is Append.LOST]
 
     def _take(self, held: Held) -> list[Event]:
         with self._lock:
             events, held.pending, held.unsure = held.unsure + held.pending, [], []
         return events
 
-    def _note(self, held: Held, written: int, answer: Append) -> None:
-        if answer in (Append.WRITTEN, Append.CANCEL):
-            held.index += written
+    def _put_back(self, held: Held, events: list[Event]) -> None:
+        with self._lock:
+            held.unsure = events
+        self._dirty.set()
+
+    def _note(self, held: Held, events: list[Event], answer: Append) -> None:
+        match answer:
+            case Append.WRITTEN | Append.CANCEL:
+                held.written += events
+            case Append.LOST:
+                self._put_back(held, events)
+            case Append.JOURNAL_FULL:
+                held.cancel("journal")
+        self._heed(held, answer)
+
+    def _heed(self, held: Held, answer: Append) -> None:
+        """Stop the work if Redis said so."""
         if answer is Append.CANCEL:
             held.cancel("cancelled")
         elif answer is Append.FENCED:
             held.cancel("lost")
-        elif answer in (Append.JOURNAL_GONE, Append.JOURNAL_FULL):
-            held.cancel("journal")
+
+    def _restore(self, held: Held) -> bool:
+        """Give Redis back what it has lost of a job. False if the job is not ours any more; then nothing is pending."""
+        lease = self._leases.restore(held.lease, held.written)
+        if lease is None:
+            self._take(held)
+            held.cancel("lost")
+            return False
+        log.warning("Redis had lost job %s or a part of its journal", held.lease.job_id, extra={"action": "restore"})
+        held.lease = lease
+        return True
 
     def _renew_loop(self) -> None:
         while True:
@@ -200,14 +248,17 @@ class Claims:
             held = self.held()
             try:
                 answers = self._leases.renew([each.lease for each in held])
+                for each, answer in zip(held, answers, strict=True):
+                    self._heed(each, answer)
+                self._restore_all([each for each, answer in zip(held, answers, strict=True) if answer is Append.LOST])
             except (redis.RedisError, OSError) as error:
                 log.warning("leases cannot be renewed yet: %s", error)
-                continue
-            for each, answer in zip(held, answers, strict=True):
-                if answer == 0:
-                    each.cancel("lost")
-                elif answer == 2:
-                    each.cancel("cancelled")
+
+    def _restore_all(self, lost: list[Held]) -> None:
+        for held in lost:
+            with self._io:
+                if held in self.held():  # it may have ended meanwhile
+                    self._restore(held)
 
     def _cancel_loop(self) -> None:
         while True:

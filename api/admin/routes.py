@@ -66,16 +66,6 @@ def list_jobs() -> dict[str, Any]:
     return {"jobs": jobs.listed(web().services, states=states, kinds=kinds, limit=limit)}
 
 
-@routes.get("/api/jobs/<job_id>")
-def show_job(job_id: str) -> dict[str, Any]:
-    return jobs.show(web().services, job_id)
-
-
-@routes.delete("/api/jobs/<job_id>")
-def cancel_job(job_id: str) -> dict[str, Any]:
-    return {"id": job_id, "state": jobs.cancel(web().services, job_id)}
-
-
 @routes.get("/api/models")
 def list_models() -> dict[str, Any]:
     return {"models": models.listed(web().services)}

@@ -22,10 +22,10 @@ JSON = dict[str, Any]
 
 
 class Stream(Protocol):
-    """Turns the events of one job, in order and from the first, into the chunks of its stream."""
+    """Turns the events of one job, in order and from the first, into the chunks of its stream, one for each."""
 
-    def feed(self, event: Event) -> list[str]:
-        """The JSON texts to send for this event; none where it says nothing to a client."""
+    def feed(self, event: Event) -> str | None:
+        """The JSON text to send for this event: one for one; None where it says nothing to a client."""
 
 
 class Response(Protocol):
@@ -89,42 +89,42 @@ class ChatStream:
         ]
         self._begun = [False] * request.count
 
-    def feed(self, event: Event) -> list[str]:
-        """The JSON texts to send for this event."""
+    def feed(self, event: Event) -> str | None:
+        """The JSON text to send for this event."""
         match event:
             case Delta():
                 return self._delta(event)
             case Finish():
-                choice = {"index": event.choice, "delta": {}, "logprobs": None, "finish_reason": event.reason}
-                return [*self._begin(event.choice, text=True), self._frame.chunk(choice)]
+                delta = self._begin(event.choice)
+                return self._frame.chunk(
+                    {"index": event.choice, "delta": delta, "logprobs": None, "finish_reason": event.reason}
+                )
             case End():
                 return self._frame.end(event)
             case _:
-                return []
+                return None
 
-    def _delta(self, event: Delta) -> list[str]:
+    def _delta(self, event: Delta) -> str | None:
         if self._begun[event.choice] and not (event.reasoning or event.tool_calls or event.logprobs):
             before, after = self._text[event.choice]
-            return [before + encode_basestring_ascii(event.text) + after] if event.text else []
+            return before + encode_basestring_ascii(event.text) + after if event.text else None
         delta = _said(event)
-        begin = self._begin(event.choice, text=not event.tool_calls)
         if not delta and not event.logprobs:
-            return begin
+            return None
         choice = {
             "index": event.choice,
-            "delta": delta,
+            "delta": {**self._begin(event.choice, text=not event.tool_calls), **delta},
             "logprobs": _chat_logprobs(event.logprobs, self._request.logprobs),
             "finish_reason": None,
         }
-        return [*begin, self._frame.chunk(choice)]
+        return self._frame.chunk(choice)
 
-    def _begin(self, index: int, *, text: bool) -> list[str]:
-        """The first chunk of a choice, which says whose words follow."""
+    def _begin(self, index: int, *, text: bool = True) -> JSON:
+        """What the first chunk of a choice says besides: whose words follow."""
         if self._begun[index]:
-            return []
+            return {}
         self._begun[index] = True
-        delta = {"role": "assistant", "content": "" if text else None}
-        return [self._frame.chunk({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})]
+        return {"role": "assistant", "content": "" if text else None}
 
 
 class CompletionStream:
@@ -138,37 +138,35 @@ class CompletionStream:
         self._begun = [False] * request.count
         self._length = [0] * request.count  # characters sent, where the next token's `text_offset` begins
 
-    def feed(self, event: Event) -> list[str]:
-        """The JSON texts to send for this event."""
+    def feed(self, event: Event) -> str | None:
+        """The JSON text to send for this event."""
         match event:
             case Delta():
-                return [*self._begin(event.choice), *self._delta(event)]
+                return self._delta(event)
             case Finish():
-                choice = _completion_choice(event.choice, "", reason=event.reason)
-                return [*self._begin(event.choice), self._frame.chunk(choice)]
+                prompt = self._begin(event.choice)
+                return self._frame.chunk(_completion_choice(event.choice, prompt, reason=event.reason))
             case End():
                 return self._frame.end(event)
             case _:
-                return []
+                return None
 
-    def _delta(self, event: Delta) -> list[str]:
+    def _delta(self, event: Delta) -> str | None:
+        text = self._begin(event.choice) + event.text
+        start = self._length[event.choice]
+        self._length[event.choice] += len(text)
+        if event.logprobs:
+            logprobs = _legacy_logprobs(event.logprobs, self._request.logprobs, start)
+            return self._frame.chunk(_completion_choice(event.choice, text, logprobs))
         before, after = self._text[event.choice]
-        if not event.logprobs:
-            self._length[event.choice] += len(event.text)
-            return [before + encode_basestring_ascii(event.text) + after] if event.text else []
-        logprobs = _legacy_logprobs(event.logprobs, self._request.logprobs, self._length[event.choice])
-        self._length[event.choice] += len(event.text)
-        return [self._frame.chunk(_completion_choice(event.choice, event.text, logprobs))]
+        return before + encode_basestring_ascii(text) + after if text else None
 
-    def _begin(self, index: int) -> list[str]:
+    def _begin(self, index: int) -> str:
+        """What stands before the text of a choice."""
         if self._begun[index]:
-            return []
+            return ""
         self._begun[index] = True
-        prompt = _echoed(self._request, index)
-        if not prompt:
-            return []
-        self._length[index] = len(prompt)
-        return [self._frame.chunk(_completion_choice(index, prompt))]
+        return _echoed(self._request, index)
 
 
 _HOLE = "\0hole\0"
@@ -190,11 +188,11 @@ class _Frame:
     def chunk(self, choice: JSON) -> str:
         return self._before + _dumps(choice) + self._after
 
-    def end(self, event: End) -> list[str]:
+    def end(self, event: End) -> str | None:
         """The last chunk of a stream that succeeded, when usage was asked for."""
         if not self._usage or event.state != "done":
-            return []
-        return [self._before + '],"usage":' + _dumps(usage_body(event.usage)) + "}"]
+            return None
+        return self._before + '],"usage":' + _dumps(usage_body(event.usage)) + "}"
 
 
 # --- whole answers --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from api.openai.schemas import parse_chat, parse_completion, parse_embedding
-from api.openai.serving import answer
+from api.openai.serving import answer, resumed
 from api.web import web
 from localai_q.cluster.models import Model
 
@@ -25,17 +25,17 @@ def blueprint(name: str, prefix: str | None) -> Blueprint:
 
 def chat() -> Response:
     """POST /v1/chat/completions"""
-    return answer(parse_chat(request.get_data()))
+    return resumed() or answer(parse_chat(request.get_data()))
 
 
 def completions() -> Response:
     """POST /v1/completions"""
-    return answer(parse_completion(request.get_data()))
+    return resumed() or answer(parse_completion(request.get_data()))
 
 
 def embeddings() -> Response:
     """POST /v1/embeddings"""
-    return answer(parse_embedding(request.get_data()))
+    return resumed() or answer(parse_embedding(request.get_data()))
 
 
 def models() -> dict[str, Any]:

@@ -1,182 +1,210 @@
-"""From a checked request to its answer: submits the job, follows its journal, and shapes what the client gets."""
+"""From a checked request to its answer, and from a job that a client comes back for: what the client gets.
+
+It owns the form of answers: whole, as a stream, or the promise of one. How a job is followed, and what becomes of it
+when its client leaves, is the business of `api.streams`.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
+import re
 import time
 from collections.abc import Iterator
 
 from flask import Response, request
 
-from api.disconnects import watch
-from api.openai.responses import response_for, stream_for
-from api.sse import DONE, HEADERS, comment, sse
-from api.web import Web, caller, web
+from api.openai.responses import Stream, response_for, stream_for
+from api.sse import DONE, HEADERS, RETRY, comment, sse
+from api.streams import Following
+from api.web import caller, web
 from localai_q import names
-from localai_q.bus.journal import Entry
-from localai_q.cluster.events import Delta, End, Vector
+from localai_q.bus import journal
+from localai_q.bus.journal import Entry, Place
+from localai_q.bus.leases import Kept
+from localai_q.cluster.events import End
+from localai_q.cluster.jobs import Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, DeadlineExceeded, LocalAIError, from_record
-from localai_q.services import generations, jobs
-
-log = logging.getLogger(__name__)
+from localai_q.errors import Cancelled, InvalidRequest, InvalidValue, LocalAIError, Stopping, from_record
+from localai_q.services import generations
 
 HOLD = 2.0  # seconds for which headers wait for a first event, so that an early failure has its own status
 HOLD_FOR_NODE = 30.0  # the same while a header is to name the node and no node has claimed the job
 KEEPALIVE = 10.0  # seconds between comments in a silent stream
-LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given up
+EVENT_ID = re.compile(r"([a-z0-9]{1,64}):([0-9]{1,9})-([0-9]{1,9})")
 
 
 def answer(asked: GenerationRequest) -> Response:
     """Have the request worked on, and answer it."""
-    following = Following(web(), asked)
+    keep = _keep(asked)
+    job_id = names.new_id()
+    if keep is Keep.BACKGROUND and not asked.stream:
+        _submit(asked, job_id, watcher="", keep=keep)
+        return _promise(job_id)
+    following = Following(web().streams, job_id)
     try:
-        return _stream(following) if asked.stream else _whole(following)
+        following.kept = _submit(asked, job_id, watcher=web().streams.listener.watcher, keep=keep)
+        if not asked.stream:
+            return _whole(following, asked, following.entries(asked.model, fresh=True))
+        chunks = stream_for(asked, job_id, following.kept.created)
+        return _stream(following, chunks, following.entries(asked.model, fresh=True))
     except BaseException:
         following.close()
         raise
 
 
-class Following:
-    """One accepted job, followed for one client."""
+def resumed() -> Response | None:
+    """The rest of the stream whose last event `Last-Event-ID` names; None without that header."""
+    if "Last-Event-ID" not in request.headers:
+        return None
+    job_id, place = _last_event()
+    return _resume(job_id, place)
 
-    def __init__(self, process: Web, asked: GenerationRequest) -> None:
-        self.asked = asked
-        self.job_id = names.new_id()
-        self.started = time.monotonic()
-        self.created = int(time.time())
-        self.gone = False
-        self.ended = False
-        self._web = process
-        self._reader = process.listener.open(self.job_id)
-        self._unwatch = watch(request.environ, self._client_gone)
-        try:
-            self.accepted = generations.submit(
-                process.services,
-                process.snapshots,
-                asked,
-                key_id=caller().id,
-                job_id=self.job_id,
-                watcher=process.listener.watcher,
-            )
-        except BaseException:
-            self.ended = True  # it was not accepted, so there is nothing to cancel
-            self.close()
-            raise
 
-    def entries(self) -> Iterator[Entry | None]:
-        """The journal's entries up to the end; None after each second without one.
+def resume(job_id: str) -> Response:
+    """The job's stream: all of it, or what comes behind the event that `Last-Event-ID` names."""
+    if "Last-Event-ID" not in request.headers:
+        return _resume(job_id, None)
+    named, place = _last_event()
+    if named != job_id:
+        raise InvalidValue("'Last-Event-ID' names an event of another job.", param="Last-Event-ID")
+    return _resume(job_id, place)
 
-        Raises:
-            Cancelled: the client has gone.
-            DeadlineExceeded: nobody has ended the job in time.
-        """
-        first = True
-        for entry in self._reader.entries():
-            if self.gone:
-                raise Cancelled
-            if entry is None and time.time() > self.accepted.deadline + LATE:
-                raise DeadlineExceeded
-            if entry and first and isinstance(entry.event, Delta | Vector):
-                first = False
-                self._web.metrics.first_token.labels(self.asked.model).observe(time.monotonic() - self.started)
-            if entry and isinstance(entry.event, End):
-                self._note_end(entry.event)
+
+def result(job_id: str) -> Response:
+    """The job's answer in one piece, once it is there."""
+    kept, asked = _find(job_id)
+    following = Following(web().streams, job_id)
+    following.kept = kept
+    try:
+        return _whole(following, asked, following.entries(asked.model))
+    except BaseException:
+        following.close()
+        raise
+
+
+def _submit(asked: GenerationRequest, job_id: str, *, watcher: str, keep: Keep) -> Kept:
+    process = web()
+    return generations.submit(
+        process.services, process.snapshots, asked, key_id=caller().id, job_id=job_id, watcher=watcher, keep=keep
+    )
+
+
+def _keep(asked: GenerationRequest) -> Keep:
+    """What the client wants to become of the job when it disconnects."""
+    if asked.background or _is_set("X-LocalAI-Background"):
+        return Keep.BACKGROUND
+    return Keep.GRACE if _is_set("X-LocalAI-Resumable") else Keep.NOT
+
+
+def _is_set(header: str) -> bool:
+    value = request.headers.get(header, "0").lower()
+    if value not in ("0", "1", "false", "true"):
+        raise InvalidValue(f"'{header}' needs 1 or 0.", param=header)
+    return value in ("1", "true")
+
+
+def _last_event() -> tuple[str, Place]:
+    found = EVENT_ID.fullmatch(request.headers["Last-Event-ID"])
+    if not found:
+        raise InvalidValue(
+            "'Last-Event-ID' needs the id of an event as this API sends it: JOB:ATTEMPT-INDEX.", param="Last-Event-ID"
+        )
+    return found[1], (int(found[2]), int(found[3]))
+
+
+def _find(job_id: str) -> tuple[Kept, GenerationRequest]:
+    kept = generations.find(web().services, job_id, key_id=caller().id)
+    return kept, GenerationRequest.from_json(kept.outline)
+
+
+def _resume(job_id: str, seen: Place | None) -> Response:
+    kept, asked = _find(job_id)
+    if not asked.stream:
+        raise InvalidRequest(f"Job '{job_id}' does not stream. GET /api/jobs/{job_id}/result gives its answer.")
+    last = journal.at(web().services.redis, job_id, seen) if seen else None
+    if seen and last is None:
+        raise InvalidValue(f"The stream of job '{job_id}' has no such event.", param="Last-Event-ID")
+    if last and isinstance(last.event, End):
+        return Response(DONE, headers=HEADERS)
+    following = Following(web().streams, job_id)
+    following.kept = kept
+    try:
+        chunks = stream_for(asked, job_id, kept.created)
+        return _stream(following, chunks, _behind(following.entries(asked.model), chunks, seen))
+    except BaseException:
+        following.close()
+        raise
+
+
+def _behind(entries: Iterator[Entry | None], chunks: Stream, seen: Place | None) -> Iterator[Entry | None]:
+    """The entries that the client has not seen. Those before them have their effect on how these are written."""
+    for entry in entries:
+        if entry and seen and entry.index <= seen[1]:
+            chunks.feed(entry.event)
+        else:
             yield entry
 
-    def close(self) -> None:
-        """Stop following; a job that has not ended is cancelled, for nobody waits for it any more."""
-        self._unwatch()
-        self._reader.close()
-        if not self.ended:
-            self.ended = True
-            try:
-                jobs.cancel(self._web.services, self.job_id)
-            except LocalAIError as error:
-                log.warning("job %s could not be cancelled: %s", self.job_id, error.message)
 
-    def headers(self) -> dict[str, str]:
-        """The headers that tell about the job."""
-        found = {"X-LocalAI-Job": self.job_id}
-        if node := self._exposed_node():
-            found["X-LocalAI-Node"] = self._web.snapshots.now().node_names.get(node, node)
-        return found
-
-    def holds_headers(self) -> bool:
-        """Whether headers wait on, although there is no event yet."""
-        silent = time.monotonic() - self.started
-        exposes = self._web.services.settings.expose_node
-        return silent < HOLD or (exposes and silent < HOLD_FOR_NODE and not self._exposed_node())
-
-    def _exposed_node(self) -> str | None:
-        """The id of the node that works on the job, if clients are told."""
-        if not self._web.services.settings.expose_node:
-            return None
-        live = self._web.services.leases.live([self.job_id]).get(self.job_id)
-        return live.node_id if live else None
-
-    def _client_gone(self) -> None:
-        self.gone = True
-        self._reader.wake()
-
-    def _note_end(self, end: End) -> None:
-        self.ended = True
-        metrics = self._web.metrics
-        metrics.duration.labels(self.asked.model).observe(time.monotonic() - self.started)
-        metrics.tokens.labels(self.asked.model, "prompt").inc(end.usage.prompt)
-        metrics.tokens.labels(self.asked.model, "completion").inc(end.usage.completion)
+def _promise(job_id: str) -> Response:
+    """The answer to a request that is worked on in the background."""
+    where = f"/api/jobs/{job_id}/result"
+    body = {"id": job_id, "object": "job", "state": "open", "result": where}
+    return Response(
+        json.dumps(body), status=202, mimetype="application/json", headers={"Location": where, "X-LocalAI-Job": job_id}
+    )
 
 
-def _whole(following: Following) -> Response:
+def _whole(following: Following, asked: GenerationRequest, entries: Iterator[Entry | None]) -> Response:
     """The answer in one piece. What an attempt emitted that was given up is thrown away with it."""
+    assert following.kept is not None
     attempt = 0
-    body = response_for(following.asked, following.job_id, following.created)
-    for entry in following.entries():
+    body = response_for(asked, following.job_id, following.kept.created)
+    for entry in entries:
         if entry is None:
             continue
         if isinstance(entry.event, End):
             _raise_failure(entry.event)
-        elif entry.attempt != attempt:
+        elif entry.attempt != attempt and not asked.stream:
             attempt = entry.attempt
-            body = response_for(following.asked, following.job_id, following.created)
+            body = response_for(asked, following.job_id, following.kept.created)
         body.feed(entry.event)
-    headers = following.headers()
+    headers = _headers(following)
     following.close()
     return Response(json.dumps(body.body(), ensure_ascii=False), mimetype="application/json", headers=headers)
 
 
-def _stream(following: Following) -> Response:
+def _stream(following: Following, chunks: Stream, entries: Iterator[Entry | None]) -> Response:
     """The answer as server-sent events."""
-    entries = following.entries()
     first: list[Entry | None] = []
-    while not first or (first[-1] is None and following.holds_headers()):
+    while not first or (first[-1] is None and _holds_headers(following)):
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
         _raise_failure(first[-1].event)
-    response = Response(_frames(following, first[-1], entries), headers={**HEADERS, **following.headers()})
+    response = Response(_frames(following, chunks, first[-1], entries), headers={**HEADERS, **_headers(following)})
     response.call_on_close(following.close)  # the frames' own end does not run if their first was never asked for
     return response
 
 
-def _frames(following: Following, first: Entry | None, rest: Iterator[Entry | None]) -> Iterator[bytes]:
-    chunks = stream_for(following.asked, following.job_id, following.created)
+def _frames(following: Following, chunks: Stream, first: Entry | None, rest: Iterator[Entry | None]) -> Iterator[bytes]:
     said = time.monotonic() if first else float("-inf")  # whoever waits for a first event is told so at once
     try:
         entry: Entry | None = first
         while True:
+            frames = b""
             if entry is not None:
                 frames = _entry_frames(following, entry, chunks.feed(entry.event))
-                if frames:
-                    said = time.monotonic()
-                    yield frames
-                if isinstance(entry.event, End):
-                    return
             elif time.monotonic() - said >= KEEPALIVE:
-                said = time.monotonic()
-                yield comment("waiting")
+                frames = comment("waiting")
+            if frames:
+                said = following.writing_since = time.monotonic()
+                yield frames
+                following.writing_since = None
+            if entry is not None and isinstance(entry.event, End):
+                return
             entry = next(rest)
+    except Stopping:
+        yield RETRY
     except LocalAIError as error:
         if not isinstance(error, Cancelled):
             yield sse(json.dumps(error.body()))
@@ -184,16 +212,39 @@ def _frames(following: Following, first: Entry | None, rest: Iterator[Entry | No
         following.close()
 
 
-def _entry_frames(following: Following, entry: Entry, chunks: list[str]) -> bytes:
-    """One entry's events. Only the last carries the id, which stands for the whole entry."""
+def _entry_frames(following: Following, entry: Entry, chunk: str | None) -> bytes:
+    """An entry as its event, whose id is the entry's place; nothing for an entry that says nothing to a client."""
+    event_id = f"{following.job_id}:{entry.id}"
     if isinstance(entry.event, End) and entry.event.state != JobState.DONE:
-        return sse(json.dumps(from_record(entry.event.error or {}).body()))
-    frames = b"".join(sse(chunk) for chunk in chunks[:-1])
-    if chunks:
-        frames += sse(chunks[-1], f"{following.job_id}:{entry.id}")
+        return sse(json.dumps(from_record(entry.event.error or {}).body()), event_id)
+    frames = sse(chunk, event_id) if chunk else b""
     return frames + DONE if isinstance(entry.event, End) else frames
 
 
 def _raise_failure(end: End) -> None:
     if end.state != JobState.DONE:
         raise from_record(end.error or {})
+
+
+def _headers(following: Following) -> dict[str, str]:
+    """The headers that tell about the job."""
+    found = {"X-LocalAI-Job": following.job_id}
+    if node := _exposed_node(following):
+        found["X-LocalAI-Node"] = web().snapshots.now().node_names.get(node, node)
+    return found
+
+
+def _holds_headers(following: Following) -> bool:
+    """Whether headers wait on, although there is no event yet."""
+    silent = time.monotonic() - following.started
+    exposes = web().services.settings.expose_node
+    return silent < HOLD or (exposes and silent < HOLD_FOR_NODE and not _exposed_node(following))
+
+
+def _exposed_node(following: Following) -> str | None:
+    """The id of the node that works on the job, if clients are told."""
+    process = web()
+    if not process.services.settings.expose_node:
+        return None
+    live = process.services.leases.live([following.job_id]).get(following.job_id)
+    return live.node_id if live else None

@@ -1,8 +1,8 @@
 """Reading a job's journal: entries in order, without gap or repetition, live and from the log.
 
 Announcements come over one pub/sub connection per process and may be lost; the log in Redis is the truth. A reader
-accepts the next index only; on a gap, a reconnect, an overflow or a silence it reads the log. Writing is in
-`localai_q.bus.leases`.
+accepts the next index only; on a gap, a reconnect, an overflow or a silence it reads the log, and by the same script
+says again that this process waits for the job. Writing is in `localai_q.bus.leases`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import redis
@@ -19,13 +19,21 @@ import redis
 from localai_q import names
 from localai_q.bus import presence
 from localai_q.bus.connection import broker_errors
+from localai_q.bus.scripting import script
 from localai_q.cluster.events import End, Event, decode
+from localai_q.cluster.jobs import Keep
+from localai_q.errors import GenerationFailed, Unavailable
 
 log = logging.getLogger(__name__)
 
 QUEUE_SIZE = 256  # announcements kept for a reader that is slow; beyond that it reads the log
-SILENCE = 1.0  # seconds after which a reader looks into the log
+SILENCE = 1.0  # seconds after which a reader looks into the log; each further look of a silence waits twice as long
+LONGEST_SILENCE = 8  # SILENCEs between two looks at most
+PAGE = 500  # entries read from the log at once
 RECHECK = ""  # an announcement may have been missed
+LOST = "The queue (Redis) lost a part of this stream that was sent already."
+
+Place = tuple[int, int]  # attempt and index of an entry; (0, 0) is before the first
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,14 +48,25 @@ class Entry:
     def id(self) -> str:
         return f"{self.attempt}-{self.index}"
 
+    @property
+    def place(self) -> Place:
+        return self.attempt, self.index
 
-def read(client: redis.Redis, job_id: str, after: tuple[int, int] = (0, 0)) -> list[Entry]:
-    """The entries behind `after` (attempt, index), markers left out."""
-    start = f"({after[0]}-{after[1]}" if after != (0, 0) else "-"
+
+def read(client: redis.Redis, job_id: str) -> list[Entry]:
+    """All entries, markers left out."""
     with broker_errors():
-        rows = client.xrange(names.journal_key(job_id), min=start)
+        rows = client.xrange(names.journal_key(job_id))
     entries = (_entry(place, fields["e"]) for place, fields in rows)
     return [entry for entry in entries if entry]
+
+
+def at(client: redis.Redis, job_id: str, place: Place) -> Entry | None:
+    """The entry of this place, if the journal has it."""
+    found = f"{place[0]}-{place[1]}"
+    with broker_errors():
+        rows = client.xrange(names.journal_key(job_id), min=found, max=found)
+    return _entry(found, rows[0][1]["e"]) if rows else None
 
 
 def latest(client: redis.Redis, job_ids: list[str]) -> dict[str, Event]:
@@ -67,6 +86,8 @@ class Listener:
     def __init__(self, client: redis.Redis) -> None:
         self.watcher = names.new_id()
         self._redis = client
+        self._attach = script(client, "attach")
+        self._detach = script(client, "detach")
         self._readers: dict[str, list[queue.Queue[str]]] = {}
         self._lock = threading.Lock()
         self._announce()  # before the first job can name this process as its watcher
@@ -77,7 +98,7 @@ class Listener:
         inbox: queue.Queue[str] = queue.Queue(maxsize=QUEUE_SIZE)
         with self._lock:
             self._readers.setdefault(job_id, []).append(inbox)
-        return Reader(self, self._redis, job_id, inbox)
+        return Reader(self, job_id, inbox)
 
     def close(self, job_id: str, inbox: queue.Queue[str]) -> None:
         with self._lock:
@@ -86,6 +107,31 @@ class Listener:
                 self._readers[job_id] = left
             else:
                 self._readers.pop(job_id, None)
+
+    def attach(self, job_id: str, after: Place) -> list[tuple[str, str]]:
+        """Wait for the job's events, and get what its log has behind a place: up to `PAGE` pairs of id and event.
+
+        Raises:
+            GenerationFailed: the log has not got that place any more, and others in its stead.
+        """
+        keys = [names.job_key(job_id), names.journal_key(job_id)]
+        with broker_errors():
+            rows = self._attach(keys=keys, args=[self.watcher, f"{after[0]}-{after[1]}", PAGE])
+        if rows is None:
+            raise GenerationFailed(LOST)
+        return [(place, fields[1]) for place, fields in rows]
+
+    def detach(self, job_id: str) -> Keep | None:
+        """Wait for the job no more, unless another reader here does.
+
+        Returns:
+            What is to become of the job if nobody waits for it now, else None.
+        """
+        if job_id in self._readers:
+            return None
+        with broker_errors():
+            answer = self._detach(keys=[names.job_key(job_id)], args=[self.watcher])
+        return Keep(answer[1]) if int(answer[0]) else None
 
     @property
     def open_readers(self) -> int:
@@ -144,13 +190,12 @@ def _put(inbox: queue.Queue[str], item: str) -> None:
 class Reader:
     """Follows one job."""
 
-    def __init__(self, listener: Listener, client: redis.Redis, job_id: str, inbox: queue.Queue[str]) -> None:
+    def __init__(self, listener: Listener, job_id: str, inbox: queue.Queue[str]) -> None:
         self._listener = listener
-        self._redis = client
         self._job_id = job_id
         self._inbox = inbox
-        self._place = (0, 0)
-        self._started = False
+        self._place: Place = (0, 0)
+        self._silent = 0  # SILENCEs since the last entry
 
     def close(self) -> None:
         self._listener.close(self._job_id, self._inbox)
@@ -159,39 +204,74 @@ class Reader:
         """Have a waiting `entries` look up at once, e.g. because its client has gone."""
         _put(self._inbox, RECHECK)
 
-    def entries(self, after: tuple[int, int] = (0, 0)) -> Iterator[Entry | None]:
-        """Entries behind `after` in order, up to and with the end; None after each second without one."""
-        self._place = after
-        self._started = after == (0, 0)  # a new job's first announcement is its first entry
+    def entries(self, *, fresh: bool = False) -> Iterator[Entry | None]:
+        """All entries in order, up to and with the end; None after each second without one.
+
+        Args:
+            fresh: nobody has worked on the job yet, so its first announcement is its first entry.
+
+        Raises:
+            GenerationFailed: Redis has lost entries that were read already, and others stand in their place.
+        """
+        if not fresh:
+            _put(self._inbox, RECHECK)
         while True:
             for entry in self._next():
                 yield entry
                 if entry and isinstance(entry.event, End):
                     return
 
-    def _next(self) -> list[Entry | None]:
-        if not self._started:
-            self._started = True
-            return list(self._from_log())
+    def _next(self) -> Iterable[Entry | None]:
         try:
             announcement = self._inbox.get(timeout=SILENCE)
         except queue.Empty:
-            announcement = RECHECK
-        if announcement != RECHECK:
-            place, _, text = announcement.partition(" ")
-            entry = _entry(place, text)
-            if entry is None or entry.index <= self._place[1]:
-                return []
-            # Indexes run on across attempts, so the next index is the next entry whoever wrote it.
-            if entry.index == self._place[1] + 1:
-                self._place = (entry.attempt, entry.index)
-                return [entry]
-        return [*self._from_log()] or [None]
+            return self._in_silence()
+        if announcement == RECHECK:
+            return self._from_log()
+        place, _, text = announcement.partition(" ")
+        entry = _entry(place, text)
+        # Indexes run on across attempts. What another attempt wrote must go on from what was read, which the log knows.
+        if entry and entry.index == self._place[1] + 1 and entry.attempt == (self._place[0] or entry.attempt):
+            return [self._take(entry)]
+        return self._from_log() if entry and self._is_news(entry) else ()
 
-    def _from_log(self) -> Iterator[Entry]:
-        for entry in read(self._redis, self._job_id, self._place):
-            self._place = (entry.attempt, entry.index)
-            yield entry
+    def _in_silence(self) -> Iterable[Entry | None]:
+        """A look into the log, ever more rarely: announcements that were lost one by one show as gaps."""
+        self._silent += 1
+        if self._silent & (self._silent - 1) == 0 or self._silent % LONGEST_SILENCE == 0:
+            return self._from_log()
+        return (None,)
+
+    def _from_log(self) -> Iterator[Entry | None]:
+        before = self._place
+        while rows := self._look():
+            for place, text in rows:
+                entry = _entry(place, text)
+                if entry and self._is_news(entry):
+                    yield self._take(entry)
+            if len(rows) < PAGE:
+                break
+        if self._place == before:
+            yield None
+
+    def _look(self) -> list[tuple[str, str]]:
+        """What the log has behind this reader's place; nothing while Redis is away, for it comes back."""
+        try:
+            return self._listener.attach(self._job_id, self._place)
+        except Unavailable as error:
+            log.warning("job %s cannot be read at the moment: %s", self._job_id, error)
+            return []
+
+    def _is_news(self, entry: Entry) -> bool:
+        newer, further = entry.attempt >= self._place[0], entry.index > self._place[1]
+        if newer != further and entry.attempt != self._place[0]:
+            raise GenerationFailed(LOST)
+        return further
+
+    def _take(self, entry: Entry) -> Entry:
+        self._place = entry.place
+        self._silent = 0
+        return entry
 
 
 def _entry(place: str, text: str) -> Entry | None:

@@ -1,37 +1,40 @@
 """A job's road on Redis: submit, claim, renew, append, finish, abort. Owns the scripts and the shape of their answers.
 
 The Celery message is only a doorbell; what stands here is the truth about who works on what. A job's hash carries its
-attempt number; every write of an owner names the attempt it claimed and is refused by the script once that number has
-moved on (a fencing token, as in Kleppmann's "How to do distributed locking"). Times are compared with Redis' own clock.
+attempt number and its owner; every write of an owner names both and is refused by the script once they are not the job's
+any more (a fencing token, as in Kleppmann's "How to do distributed locking"). The attempt alone would not do: a fail-over
+of Redis can lose the last claim, and then its number is given out again. Times are compared with Redis' own clock.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from importlib import resources
 from typing import Any
 
 import redis
 
 from localai_q import names
 from localai_q.bus.connection import broker_errors
+from localai_q.bus.scripting import script
 from localai_q.cluster.events import End, Event, encode
+from localai_q.cluster.jobs import Keep
 from localai_q.errors import Busy
 
-SCRIPTS = ("submit", "claim", "append", "renew", "finish", "abort", "release", "requeue")
+SCRIPTS = ("submit", "claim", "append", "renew", "finish", "abort", "release", "requeue", "restore")
+DAY_MS = 24 * 3600 * 1000
 CONTROL = "control"  # the name under which ends are kept that no node has written
 
 
 class Append(IntEnum):
-    """What became of an append."""
+    """What became of a write of an owner."""
 
     WRITTEN = 1
     CANCEL = 2  # written, and the owner is asked to stop
     FENCED = 0  # the job has another owner, or none
-    JOURNAL_GONE = -1
+    LOST = -1  # Redis lacks the job, its last claim, or the journal before the write: `restore`, and write again
     JOURNAL_FULL = -2
 
 
@@ -47,6 +50,10 @@ class Submission:
     lives: float = 3600.0  # seconds after which Redis forgets the job in any case
     stream: bool = False  # its events are shown to somebody while they come
     attempt: int = 0  # attempts that were made before Redis lost the job
+    key_id: str = ""  # the key that asked, which alone may read the answer
+    outline: dict[str, Any] = field(default_factory=dict)  # what the form of the answer depends on
+    keep: Keep = Keep.NOT
+    created: float = 0.0  # seconds since the epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +68,10 @@ class Lease:
     stream: bool
     deaths: int = 0  # owners that died while they had the job
     deadline: float = 0.0  # seconds since the epoch; 0: none
+    owner: str = ""
+    epoch: str = ""  # another one later means that Redis has lost its data since
+    fields: dict[str, str] = field(default_factory=dict, repr=False)  # the job's hash after the claim
+    journal: tuple[tuple[str, str], ...] = field(default=(), repr=False)  # id and event of every entry, with its marker
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +91,20 @@ class LiveState:
     node_id: str | None
     line: str
     watchers: tuple[str, ...] = ()  # web processes that wait for its events
+    keep: Keep = Keep.NOT
+    left: float | None = None  # when its last reader left, by Redis' clock
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What reading a job's answer needs, and that there is one to read. Times are seconds since the epoch."""
+
+    job_id: str
+    key_id: str  # the key that may read it
+    outline: dict[str, Any]  # of the request, as `GenerationRequest.outline` makes it; empty for a node's job
+    line: str
+    created: int
+    deadline: float
 
 
 class Leases:
@@ -89,9 +114,9 @@ class Leases:
         self._redis = client
         self._lease_ms = int(lease * 1000)
         self._ttl_ms = int(journal_ttl * 1000)
+        self._open_journal_ms = self._ttl_ms + DAY_MS
         self._journal_max = journal_max
-        folder = resources.files("localai_q.bus") / "scripts"
-        self._run = {name: client.register_script((folder / f"{name}.lua").read_text()) for name in SCRIPTS}
+        self._run = {name: script(client, name) for name in SCRIPTS}
 
     def submit(self, job: Submission, *, longest_line: int) -> int:
         """Put the job into its line and return its place, from 1 (0 if it was known already).
@@ -101,7 +126,8 @@ class Leases:
         """
         keys = [names.job_key(job.job_id), names.waiting_key(job.line)]
         args = [job.job_id, json.dumps(job.request, separators=(",", ":")), job.line, int(job.deadline * 1000),
-                longest_line, int(job.lives * 1000), job.watcher, int(job.stream), job.attempt]  # fmt: skip
+                longest_line, int(job.lives * 1000), job.watcher, int(job.stream), job.attempt, job.key_id,
+                json.dumps(job.outline, separators=(",", ":")), job.keep, int(job.created)]  # fmt: skip
         with broker_errors():
             place = int(self._run["submit"](keys=keys, args=args))
         if place == 0:
@@ -110,21 +136,26 @@ class Leases:
 
     def claim(self, job_id: str, line: str, *, owner: str, node_id: str) -> Lease | Refusal:
         """Take the job for `owner`, if it is to be had."""
-        keys = [names.job_key(job_id), names.journal_key(job_id), names.waiting_key(line), names.leases_key(line)]
-        lives = self._ttl_ms + 24 * 3600 * 1000
-        answer = self._run["claim"](keys=keys, args=[job_id, owner, node_id, self._lease_ms, lives])
+        keys = [*self._job_keys(job_id, line), names.EPOCH]
+        args = [job_id, owner, node_id, self._lease_ms, self._open_journal_ms, names.new_id()]
+        answer = self._run["claim"](keys=keys, args=args)
         if int(answer[0]) == 0:
             return Refusal(job_id=job_id, why=answer[1])
-        attempt, last, request, stream, deaths, deadline = answer
+        _, last, epoch, flat, journal = answer
+        fields = dict(zip(flat[::2], flat[1::2], strict=True))
         return Lease(
             job_id=job_id,
             line=line,
-            attempt=int(attempt),
+            attempt=int(fields["attempt"]),
             last_index=int(last),
-            request=json.loads(request),
-            stream=stream == "1",
-            deaths=int(deaths),
-            deadline=int(deadline) / 1000,
+            request=json.loads(fields["request"]),
+            stream=fields["stream"] == "1",
+            deaths=int(fields.get("deaths", 0)),
+            deadline=int(fields["deadline"]) / 1000,
+            owner=owner,
+            epoch=epoch,
+            fields=fields,
+            journal=tuple((place, entry[1]) for place, entry in journal),
         )
 
     def append(self, batches: Sequence[tuple[Lease, int, Sequence[Event]]]) -> list[Append]:
@@ -141,24 +172,40 @@ class Leases:
         pipe = self._redis.pipeline(transaction=False)
         for lease, index, events in batches:
             keys = [names.job_key(lease.job_id), names.journal_key(lease.job_id)]
-            args = [lease.job_id, lease.attempt, index, self._journal_max, *map(encode, events)]
+            args = [lease.job_id, lease.attempt, lease.owner, index, self._journal_max, *map(encode, events)]
             pipe.evalsha(self._run["append"].sha, len(keys), *keys, *args)
         answers: list[int] = pipe.execute()
         return answers
 
-    def renew(self, leases: Sequence[Lease]) -> list[int]:
-        """Keep these leases: for each 1 kept, 0 lost, 2 kept but to be cancelled."""
+    def renew(self, leases: Sequence[Lease]) -> list[Append]:
+        """Keep these leases."""
         if not leases:
             return []
         keys = [key for lease in leases for key in (names.job_key(lease.job_id), names.leases_key(lease.line))]
-        args = [arg for lease in leases for arg in (lease.job_id, lease.attempt)]
-        return [int(answer) for answer in self._run["renew"](keys=keys, args=[self._lease_ms, *args])]
+        args = [arg for lease in leases for arg in (lease.job_id, lease.attempt, lease.owner)]
+        return [Append(int(answer)) for answer in self._run["renew"](keys=keys, args=[self._lease_ms, *args])]
 
-    def finish(self, lease: Lease, index: int, end: End, *, node_id: str) -> bool:
-        """End the job. False if it is not this owner's any more."""
+    def finish(self, lease: Lease, index: int, end: End, *, node_id: str) -> Append:
+        """End the job."""
         keys = [*self._job_keys(lease.job_id, lease.line), names.ends_key(node_id), names.NODES_WITH_ENDS]
-        args = [lease.job_id, lease.attempt, index, encode(end), node_id, self._ttl_ms]
-        return bool(self._run["finish"](keys=keys, args=args))
+        args = [lease.job_id, lease.attempt, lease.owner, index, encode(end), node_id, self._ttl_ms]
+        return Append(int(self._run["finish"](keys=keys, args=args)))
+
+    def restore(self, lease: Lease, events: Sequence[Event]) -> Lease | None:
+        """Give Redis back what it has lost of this owner's job: `events` are those that its attempt has written.
+
+        Returns the lease that goes on, or None: the job is over or somebody else's.
+        """
+        own = [(f"{lease.attempt}-{index}", encode(event)) for index, event in enumerate(events, lease.last_index + 1)]
+        expires = int(lease.deadline * 1000) + self._ttl_ms if lease.deadline else 0
+        known = {name: value for name, value in lease.fields.items() if name != "left"}  # readers may have come back
+        fields = [part for pair in known.items() for part in pair]
+        entries = [part for pair in (*lease.journal, *own) for part in pair]
+        keys = [*self._job_keys(lease.job_id, lease.line), names.EPOCH]
+        args = [lease.job_id, lease.attempt, lease.owner, lease.epoch, names.new_id(), self._lease_ms,
+                self._open_journal_ms, expires, len(fields), *fields, *entries]  # fmt: skip
+        epoch = self._run["restore"](keys=keys, args=args)
+        return replace(lease, epoch=epoch) if epoch else None
 
     def abort(self, job_id: str, line: str, end: End, *, force: bool = False) -> str | None:
         """End a job that nobody owns, or ask its owner to.
@@ -171,10 +218,11 @@ class Leases:
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]
 
-    def release(self, lease: Lease, *, died: bool = False) -> bool:
+    def release(self, lease: Lease, *, died: bool = False) -> Append:
         """Give the job back to its line; `died` when its owner could not go on because of its backend's death."""
         keys = [names.job_key(lease.job_id), names.waiting_key(lease.line), names.leases_key(lease.line)]
-        return bool(self._run["release"](keys=keys, args=[lease.job_id, lease.attempt, int(died)]))
+        args = [lease.job_id, lease.attempt, lease.owner, int(died)]
+        return Append(int(self._run["release"](keys=keys, args=args)))
 
     def requeue_expired(self, line: str) -> list[str]:
         """Put the jobs of a line whose leases ran out back into it, and return their ids."""
@@ -184,10 +232,14 @@ class Leases:
         return [job_id for job_id in expired if self._requeue(job_id, line)]
 
     def requeue_of(self, owner: str, line: str) -> list[str]:
-        """Put the jobs that this owner, who is known to be dead, held back into their line, and return their ids."""
+        """Put the jobs that this owner, who is known to be dead, held back into their line, and return their ids.
+
+        `owner` is what its processes had in common: the part of their names before the point.
+        """
         held = self._redis.zrange(names.leases_key(line), 0, -1)
-        owners = {job_id: self._redis.hget(names.job_key(job_id), "owner") for job_id in held}
-        return [job_id for job_id in held if owners[job_id] == owner and self._requeue(job_id, line, owner)]
+        owners = {job_id: str(self._redis.hget(names.job_key(job_id), "owner")) for job_id in held}
+        dead = {job_id: name for job_id, name in owners.items() if name.partition(".")[0] == owner}
+        return [job_id for job_id, name in dead.items() if self._requeue(job_id, line, name)]
 
     def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> bool:
         keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]
@@ -203,14 +255,33 @@ class Leases:
         """What Redis knows of these jobs; those it does not know are left out."""
         pipe = self._redis.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line", "watch"])
+            pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line", "watch", "keep", "left"])
         with broker_errors():
             rows = pipe.execute() if job_ids else []
         return {
-            job_id: LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()))
-            for job_id, (state, attempt, node, line, watch) in zip(job_ids, rows, strict=True)
+            job_id: LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()),
+                              keep=Keep(keep), left=int(left) / 1000 if left else None)
+            for job_id, (state, attempt, node, line, watch, keep, left) in zip(job_ids, rows, strict=True)
             if state
-        }
+        }  # fmt: skip
+
+    def kept(self, job_id: str) -> Kept | None:
+        """What reading the job's answer needs; None if Redis does not know it."""
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.hmget(names.job_key(job_id), ["state", "key", "outline", "line", "created", "deadline"])
+        pipe.exists(names.journal_key(job_id))
+        with broker_errors():
+            (state, key_id, outline, line, created, deadline), has_journal = pipe.execute()
+        if not state or (state == "ended" and not has_journal):
+            return None
+        return Kept(
+            job_id=job_id,
+            key_id=key_id,
+            outline=json.loads(outline),
+            line=line,
+            created=int(created),
+            deadline=int(deadline) / 1000,
+        )
 
     def ends(self) -> dict[str, dict[str, str]]:
         """Ends that are still to be written down, by the node that wrote them: job id to `<attempt> <event>`."""

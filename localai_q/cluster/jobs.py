@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from localai_q.cluster.events import Usage
@@ -10,6 +11,15 @@ from localai_q.cluster.states import JobState
 
 GENERATIONS = ("chat", "completion", "embedding", "rerank")  # kinds that any replica of the model may do
 NODE_JOBS = ("install_backend", "fetch_model")  # kinds that a certain node must do
+GRACE = 20.0  # seconds for which a job goes on without a reader who may come back
+
+
+class Keep(StrEnum):
+    """What becomes of a generation when its last reader disconnects."""
+
+    NOT = "not"  # it is cancelled
+    GRACE = "grace"  # it is cancelled after `GRACE`
+    BACKGROUND = "background"  # it goes on to its end
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +35,7 @@ class Job:
     key_id: str | None = None
     request: dict[str, Any] | None = None  # None once the job has ended
     stream: bool = False
+    keep: Keep = Keep.NOT
     attempt: int = 0
     error: dict[str, Any] | None = None
     result: dict[str, Any] | None = None

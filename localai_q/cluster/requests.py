@@ -6,7 +6,7 @@ makes requests from what clients send and answers for their validity; `workers.r
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 Kind = Literal["chat", "completion", "embedding"]
@@ -31,6 +31,7 @@ class GenerationRequest:
     inputs: tuple[Input, ...] = ()  # completion: prompts; embedding: texts; chat: empty
     n: int = 1  # choices for each prompt
     stream: bool = False
+    background: bool = False  # goes on when its client has left
     include_usage: bool = False  # in a stream: whether a last chunk tells the usage
     logprobs: int | None = None  # alternatives to show for each token; None: no log probabilities at all
     echo: bool = False  # completion: whether the answer begins with the prompt
@@ -57,6 +58,10 @@ class GenerationRequest:
     def prompt_of(self, choice: int) -> Input:
         """The prompt that the choice of this index continues; empty for a chat."""
         return self.inputs[choice // self.n] if self.inputs else ""
+
+    def outline(self) -> GenerationRequest:
+        """What the form of the answer depends on, without what was asked: prompts only where the answer shows them."""
+        return replace(self, body={}, inputs=self.inputs if self.echo else ("",) * len(self.inputs))
 
     def to_json(self) -> dict[str, Any]:
         """The request as plain JSON values, which `from_json` reads. Shares its body with the request."""

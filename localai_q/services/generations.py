@@ -1,38 +1,42 @@
-"""A request for tokens becomes a job: accepted, in line, with its doorbell rung."""
+"""A request for tokens becomes a job: accepted, in line, with its doorbell rung; found again by who comes back for it.
+
+What becomes of a job that nobody reads is said here where its reader leaves, and in `localai_q.services.jobs` where its
+reader's process has died.
+"""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from localai_q import names
 from localai_q.bus.connection import broker_errors
-from localai_q.bus.leases import Submission
+from localai_q.bus.leases import Kept, Submission
 from localai_q.cluster.events import End
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import GENERATIONS, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.routing import route
 from localai_q.cluster.states import JobState
-from localai_q.errors import LocalAIError, Unavailable, to_record
+from localai_q.errors import Cancelled, Gone, LocalAIError, NotFound, Unavailable, to_record
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs
 
 
-@dataclass(frozen=True, kw_only=True)
-class Accepted:
-    """A job that stands in its line."""
-
-    job_id: str
-    line: str
-    deadline: float  # seconds since the epoch
-    place: int  # in the line, from 1
-
-
 def submit(
-    services: Services, snapshots: Snapshots, request: GenerationRequest, *, key_id: str, job_id: str, watcher: str
-) -> Accepted:
+    services: Services,
+    snapshots: Snapshots,
+    request: GenerationRequest,
+    *,
+    key_id: str,
+    job_id: str,
+    watcher: str,
+    keep: Keep,
+) -> Kept:
     """Accept a request: its row first, then its place in the line, then the doorbell.
+
+    Args:
+        watcher: the web process that waits for the job's events; empty for none.
+        keep: what becomes of the job when nobody waits for it any more.
 
     Raises:
         ModelNotFound, UnsupportedByModel, ModelUnavailable, Busy, Unavailable: it was not accepted.
@@ -40,24 +44,53 @@ def submit(
     model, snapshot = snapshots.model(request.model)
     way = route(model, snapshot.replicas, request.kind, time.time())
     timeout = services.settings.request_timeout
-    deadline = time.time() + timeout
+    now = time.time()
+    deadline = now + timeout
+    outline = request.outline().to_json()
     body = request.to_json()
     job = Job(id=job_id, kind=request.kind, state=JobState.OPEN, line=way.queue, model_id=model.id, key_id=key_id,
-              request=body, stream=request.stream, deadline=deadline)  # fmt: skip
+              request=body, stream=request.stream, keep=keep, deadline=deadline)  # fmt: skip
     with services.db.transaction() as db:
         jobs.add(db, job)
     submission = Submission(job_id=job_id, line=way.queue, request=body, watcher=watcher, deadline=deadline,
-                            lives=timeout + services.settings.journal_ttl, stream=request.stream)  # fmt: skip
+                            lives=timeout + services.settings.journal_ttl, stream=request.stream, key_id=key_id,
+                            outline=outline, keep=keep, created=now)  # fmt: skip
     try:
         with broker_errors():
-            place = services.leases.submit(submission, longest_line=services.settings.max_waiting)
+            services.leases.submit(submission, longest_line=services.settings.max_waiting)
             services.doorbells.ring(names.RUN_GENERATION, job_id, queue=way.queue)
             if way.needs_load:
                 services.redis.publish(names.WAKE_CHANNEL, model.id)
     except LocalAIError as error:
         refuse(services, job, error)
         raise
-    return Accepted(job_id=job_id, line=way.queue, deadline=deadline, place=place)
+    return Kept(job_id=job_id, key_id=key_id, outline=outline, line=way.queue, created=int(now), deadline=deadline)
+
+
+def find(services: Services, job_id: str, *, key_id: str) -> Kept:
+    """The job that this key comes back for.
+
+    Raises:
+        NotFound: there is none of that id that this key asked for.
+        Gone: its answer is kept no longer.
+        Unavailable: it is being brought back, because Redis has lost it.
+    """
+    kept = services.leases.kept(job_id)
+    if kept is None:
+        with services.db.transaction() as db:
+            row = jobs.by_id(db, job_id)
+        if row and row.key_id == key_id and row.kind in GENERATIONS:
+            if row.state is JobState.OPEN:
+                raise Unavailable("The queue (Redis) has lost this job, which is being brought back. Try again soon.")
+            raise Gone(f"The answer of job '{job_id}' is kept no longer; LOCALAI_Q_JOURNAL_TTL says for how long.")
+    if kept is None or not kept.outline or kept.key_id != key_id:
+        raise NotFound(f"There is no job '{job_id}' that was asked for with this key.")
+    return kept
+
+
+def abandon(services: Services, kept: Kept) -> None:
+    """Cancel a job that nobody reads any more. Postgres need not be there for it."""
+    services.leases.abort(kept.job_id, kept.line, End(state=JobState.CANCELLED, error=to_record(Cancelled())))
 
 
 def refuse(services: Services, job: Job, error: LocalAIError) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 from localai_q import names
 from localai_q.bus import journal, presence
-from localai_q.bus.leases import CONTROL, Submission
+from localai_q.bus.leases import CONTROL, LiveState, Submission
 from localai_q.cluster.events import End, Event, Progress, decode
-from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS, Job
+from localai_q.cluster.jobs import GENERATIONS, GRACE, NODE_JOBS, Job, Keep
+from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import (
     Cancelled,
@@ -26,13 +27,13 @@ from localai_q.errors import (
 )
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes
+from localai_q.store.keys import ApiKey
 
 log = logging.getLogger(__name__)
 
 UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is rung again
 LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
-REBUILT = 1000  # attempts of a job that Redis lost go on from here, above any that an old owner can hold
-ORPHANED = 20.0  # seconds after which a job is cancelled if nobody waits for it
+REBUILT = 100  # attempts for each second of its age that a job gets which Redis lost: more than any old owner can hold
 EVER = 365 * 24 * 3600.0
 ANY_LENGTH = 1 << 40  # of a line, for jobs that were accepted already and for those of nodes
 
@@ -53,13 +54,13 @@ def submit_node_job(
     return job.id
 
 
-def show(services: Services, job_id: str) -> dict[str, Any]:
-    """One job with its live state.
+def show(services: Services, job_id: str, asker: ApiKey) -> dict[str, Any]:
+    """One job with its live state, to who asked for it and to admins.
 
     Raises:
         NotFound: there is none of that id.
     """
-    return _shown(services, [_existing(services, job_id)])[0]
+    return _shown(services, [_existing(services, job_id, asker)])[0]
 
 
 def listed(services: Services, *, states: Collection[str], kinds: Collection[str], limit: int) -> list[dict[str, Any]]:
@@ -69,13 +70,20 @@ def listed(services: Services, *, states: Collection[str], kinds: Collection[str
     return _shown(services, found)
 
 
-def cancel(services: Services, job_id: str) -> str:
+def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
     """Cancel a job: "cancelled", "cancelling" while its owner is told, or the state in which it ended before.
 
+    Postgres need not be there for a job that Redis knows.
+
     Raises:
-        NotFound: there is none of that id.
+        NotFound: there is none of that id that `asker` may see.
     """
-    job = _existing(services, job_id)
+    kept = services.leases.kept(job_id)
+    if kept and (asker.role == "admin" or kept.key_id == asker.id):
+        end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+        if became := services.leases.abort(job_id, kept.line, end):
+            return "cancelling" if became == "asked" else "cancelled"
+    job = _existing(services, job_id, asker)
     if job.state is not JobState.OPEN:
         return job.state
     return "cancelling" if abort(services, job, Cancelled(), state=JobState.CANCELLED) == "asked" else "cancelled"
@@ -145,23 +153,27 @@ def recover(services: Services) -> None:
     """Repair what a crash left behind: late jobs, expired leases, silent doorbells, jobs that Redis lost.
 
     End, too, what has lost its sense: jobs of a model that was removed, and jobs that nobody waits for any more.
+    After an outage owners have one lease to show themselves before what they held counts as theirs no more.
     """
     with services.db.transaction() as db:
         open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
         known = {model.id for model in models.every(db)}
+    owners_had_time = presence.watched_for(services.redis) >= services.settings.lease
     late = [job for job in open_jobs if job.deadline and job.deadline < time.time()]
     for job in late:
         abort(services, job, DeadlineExceeded(), force=True)
     current = [job for job in open_jobs if job not in late]
-    for line in sorted({job.line for job in open_jobs}):
-        _ring_for(services, services.leases.requeue_expired(line), line)
+    if owners_had_time:
+        for line in sorted({job.line for job in open_jobs}):
+            _ring_for(services, services.leases.requeue_expired(line), line)
     stranded = [job for job in current if job.kind in GENERATIONS and job.model_id not in known]
     _end_stranded(services, stranded)
     current = [job for job in current if job not in stranded]
     for line in sorted({job.line for job in current}):
         _ring_again(services, line)
     _cancel_orphans(services, current)
-    _rebuild(services, current)
+    if owners_had_time:
+        _rebuild(services, current)
 
 
 def _end_stranded(services: Services, stranded: Sequence[Job]) -> None:
@@ -175,19 +187,26 @@ def _end_stranded(services: Services, stranded: Sequence[Job]) -> None:
 
 
 def _cancel_orphans(services: Services, open_jobs: Sequence[Job]) -> None:
-    """Cancel generations whose web process has died: nobody will read what they say.
-
-    A job that Redis lost and got back names no watcher; it is let be.
-    """
-    old = [job for job in open_jobs if job.kind in GENERATIONS and job.created < time.time() - ORPHANED]
-    live = services.leases.live([job.id for job in old])
+    """Cancel generations that nobody reads and nobody has come back for in time."""
+    live = services.leases.live([job.id for job in open_jobs if job.kind in GENERATIONS])
     gone = presence.gone(services.redis, {watcher for state in live.values() for watcher in state.watchers})
-    for job in old:
-        watchers = live[job.id].watchers if job.id in live else ()
-        if watchers and gone.issuperset(watchers):
+    now = presence.now(services.redis)
+    for job in open_jobs:
+        state = live.get(job.id)
+        if state and state.keep is not Keep.BACKGROUND and _is_orphaned(state, gone, now):
             log.warning("nobody waits for job %s any more", job.id, extra={"action": "orphan"})
-            nobody = Cancelled("The job was cancelled: the process that waited for it has gone.")
+            nobody = Cancelled("The job was cancelled: nobody waited for it any more.")
             abort(services, job, nobody, state=JobState.CANCELLED)
+
+
+def _is_orphaned(state: LiveState, gone: Collection[str], now: float) -> bool:
+    """Whether all that waited for a job died, or left longer than `GRACE` ago.
+
+    A job that Redis lost and got back names nobody who waits or has left; it is let be.
+    """
+    if state.watchers:
+        return set(gone).issuperset(state.watchers)
+    return state.left is not None and now - state.left >= GRACE
 
 
 def bereave(services: Services, owner: str, line: str) -> None:
@@ -210,25 +229,28 @@ def _ring_again(services: Services, line: str) -> None:
 
 
 def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
-    """Bring back what Redis no longer knows. A stream has shown text that is gone, so it fails and says so."""
+    """Bring back what Redis no longer knows. A stream may have shown text that is gone, so it fails and says so.
+
+    That, too, is said by way of Redis: it ends the stream for its readers, and an owner that comes too late is refused.
+    """
     old = [job for job in open_jobs if job.created < time.time() - LOST]
     known = services.leases.live([job.id for job in old])
     unwritten = _unwritten(services)
     for job in old:
         if job.id in known or job.id in unwritten:
             continue
+        with services.db.transaction() as db:
+            request = jobs.request(db, job.id)
+        if request is None:
+            continue
+        log.warning("Redis lost job %s, and no owner restored it", job.id, extra={"action": "rebuild"})
+        attempt = REBUILT * int(time.time() - job.created)
+        _enter_line(services, replace(job, request=request), attempt=attempt)
         if job.stream:
             lost = GenerationFailed(
                 "The queue (Redis) lost its data while this stream was open. Send the request again."
             )
-            with services.db.transaction() as db:
-                jobs.end(db, job.id, End(state=JobState.FAILED, error=to_record(lost)), attempt=job.attempt)
-        else:
-            with services.db.transaction() as db:
-                request = jobs.request(db, job.id)
-            if request is not None:
-                log.warning("Redis lost job %s; it is put back into its line", job.id, extra={"action": "rebuild"})
-                _enter_line(services, replace(job, request=request), attempt=REBUILT)
+            abort(services, job, lost, force=True)
 
 
 def _unwritten(services: Services) -> set[str]:
@@ -238,8 +260,11 @@ def _unwritten(services: Services) -> set[str]:
 
 def _enter_line(services: Services, job: Job, *, attempt: int = 0) -> None:
     lives = (job.deadline - time.time() if job.deadline else EVER) + services.settings.journal_ttl
-    submission = Submission(job_id=job.id, line=job.line, request=job.request or {}, deadline=job.deadline or 0.0,
-                            lives=lives, stream=job.stream, attempt=attempt)  # fmt: skip
+    request = job.request or {}
+    outline = GenerationRequest.from_json(request).outline().to_json() if job.kind in GENERATIONS else {}
+    submission = Submission(job_id=job.id, line=job.line, request=request, deadline=job.deadline or 0.0, lives=lives,
+                            stream=job.stream, attempt=attempt, key_id=job.key_id or "", outline=outline,
+                            keep=job.keep, created=job.created)  # fmt: skip
     services.leases.submit(submission, longest_line=ANY_LENGTH)
     services.doorbells.ring(_task_of(job.line), job.id, queue=job.line)
 
@@ -248,11 +273,11 @@ def _task_of(line: str) -> str:
     return names.RUN_JOB if line.startswith("node.") else names.RUN_GENERATION
 
 
-def _existing(services: Services, job_id: str) -> Job:
+def _existing(services: Services, job_id: str, asker: ApiKey) -> Job:
     with services.db.transaction() as db:
         job = jobs.by_id(db, job_id)
-    if job is None:
-        raise NotFound(f"There is no job '{job_id}'. 'localai-q jobs list' shows them.")
+    if job is None or (asker.role != "admin" and job.key_id != asker.id):
+        raise NotFound(f"There is no job '{job_id}'. An admin sees all of them with 'localai-q jobs list'.")
     return job
 
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from localai_q.config import write_private
-from localai_q.errors import BadKey, Conflict, InvalidValue, NotFound, Unauthenticated
+from localai_q.errors import BadKey, Conflict, InvalidValue, NotFound, Unauthenticated, Unavailable
 from localai_q.services.wiring import Services
 from localai_q.store import keys
 from localai_q.store.keys import ApiKey
@@ -37,8 +37,13 @@ class Authenticator:
         known = self._known.get(wanted)
         if known and known[0] > time.monotonic():
             return known[1]
-        with self._services.db.transaction() as db:
-            found = keys.find(db, key.strip())
+        try:
+            with self._services.db.transaction() as db:
+                found = keys.find(db, key.strip())
+        except Unavailable:
+            if known:  # nobody can have revoked it since Postgres went away
+                return known[1]
+            raise
         if found is None:
             self._known.pop(wanted, None)
             raise BadKey(f"Incorrect API key provided: {key.strip()[:4]}…")

@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, insert, null, select, update
 
 from localai_q.cluster.events import End, Usage
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import Job, Keep
 from localai_q.cluster.states import JOB_MOVES, JobState, sources
 from localai_q.store.tables import jobs
 
@@ -29,6 +29,7 @@ def add(db: Connection, job: Job) -> None:
             key_id=job.key_id,
             request=job.request,
             stream=job.stream,
+            keep=job.keep,
             deadline=datetime.fromtimestamp(job.deadline, UTC) if job.deadline else None,
         )
     )
@@ -126,6 +127,7 @@ def _job(row: Row[Any]) -> Job:
         key_id=row.key_id,
         request=values.get("request"),
         stream=row.stream,
+        keep=Keep(row.keep),
         attempt=row.attempt,
         error=row.error,
         result=row.result,

@@ -93,6 +93,7 @@ jobs = Table(
     Column("key_id", Text),  # who asked
     Column("request", JSONB),  # erased when the job ends
     Column("stream", Boolean, nullable=False, server_default=text("false")),
+    Column("keep", Text, nullable=False, server_default="not"),  # what becomes of it when nobody reads it
     Column("attempt", Integer, nullable=False, server_default=text("0")),
     Column("error", JSONB),
     Column("result", JSONB),

@@ -1,7 +1,9 @@
 """Every error of docs/api.md as OpenAI's client sees it, and what a backend that fails does to its callers and others."""
 
 import json
+import os
 import re
+import signal
 import socket
 import time
 from typing import Any
@@ -10,6 +12,8 @@ import httpx
 import openai
 import pytest
 from e2e_cluster import CHAT_MODEL, ROOT, Cluster, until
+
+from localai_q.cluster.events import Delta, decode
 
 CHAT = "/v1/chat/completions"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -283,6 +287,30 @@ def test_a_stream_whose_backend_died_goes_on_with_the_next_one(calm: Cluster) ->
     job = calm.ended_job(chunks[0].id.removeprefix("chatcmpl-"))
     assert (job["state"], job["attempt"], job["usage"]["completion_tokens"]) == ("done", 2, 9)
     calm.until_serving("echo", 30)
+
+
+def test_a_stream_of_the_real_model_goes_on_as_the_engine_continues_what_was_said(calm: Cluster) -> None:
+    question = [{"role": "user", "content": "Tell me a long story of the sea and of those who live by it."}]
+    body = {"model": CHAT_MODEL, "temperature": 0, "extra_body": {"cache_prompt": False}}
+    usage = {"stream_options": {"include_usage": True}, "stream": True}
+    stream = calm.openai.chat.completions.create(messages=question, max_tokens=160, **usage, **body)
+    job = next(stream).id.removeprefix("chatcmpl-")
+    for _ in range(10):
+        next(stream)
+    os.kill(calm.pids(f"-n {CHAT_MODEL}.1@alpha")[0], signal.SIGKILL)
+    end = list(stream)[-1].usage
+    entries = [(place[:1], decode(fields[b"e"])) for place, fields in calm.redis().xrange(f"gen:{job}")]
+    deltas = [(attempt, event) for attempt, event in entries if isinstance(event, Delta)]
+    said = {wanted: "".join(event.text for attempt, event in deltas if attempt == wanted) for wanted in (b"1", b"2")}
+    tokens = {wanted: sum(event.tokens for attempt, event in deltas if attempt == wanted) for wanted in (b"1", b"2")}
+    assert said[b"1"], "some of it was said before the replica died"
+    assert said[b"2"], "and some after"
+    prefix = [*question, {"role": "assistant", "content": said[b"1"]}]
+    rest = calm.openai.chat.completions.create(messages=prefix, max_tokens=160 - tokens[b"1"], **usage, **body)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in rest if chunk.choices) == said[b"2"]
+    assert end.completion_tokens == sum(tokens.values())
+    whole = calm.openai.chat.completions.create(messages=question, max_tokens=1, **body).usage
+    assert end.prompt_tokens == whole.prompt_tokens, "what was said is not counted as the prompt's"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -66,3 +66,8 @@ def claim(services: Services, job_id: str, line: str, node_id: str = "n1") -> Le
 def expire(services: Services, job_id: str, line: str) -> None:
     """Let a lease run out now."""
     assert services.redis.zadd(names.leases_key(line), {job_id: 1}, xx=True, ch=True)
+
+
+def watched(services: Services) -> None:
+    """Let leases have been judged for long without a break."""
+    services.redis.set(names.WATCHED_SINCE, 0, px=60_000)

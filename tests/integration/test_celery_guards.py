@@ -1,5 +1,5 @@
 """What Celery and kombu need to be sound on Redis, proven on real workers: full slots, no hoarding, restarts of the
-broker, garbage on the queue. Where a guard could be left out unnoticed, a second test shows what happens without it.
+broker, garbage on the queue, a consumer that has gone deaf. Where a guard could be left out unnoticed, a second test shows what happens without it.
 """
 
 import base64
@@ -18,7 +18,7 @@ import redis
 from waiting import wait_for
 
 from localai_q import names, ports
-from localai_q.bus import safe_transport
+from localai_q.bus import probe, safe_transport
 from localai_q.embedded.valkey import Valkey
 
 QUEUE = "tiny"
@@ -293,3 +293,63 @@ def test_only_the_newest_dead_letters_are_kept(valkey: Valkey, redis_client: red
     assert works(redis_client, worker, "up", 30)
     assert redis_client.lrange(dead, 0, 2) == ["garbage two", "garbage one", "old"]
     assert redis_client.llen(dead) == safe_transport.KEPT
+
+
+@pytest.mark.parametrize(("how", "seconds"), [("quietly", 8), ("hang", 15)])
+def test_a_worker_that_is_connected_and_takes_nothing_finds_that_out_and_ends(
+    valkey: Valkey, redis_client: redis.Redis, start, how: str, seconds: float
+) -> None:
+    worker = start(valkey.url, TINY_PROBE="1,2")
+    assert works(redis_client, worker, "up", 30)
+    send(redis_client, "tiny.deafen", how)
+    # Its last look at the queue, from before, may have taken one message; then there is another.
+    assert not wait_for(lambda: redis_client.llen(QUEUE) > 1 or worker.ended(), 2), "one message to itself at a time"
+    assert wait_for(worker.ended, seconds), worker.said
+    assert redis_client.get("deaf") == "the worker is connected to Redis and takes nothing from tiny"
+    assert redis_client.llen(QUEUE) == 1
+    assert 0 < redis_client.ttl(QUEUE) <= probe.LEFT, "nobody may ever take it"
+    assert works(redis_client, start(valkey.url), "the next", 30)
+    assert redis_client.llen(QUEUE) == 0
+
+
+def test_a_healthy_worker_is_left_alone_whether_it_is_idle_busy_or_full(
+    valkey: Valkey, redis_client: redis.Redis, start
+) -> None:
+    worker = start(valkey.url, TINY_PROBE="1,3")
+    assert works(redis_client, worker, "up", 30)
+    assert not wait_for(worker.ended, 6), "idle"
+    send(redis_client, "tiny.hold", "a")
+    assert not wait_for(worker.ended, 6), "busy"
+    send(redis_client, "tiny.hold", "b", "c", "d", "e")
+    assert not wait_for(worker.ended, 6), "full"
+    assert redis_client.llen(QUEUE) == 1
+    redis_client.mset({f"release:{name}": 1 for name in "abcde"})
+    assert works(redis_client, worker, "again")
+    assert redis_client.get("deaf") is None
+
+
+def test_a_restart_of_the_broker_makes_no_idle_worker_end(broker: Valkey, start) -> None:
+    client = redis.Redis.from_url(broker.url, decode_responses=True)
+    worker = start(broker.url, TINY_PROBE="1,8")
+    assert works(client, worker, "up", 30)
+    for _ in range(2):
+        restart(broker)
+        assert not wait_for(worker.ended, 4), worker.said
+    os.kill(broker.process.pid, signal.SIGSTOP)
+    assert not wait_for(worker.ended, 12), "Redis did not answer"
+    os.kill(broker.process.pid, signal.SIGCONT)
+    assert works(client, worker, "afterwards", 30), worker.said
+    assert client.get("deaf") is None
+    client.close()
+
+
+def test_a_worker_that_was_suspended_does_not_take_its_own_sleep_for_deafness(
+    valkey: Valkey, redis_client: redis.Redis, start
+) -> None:
+    worker = start(valkey.url, TINY_PROBE="1,2")
+    assert works(redis_client, worker, "up", 30)
+    worker.process.send_signal(signal.SIGSTOP)
+    assert not wait_for(worker.ended, 7)
+    worker.process.send_signal(signal.SIGCONT)
+    assert not wait_for(worker.ended, 4)
+    assert works(redis_client, worker, "awake")

@@ -1,11 +1,12 @@
 """A process that holds jobs: its tokens are written soon, in order and once, and it hears when it must stop."""
 
 import os
+import shutil
 import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,11 @@ class Bench:
         assert isinstance(held, Held)
         return held
 
+    def close(self) -> None:
+        """Let go of everything, or the threads would give it back to the Valkey of the next test."""
+        for held in self.claims.held():
+            self.claims.drop(held)
+
     def entries(self, held: Held) -> list:
         """(index, event) of everything in the journal."""
         rows = self.client.xrange(names.journal_key(held.lease.job_id))
@@ -56,9 +62,25 @@ class Bench:
         return "".join(event.text for _, event in entries if isinstance(event, Delta))
 
 
+MakeBench = Callable[..., Bench]
+
+
 @pytest.fixture
-def bench(redis_client: redis.Redis) -> Bench:
-    return Bench(redis_client)
+def make_bench() -> Iterator[MakeBench]:
+    made: list[Bench] = []
+
+    def make(client: redis.Redis, **values: float) -> Bench:
+        made.append(Bench(client, **values))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        bench.close()
+
+
+@pytest.fixture
+def bench(redis_client: redis.Redis, make_bench: MakeBench) -> Bench:
+    return make_bench(redis_client)
 
 
 @pytest.fixture
@@ -158,12 +180,12 @@ def test_an_answer_that_is_lost_loses_and_doubles_nothing(bench: Bench, monkeypa
 
 
 def test_a_restart_of_redis_in_the_middle_loses_and_doubles_nothing(
-    broker: Valkey, monkeypatch: pytest.MonkeyPatch
+    broker: Valkey, make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("workers.claims.RETRY", 0.05)
     client = client_of(broker.url)
     client.config_set("appendfsync", "always")
-    bench = Bench(client)
+    bench = make_bench(client)
     held = bench.hold()
     key = names.journal_key(held.lease.job_id)
     producing = threading.Event()
@@ -189,11 +211,13 @@ def test_a_restart_of_redis_in_the_middle_loses_and_doubles_nothing(
     assert not held.cancelled.is_set()
 
 
-def test_an_end_is_written_when_redis_is_back(broker: Valkey, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_end_is_written_when_redis_is_back(
+    broker: Valkey, make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("workers.claims.RETRY", 0.05)
     client = client_of(broker.url)
     client.config_set("appendfsync", "always")
-    bench = Bench(client)
+    bench = make_bench(client)
     held = bench.hold()
     held.emit(Delta(text="kept"))
     assert wait_for(lambda: client.xlen(names.journal_key(held.lease.job_id)) == 2)
@@ -232,8 +256,10 @@ def test_a_cancellation_whose_announcement_was_lost_is_heard_with_the_next_token
     assert held.why == "cancelled"
 
 
-def test_a_cancellation_whose_announcement_was_lost_is_heard_with_the_next_renewal(redis_client: redis.Redis) -> None:
-    bench = Bench(redis_client, lease=0.6)
+def test_a_cancellation_whose_announcement_was_lost_is_heard_with_the_next_renewal(
+    redis_client: redis.Redis, make_bench: MakeBench
+) -> None:
+    bench = make_bench(redis_client, lease=0.6)
     held = bench.hold()
     bench.client.hset(names.job_key(held.lease.job_id), "cancel", "1")
     assert held.cancelled.wait(2)
@@ -266,8 +292,8 @@ def test_a_cancelled_channel_is_listened_to_again_after_a_cut(bench: Bench) -> N
     assert held.cancelled.wait(2)
 
 
-def test_leases_are_kept_while_the_work_is_silent(redis_client: redis.Redis) -> None:
-    bench = Bench(redis_client, lease=0.6)
+def test_leases_are_kept_while_the_work_is_silent(redis_client: redis.Redis, make_bench: MakeBench) -> None:
+    bench = make_bench(redis_client, lease=0.6)
     held = bench.hold()
     deadline = time.monotonic() + 1.5
     while time.monotonic() < deadline:
@@ -277,8 +303,10 @@ def test_leases_are_kept_while_the_work_is_silent(redis_client: redis.Redis) -> 
     held.finish(DONE)
 
 
-def test_work_whose_lease_was_taken_stops_as_lost_and_writes_nothing_more(redis_client: redis.Redis) -> None:
-    bench = Bench(redis_client, lease=0.6)
+def test_work_whose_lease_was_taken_stops_as_lost_and_writes_nothing_more(
+    redis_client: redis.Redis, make_bench: MakeBench
+) -> None:
+    bench = make_bench(redis_client, lease=0.6)
     held = bench.hold()
     job_id = held.lease.job_id
     redis_client.zadd(names.leases_key(LINE), {job_id: 1})
@@ -292,13 +320,9 @@ def test_work_whose_lease_was_taken_stops_as_lost_and_writes_nothing_more(redis_
     assert bench.text(held) == "mine"
 
 
-@pytest.mark.parametrize("what", ["gone", "full"])
-def test_a_journal_that_cannot_be_written_stops_the_work_for_that_reason(bench: Bench, what: str) -> None:
+def test_a_journal_that_is_full_stops_the_work_for_that_reason(bench: Bench) -> None:
     held = bench.hold()
-    if what == "gone":
-        bench.client.delete(names.journal_key(held.lease.job_id))
-    else:
-        bench.leases._journal_max = 0
+    bench.leases._journal_max = 0
     held.emit(Delta(text="x"))
     assert held.cancelled.wait(2)
     assert held.why == "journal"
@@ -336,3 +360,203 @@ def test_all_work_stops_when_the_process_must(bench: Bench) -> None:
     jobs = [bench.hold() for _ in range(3)]
     bench.claims.cancel_all("drain")
     assert [held.why for held in jobs] == ["drain"] * 3
+
+
+class TestLosses:
+    """Redis loses what it had; the owner gives it back and goes on."""
+
+    def begun(self, bench: Bench, text: str = "first ") -> Held:
+        """A job of which an earlier owner wrote "earlier ", and this one has written `text`."""
+        job_id = bench.submit(stream=True, watcher="w1")
+        earlier = bench.leases.claim(job_id, LINE, owner="dead", node_id="dead")
+        assert isinstance(earlier, Lease)
+        bench.leases.append([(earlier, 1, [Delta(text="earlier ", tokens=1)])])
+        bench.leases.release(earlier, died=True)
+        held = bench.claims.claim(job_id, LINE)
+        assert isinstance(held, Held)
+        if text:
+            held.emit(Delta(text=text))
+            assert wait_for(lambda: bench.text(held).endswith(text))
+        return held
+
+    def ids(self, held: Held, client: redis.Redis) -> list[str]:
+        return [place for place, _ in client.xrange(names.journal_key(held.lease.job_id))]
+
+    def test_what_earlier_owners_emitted_is_known_from_the_claim(self, bench: Bench) -> None:
+        assert self.begun(bench).emitted() == [Delta(text="earlier ", tokens=1)]
+        assert bench.hold().emitted() == []
+
+    def test_with_the_next_token_all_is_as_it_was(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        before = bench.client.hgetall(names.job_key(held.lease.job_id))
+        bench.client.flushall()
+        held.emit(Delta(text="second "))
+        assert wait_for(lambda: bench.text(held) == "earlier first second ")
+        assert self.ids(held, bench.client) == ["1-0", "1-1", "2-1", "2-2", "2-3"]
+        assert bench.client.hgetall(names.job_key(held.lease.job_id)) == before
+        held.emit(Delta(text="third"))
+        assert held.finish(DONE)
+        assert bench.text(held) == "earlier first second third"
+        assert bench.leases.ends().keys() == {bench.node_id}
+        assert not held.cancelled.is_set()
+
+    def test_a_silent_job_is_restored_by_its_renewal(self, redis_client: redis.Redis, make_bench: MakeBench) -> None:
+        bench = make_bench(redis_client, lease=0.6)
+        held = self.begun(bench)
+        redis_client.flushall()
+        assert wait_for(lambda: bench.text(held) == "earlier first ", 2)
+        assert bench.leases.live([held.lease.job_id])[held.lease.job_id].state == "leased"
+        time.sleep(1.0)
+        assert bench.leases.requeue_expired(LINE) == []
+        assert held.finish(DONE)
+
+    def test_an_end_that_was_reached_when_redis_lost_all_is_not_lost(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        with bench.claims._io:
+            bench.client.flushall()
+            held.emit(Delta(text="last"))
+        assert held.finish(DONE)
+        assert bench.text(held) == "earlier first last"
+        assert bench.entries(held)[-1][1] == DONE
+        assert bench.leases.live([held.lease.job_id])[held.lease.job_id].state == "ended"
+        assert bench.claims.held() == []
+
+    def test_a_job_that_is_given_back_when_redis_lost_all_goes_on_elsewhere(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        bench.client.flushall()
+        held.release()
+        assert bench.leases.waiting(LINE) == [held.lease.job_id]
+        again = bench.claims.claim(held.lease.job_id, LINE)
+        assert isinstance(again, Held)
+        assert "".join(event.text for event in again.emitted()) == "earlier first "
+        assert again.lease.attempt == 3
+
+    def test_what_is_pending_when_a_job_is_given_back_is_written_first(self, bench: Bench) -> None:
+        held = self.begun(bench, "")
+        with bench.claims._io:
+            held.emit(Delta(text="pending"))
+        held.release()
+        assert bench.text(held) == "earlier pending"
+
+    def test_a_journal_that_is_deleted_in_the_middle_is_written_anew(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        for n in range(200):
+            held.emit(Delta(text=f"{n} "))
+            if n % 50 == 25:
+                bench.client.delete(names.journal_key(held.lease.job_id))
+            time.sleep(0.001)
+        assert held.finish(DONE)
+        assert bench.text(held) == "earlier first " + "".join(f"{n} " for n in range(200))
+        assert not held.cancelled.is_set()
+
+    def test_a_journal_that_lost_its_last_entries_is_made_whole(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        bench.client.xdel(names.journal_key(held.lease.job_id), "2-2")
+        held.emit(Delta(text="second"))
+        assert wait_for(lambda: bench.text(held) == "earlier first second")
+
+    def test_losses_while_many_jobs_write_lose_and_double_nothing(self, bench: Bench) -> None:
+        jobs = [self.begun(bench) for _ in range(4)]
+        expected = "earlier first " + "".join(f"{n} " for n in range(300))
+
+        def produce(held: Held) -> None:
+            for n in range(300):
+                held.emit(Delta(text=f"{n} "))
+                time.sleep(0.002)
+            held.finish(DONE)
+
+        threads = [threading.Thread(target=produce, args=(held,)) for held in jobs]
+        for thread in threads:
+            thread.start()
+        for _ in range(5):
+            time.sleep(0.1)
+            bench.client.flushall()
+        for thread in threads:
+            thread.join(20)
+        assert [bench.text(held) for held in jobs] == [expected] * 4
+        assert all(bench.entries(held)[-1][1] == DONE for held in jobs)
+
+    def test_an_answer_that_is_lost_before_redis_loses_all_loses_nothing(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("workers.claims.RETRY", 0.05)
+        held = self.begun(bench)
+        real, cut = bench.leases.append, threading.Event()
+
+        def losing(batches):
+            answers = real(batches)
+            if not cut.is_set():
+                cut.set()
+                bench.client.flushall()
+                raise redis.ConnectionError("the answer was lost")
+            return answers
+
+        monkeypatch.setattr(bench.leases, "append", losing)
+        held.emit(Delta(text="second "))
+        assert cut.wait(2)
+        held.emit(Delta(text="third"))
+        assert held.finish(DONE)
+        assert bench.text(held) == "earlier first second third"
+
+    def test_a_redis_that_comes_back_empty_gets_everything(
+        self, broker: Valkey, make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("workers.claims.RETRY", 0.05)
+        bench = make_bench(client_of(broker.url))
+        held = self.begun(bench)
+        os.kill(broker.process.pid, signal.SIGKILL)
+        broker.process.wait(5)
+        held.emit(Delta(text="second "))
+        shutil.rmtree(broker.data)
+        broker.start()
+        broker.wait_ready()
+        held.emit(Delta(text="third"))
+        assert held.finish(DONE)
+        assert bench.text(held) == "earlier first second third"
+
+    def test_an_owner_whose_job_control_brought_back_stops(self, bench: Bench) -> None:
+        held = self.begun(bench)
+        job_id = held.lease.job_id
+        with bench.claims._io:
+            bench.client.flushall()
+            bench.leases.submit(Submission(job_id=job_id, line=LINE, request={}, attempt=1000), longest_line=9)
+        held.emit(Delta(text="ghost"))
+        assert held.cancelled.wait(2)
+        assert held.why == "lost"
+        assert not held.finish(DONE)
+        assert bench.leases.waiting(LINE) == [job_id]
+        assert self.ids(held, bench.client) == []
+
+    def test_an_owner_whose_job_was_forgotten_stops(self, redis_client: redis.Redis, make_bench: MakeBench) -> None:
+        bench = make_bench(redis_client, lease=0.6)
+        spoke, silent = self.begun(bench), self.begun(bench)
+        for held in (spoke, silent):
+            redis_client.delete(names.job_key(held.lease.job_id), names.journal_key(held.lease.job_id))
+        spoke.emit(Delta(text="ghost"))
+        for held in (spoke, silent):
+            assert held.cancelled.wait(2)
+            assert held.why == "lost"
+            assert not held.finish(DONE)
+            assert not redis_client.exists(names.job_key(held.lease.job_id), names.journal_key(held.lease.job_id))
+
+    def test_two_processes_of_one_owner_are_told_apart(self, bench: Bench, make_bench: MakeBench) -> None:
+        """After a fail-over has lost the claim of the first, its attempt is given out again."""
+        held = bench.hold()
+        job_id = held.lease.job_id
+        with bench.claims._io:
+            bench.client.hset(names.job_key(job_id), mapping={"attempt": 0, "state": "waiting"})
+            bench.client.delete(names.journal_key(job_id), names.leases_key(LINE))
+            again = make_bench(bench.client).claims.claim(job_id, LINE)
+        assert isinstance(again, Held)
+        assert again.lease.attempt == held.lease.attempt
+        held.emit(Delta(text="ghost"))
+        assert held.cancelled.wait(2)
+        assert held.why == "lost"
+        again.emit(Delta(text="mine"))
+        assert again.finish(DONE)
+        assert bench.text(again) == "mine"
+
+    def test_a_dead_owner_is_known_by_the_name_that_its_processes_share(self, bench: Bench) -> None:
+        held = bench.hold()
+        assert bench.leases.requeue_of("r", LINE) == []
+        assert bench.leases.requeue_of("r1", LINE) == [held.lease.job_id]

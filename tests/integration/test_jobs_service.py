@@ -1,25 +1,28 @@
 """Jobs end once, can be cancelled in any state, and are found again whatever was lost."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import redis
-from cluster_data import add_model, claim, expire, join, ready_node, rung
+from cluster_data import add_model, claim, expire, join, ready_node, rung, watched
 from sqlalchemy import text
 
 from localai_q import names
-from localai_q.bus import presence
+from localai_q.bus import journal, presence
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import End, Progress, Usage, encode
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import GRACE, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Busy, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
+from localai_q.errors import Busy, Gone, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
 from localai_q.services import generations, jobs
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as rows
+from localai_q.store.keys import ApiKey
 
+ADMIN = ApiKey(id="admin", name="admin", role="admin", hint="", created=0.0)
 DONE = End(state="done", usage=Usage(prompt=5, completion=7, cached=2), timings={"total": 1.5}, result={"x": 1})
 
 
@@ -27,7 +30,7 @@ def ask(services: Services, *, model: str = "m", stream: bool = False, kind: str
     """A request is accepted; its job."""
     request = GenerationRequest(kind=kind, model=model, body={"messages": []}, stream=stream)
     accepted = generations.submit(
-        services, Snapshots(services), request, key_id="k1", job_id=names.new_id(), watcher="w1"
+        services, Snapshots(services), request, key_id="k1", job_id=names.new_id(), watcher="w1", keep=Keep.NOT
     )
     return accepted.job_id
 
@@ -148,7 +151,7 @@ class TestEnds:
         assert job.ended == pytest.approx(time.time(), abs=5)
         assert services.leases.ends() == {node.id: {}}
         assert jobs.apply_ends(services) == 0
-        assert jobs.show(services, job_id)["node"] == "n1"
+        assert jobs.show(services, job_id, ADMIN)["node"] == "n1"
 
     def test_a_second_end_changes_nothing(self, services: Services, line: str) -> None:
         job_id = ask(services)
@@ -191,7 +194,7 @@ class TestEnds:
 class TestCancel:
     def test_a_job_that_waits_is_cancelled_at_once(self, services: Services, line: str) -> None:
         job_id = ask(services)
-        assert jobs.cancel(services, job_id) == "cancelled"
+        assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
         jobs.apply_ends(services)
         job = row(services, job_id)
         assert (job.state, job.error["error"], job.request) == (JobState.CANCELLED, "Cancelled", None)
@@ -200,7 +203,7 @@ class TestCancel:
     def test_the_owner_of_a_job_that_runs_is_asked(self, services: Services, line: str) -> None:
         job_id = ask(services)
         lease = claim(services, job_id, line)
-        assert jobs.cancel(services, job_id) == "cancelling"
+        assert jobs.cancel(services, job_id, ADMIN) == "cancelling"
         assert row(services, job_id).state is JobState.OPEN
         assert services.leases.renew([lease]) == [2]
 
@@ -208,18 +211,18 @@ class TestCancel:
         job_id = ask(services)
         services.leases.finish(claim(services, job_id, line), 1, DONE, node_id="n1")
         jobs.apply_ends(services)
-        assert jobs.cancel(services, job_id) == "done"
+        assert jobs.cancel(services, job_id, ADMIN) == "done"
 
     def test_a_job_that_redis_lost_is_cancelled_in_postgres(self, services: Services, line: str) -> None:
         job_id = ask(services)
         services.redis.flushall()
-        assert jobs.cancel(services, job_id) == "cancelled"
+        assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
         assert row(services, job_id).state is JobState.CANCELLED
 
     def test_an_unknown_job_is_not_found(self, services: Services) -> None:
         for act in (jobs.cancel, jobs.show):
             with pytest.raises(NotFound, match="jobs list"):
-                act(services, "nothing")
+                act(services, "nothing", ADMIN)
 
 
 class TestRecovery:
@@ -240,6 +243,7 @@ class TestRecovery:
         claim(services, job_id, line)
         services.redis.delete(line)
         age(services, job_id, 10)
+        watched(services)
         jobs.recover(services)
         assert rung(services, line) == []  # its lease lives
         expire(services, job_id, line)
@@ -278,6 +282,7 @@ class TestRecovery:
         request = row(services, job_id).request
         services.redis.flushall()
         age(services, job_id, 10)
+        watched(services)
         jobs.recover(services)
         assert rung(services, line) == [f"run_generation({job_id})"]
         lease = claim(services, job_id, line)
@@ -289,13 +294,70 @@ class TestRecovery:
 
     def test_a_stream_that_redis_lost_fails_and_says_why(self, services: Services, line: str) -> None:
         job_id = ask(services, stream=True)
+        lease = claim(services, job_id, line)
         services.redis.flushall()
         age(services, job_id, 10)
+        watched(services)
         jobs.recover(services)
+        (end,) = [entry.event for entry in journal.read(services.redis, job_id)]  # for its readers
+        assert "lost its data" in end.error["message"]
+        jobs.apply_ends(services)
         job = row(services, job_id)
         assert job.state is JobState.FAILED
         assert "lost its data" in job.error["message"]
         assert services.leases.waiting(line) == []
+        assert services.leases.restore(lease, []) is None, "its owner comes too late"
+
+    def test_what_redis_lost_is_left_to_its_owner_for_one_lease(self, services: Services, line: str) -> None:
+        owned, lost = ask(services, stream=True), ask(services)
+        lease = claim(services, owned, line)
+        services.redis.flushall()
+        for job_id in (owned, lost):
+            age(services, job_id, 10)
+        assert services.settings.lease == 1.0
+        jobs.recover(services)
+        assert services.leases.live([owned, lost]) == {}
+        assert services.leases.restore(lease, [])
+        time.sleep(0.6)
+        jobs.recover(services)
+        assert lost not in services.leases.live([lost])
+        services.leases.renew([lease])
+        time.sleep(0.6)
+        jobs.recover(services)
+        live = services.leases.live([owned, lost])
+        assert (live[owned].state, live[owned].attempt, live[lost].state) == ("leased", 1, "waiting")
+
+    def test_each_time_a_job_is_brought_back_its_attempts_are_above_all_before(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services)
+        first = claim(services, job_id, line)
+        attempts = [first.attempt]
+        for _ in range(3):
+            services.redis.flushall()
+            age(services, job_id, 10 + attempts[-1] / 50)
+            watched(services)
+            jobs.recover(services)
+            attempts.append(claim(services, job_id, line).attempt)
+        assert attempts == sorted(set(attempts))
+        assert services.leases.restore(first, []) is None
+
+    def test_nobody_is_judged_dead_within_a_lease_after_an_outage_unless_his_node_says_so(
+        self, services: Services, line: str
+    ) -> None:
+        silent, dead = ask(services), ask(services)
+        for job_id in (silent, dead):
+            claim(services, job_id, line)
+            age(services, job_id, 10)
+            expire(services, job_id, line)
+        services.redis.hset(names.job_key(dead), "owner", "r9.nonce")
+        jobs.recover(services)
+        assert services.leases.waiting(line) == []
+        jobs.bereave(services, "r9", line)
+        assert services.leases.waiting(line) == [dead]
+        time.sleep(1.1)
+        jobs.recover(services)
+        assert sorted(services.leases.waiting(line)) == sorted([dead, silent])
 
     def test_an_end_that_is_not_written_down_yet_is_no_loss(self, services: Services, line: str) -> None:
         job_id = ask(services, stream=True)
@@ -318,6 +380,7 @@ class TestRecovery:
         other = ask(services, model="other")
         services.redis.delete(names.job_key(other), names.waiting_key(other_line), other_line)
         age(services, other, 9)
+        watched(services)
         jobs.recover(services)
         assert services.leases.waiting(other_line) == [other]
         assert set(services.leases.waiting(line)) == {*lost, newcomer}
@@ -350,7 +413,7 @@ class TestWhatHasLostItsSense:
         waits, runs, fresh = ask(services), ask(services), ask(services)
         lease = claim(services, runs, line)
         for job_id in (waits, runs):
-            age(services, job_id, jobs.ORPHANED + 1)
+            age(services, job_id, 5)
         presence.announce(services.redis, "w1")
         jobs.recover(services)
         services.redis.delete(names.web_alive_key("w1"))
@@ -367,25 +430,103 @@ class TestWhatHasLostItsSense:
         assert (row(services, waits).state, row(services, fresh).state) == (JobState.CANCELLED, JobState.OPEN)
         assert services.leases.renew([lease]) == [2]
 
+    @pytest.mark.parametrize(
+        ("keep", "left", "becomes"),
+        [
+            (Keep.NOT, GRACE - 5, JobState.OPEN),  # its reader's process was stopped
+            (Keep.NOT, GRACE + 1, JobState.CANCELLED),
+            (Keep.GRACE, GRACE + 1, JobState.CANCELLED),
+            (Keep.BACKGROUND, GRACE + 1, JobState.OPEN),
+        ],
+    )
+    def test_a_job_whose_last_reader_left_has_its_time(
+        self, services: Services, line: str, keep: Keep, left: float, becomes: JobState
+    ) -> None:
+        job_id = ask(services)
+        age(services, job_id, 5)
+        gone_at = int((presence.now(services.redis) - left) * 1000)
+        services.redis.hset(names.job_key(job_id), mapping={"watch": "", "left": gone_at, "keep": keep})
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        assert row(services, job_id).state is becomes
+
+    def test_a_job_in_the_background_outlives_its_web_process(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(presence, "MISSED", 0.0)
+        job_id = ask(services)
+        age(services, job_id, 5)
+        services.redis.hset(names.job_key(job_id), "keep", Keep.BACKGROUND)
+        for _ in range(3):
+            jobs.recover(services)
+        assert services.leases.live([job_id])[job_id].state == "waiting"
+
     def test_a_job_that_redis_got_back_names_nobody_and_is_let_be(
         self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(presence, "MISSED", 0.0)
         job_id = ask(services)
-        age(services, job_id, jobs.ORPHANED + 1)
+        age(services, job_id, 5)
         services.redis.flushall()
+        watched(services)
         for _ in range(3):
             jobs.recover(services)
         assert services.leases.live([job_id])[job_id].state == "waiting"
+
+
+class TestWhoMaySee:
+    def test_a_job_is_there_for_its_key_and_for_admins_only(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        owner, other = replace(ADMIN, id="k1", role="user"), replace(ADMIN, id="k2", role="user")
+        assert row(services, job_id).key_id == owner.id
+        for do in (jobs.show, jobs.cancel):
+            with pytest.raises(NotFound):
+                do(services, job_id, other)
+        assert jobs.show(services, job_id, owner)["id"] == jobs.show(services, job_id, ADMIN)["id"] == job_id
+        assert jobs.cancel(services, job_id, owner) == "cancelled"
+
+    def test_the_answer_is_kept_for_its_key_only(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        assert generations.find(services, job_id, key_id="k1").line == line
+        for wrong in ((job_id, "k2"), (job_id, ADMIN.id), ("unknown", "k1")):
+            with pytest.raises(NotFound) as caught:
+                generations.find(services, wrong[0], key_id=wrong[1])
+            assert not isinstance(caught.value, Gone)
+
+    def test_an_answer_that_redis_has_forgotten_is_gone_and_one_that_it_lost_comes_back(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services)
+        request = services.redis.hgetall(names.job_key(job_id))
+        services.redis.delete(names.job_key(job_id))
+        with pytest.raises(Unavailable, match="brought back"):
+            generations.find(services, job_id, key_id="k1")
+        with pytest.raises(NotFound):
+            generations.find(services, job_id, key_id="k2")
+        services.redis.hset(names.job_key(job_id), mapping=request)
+        jobs.cancel(services, job_id, ADMIN)
+        jobs.apply_ends(services)
+        assert generations.find(services, job_id, key_id="k1").job_id == job_id
+        services.redis.delete(names.journal_key(job_id))
+        with pytest.raises(Gone):
+            generations.find(services, job_id, key_id="k1")
+
+    def test_a_nodes_job_has_no_answer(self, services: Services) -> None:
+        node = ready_node(services)
+        job_id = jobs.submit_node_job(
+            services, kind="fetch_model", node_id=node.id, model_id=None, request={"source": "x"}
+        )
+        with pytest.raises(NotFound):
+            generations.find(services, job_id, key_id="")
 
 
 class TestShowing:
     def test_a_job_is_shown_with_what_is_true_now(self, services: Services, line: str) -> None:
         node = ready_node(services)
         job_id = ask(services)
-        assert jobs.show(services, job_id)["live"] == "waiting"
+        assert jobs.show(services, job_id, ADMIN)["live"] == "waiting"
         claim(services, job_id, line, node.id)
-        shown = jobs.show(services, job_id)
+        shown = jobs.show(services, job_id, ADMIN)
         assert (shown["state"], shown["live"], shown["node"], shown["model"]) == ("open", "leased", "n1", "m")
         assert "request" not in shown
 
@@ -396,14 +537,14 @@ class TestShowing:
         )
         lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
         services.leases.append([(lease, 1, [Progress(stage="downloading", done=5, total=10, unit="bytes")])])
-        shown = jobs.show(services, job_id)
+        shown = jobs.show(services, job_id, ADMIN)
         assert shown["progress"] == {"stage": "downloading", "done": 5, "total": 10, "unit": "bytes", "note": ""}
         assert shown["usage"] is None
 
     def test_a_list_is_narrowed_by_state_and_kind_the_newest_first(self, services: Services, line: str) -> None:
         old, new = ask(services), ask(services)
         age(services, old, 5)
-        jobs.cancel(services, old)
+        jobs.cancel(services, old, ADMIN)
         jobs.apply_ends(services)
 
         def ids(states: tuple = (), kinds: tuple = (), limit: int = 9) -> list[str]:
@@ -417,4 +558,26 @@ class TestShowing:
 
 def test_a_node_that_asks_to_join_is_no_node_of_a_job(services: Services, line: str) -> None:
     join(services)
-    assert jobs.show(services, ask(services))["node"] is None
+    assert jobs.show(services, ask(services), ADMIN)["node"] is None
+
+
+class TestWatching:
+    def test_leases_have_been_watched_since_the_first_look_without_a_break(
+        self, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(presence, "JUDGED", 0.5)
+        assert presence.watched_for(redis_client) == 0.0
+        for _ in range(4):
+            time.sleep(0.2)
+            watched_for = presence.watched_for(redis_client)
+        assert watched_for == pytest.approx(0.8, abs=0.2)
+        time.sleep(0.6)  # nobody looked
+        assert presence.watched_for(redis_client) == 0.0
+        time.sleep(0.1)
+        assert presence.watched_for(redis_client) >= 0.1
+        redis_client.flushall()
+        assert presence.watched_for(redis_client) == 0.0
+
+    def test_a_redis_that_cannot_be_reached_is_unavailable(self) -> None:
+        with pytest.raises(Unavailable):
+            presence.watched_for(redis.Redis(port=1))

@@ -13,6 +13,8 @@ from localai_q.bus import journal, presence
 from localai_q.bus.journal import Listener, Reader
 from localai_q.bus.leases import Append, Lease, Leases, Submission
 from localai_q.cluster.events import Delta, End
+from localai_q.cluster.jobs import Keep
+from localai_q.errors import GenerationFailed, Unavailable
 
 LINE = names.model_queue("m1")
 DONE = End(state="done")
@@ -56,10 +58,10 @@ class Writer:
         assert self.leases.finish(self.lease, self.index, DONE, node_id="n1")
 
 
-def followed(reader: Reader, after: tuple[int, int] = (0, 0), each: Callable[[], object] = lambda: None) -> list:
+def followed(reader: Reader, *, fresh: bool = False, each: Callable[[], object] = lambda: None) -> list:
     """All entries up to the end; `each` is called after every one."""
     found = []
-    for entry in reader.entries(after):
+    for entry in reader.entries(fresh=fresh):
         if entry is not None:
             found.append(entry)
             each()
@@ -84,7 +86,7 @@ def follow_in_background(reader: Reader, **options) -> tuple[threading.Thread, l
 def test_a_reader_gets_every_entry_live_and_stops_at_the_end(leases: Leases, listener: Listener) -> None:
     writer = Writer(leases, listener.watcher)
     reader = listener.open(writer.job_id)
-    thread, found = follow_in_background(reader)
+    thread, found = follow_in_background(reader, fresh=True)
     started = time.monotonic()
     writer.write(300)
     writer.end()
@@ -131,16 +133,47 @@ def test_a_reader_that_comes_after_the_end_gets_everything(leases: Leases, liste
     assert texts(followed(listener.open(writer.job_id))) == numbers(1, 3)
 
 
-def test_a_reader_that_resumes_gets_only_what_is_behind_its_place_and_at_once(
-    leases: Leases, listener: Listener
-) -> None:
+def test_a_long_log_is_read_page_by_page(leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal, "PAGE", 4)
     writer = Writer(leases, listener.watcher)
-    writer.write(10)
+    writer.write(8)
+    leases.release(writer.lease)
+    writer.claim()
+    writer.write(9)
     writer.end()
     started = time.monotonic()
-    found = followed(listener.open(writer.job_id), after=(1, 7))
+    assert texts(followed(listener.open(writer.job_id))) == numbers(1, 17)
     assert time.monotonic() - started < journal.SILENCE / 2
-    assert texts(found) == numbers(8, 10)
+
+
+def test_an_entry_is_found_by_its_place(leases: Leases, redis_client: redis.Redis) -> None:
+    writer = Writer(leases, "")
+    writer.write(2)
+    assert journal.at(redis_client, writer.job_id, (1, 2)).event == Delta(text="2 ")
+    for place in ((1, 3), (2, 2), (1, 0)):  # the last is the marker of the claim
+        assert journal.at(redis_client, writer.job_id, place) is None
+
+
+def test_who_attaches_hears_of_what_comes_and_who_detaches_last_learns_what_becomes_of_the_job(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, "another-web")
+    job_id = writer.job_id
+    assert listener.attach(job_id, (0, 0)) == [("1-0", '{"k":"m"}')]
+    assert leases.live([job_id])[job_id].watchers == ("another-web", listener.watcher)
+    reader = listener.open(job_id)
+    assert listener.detach(job_id) is None, "another reader of this process still waits"
+    reader.close()
+    assert listener.detach(job_id) is None, "another process still waits"
+    assert leases.live([job_id])[job_id].left is None
+    redis_client.hset(names.job_key(job_id), "watch", listener.watcher)
+    assert listener.detach(job_id) is Keep.NOT
+    assert leases.live([job_id])[job_id].left == pytest.approx(presence.now(redis_client), abs=2)
+    listener.attach(job_id, (0, 0))
+    assert leases.live([job_id])[job_id].left is None
+    writer.end()
+    assert listener.detach(job_id) is None, "an ended job needs nobody"
+    assert listener.detach("unknown") is None
 
 
 def test_a_reader_of_a_job_that_nobody_announces_to_it_finds_its_entries(leases: Leases, listener: Listener) -> None:
@@ -209,14 +242,27 @@ def test_a_second_attempt_goes_on_counting_and_its_marker_is_no_entry(
     writer.end()
     thread.join(10)
     assert [entry.id for entry in found] == ["1-1", "1-2", "1-3", "2-4", "2-5", "2-6"]
-    resumed = followed(listener.open(writer.job_id), after=(1, 3))
-    assert [entry.id for entry in resumed] == ["2-4", "2-5", "2-6"]
+
+
+def test_a_reader_that_has_seen_what_the_journal_lost_fails_and_says_nothing_twice(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(3)
+    entries = listener.open(writer.job_id).entries()
+    assert [next(entries).index for _ in range(3)] == [1, 2, 3]
+    redis_client.xdel(names.journal_key(writer.job_id), "1-2", "1-3")  # as a fail-over to a replica that lagged does
+    leases.release(writer.lease)
+    writer.claim()
+    writer.write(1)
+    with pytest.raises(GenerationFailed, match="lost a part of this stream"):
+        [next(entries) for _ in range(3)]
 
 
 def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, listener: Listener) -> None:
     writer = Writer(leases, listener.watcher)
     reader = listener.open(writer.job_id)
-    entries = reader.entries()
+    entries = reader.entries(fresh=True)
     reader.wake()
     waits = []
     for _ in range(3):
@@ -225,6 +271,40 @@ def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, liste
         waits.append(time.monotonic() - started)
     assert waits[0] < 0.5 * journal.SILENCE
     assert waits[2] >= journal.SILENCE  # the second may have been the news that announcements can be heard now
+
+
+def test_the_longer_the_silence_the_rarer_the_looks_into_the_log(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SILENCE", 0.01)
+    monkeypatch.setattr(listener, "_recheck_all", lambda: None)
+    looks = []
+    monkeypatch.setattr(listener, "attach", lambda *_: looks.append(len(ticks)) or [])
+    ticks = []
+    for tick in listener.open("silent").entries(fresh=True):
+        ticks.append(tick)
+        if len(ticks) == 40:
+            break
+    assert looks == [0, 1, 3, 7, 15, 23, 31, 39]
+
+
+def test_a_reader_waits_for_redis_to_come_back(
+    leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(2)
+    attach, away = listener.attach, [1, 1]
+
+    def sometimes(*arguments):
+        if away:
+            away.pop()
+            raise Unavailable
+        return attach(*arguments)
+
+    monkeypatch.setattr(listener, "attach", sometimes)
+    writer.end()
+    assert texts(followed(listener.open(writer.job_id))) == numbers(1, 2)
+    assert not away
 
 
 def test_the_newest_event_of_jobs_is_read_in_one_trip(leases: Leases, redis_client: redis.Redis) -> None:

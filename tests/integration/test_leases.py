@@ -156,14 +156,67 @@ class TestAppend:
         again = claimed(leases, "j1")
         leases.finish(again, 1, DONE, node_id="n1")
         assert write(leases, again, 2, "x") is Append.FENCED
-        unknown = Lease(job_id="j9", line=LINE, attempt=1, last_index=0, request={}, stream=False)
-        assert write(leases, unknown, 1, "x") is Append.FENCED
+
+    def test_a_job_that_redis_does_not_know_is_lost_to_its_owner(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.delete(names.job_key("j1"))
+        before = journal(redis_client, "j1")
+        assert write(leases, lease, 1, "x") is Append.LOST
+        assert leases.renew([lease]) == [Append.LOST]
+        assert leases.release(lease) is Append.LOST
+        assert leases.finish(lease, 1, DONE, node_id="n1") is Append.LOST
+        assert journal(redis_client, "j1") == before
+        assert leases.ends() == {}
 
     def test_a_journal_that_is_gone_is_not_begun_anew(self, leases: Leases, redis_client: redis.Redis) -> None:
         lease = claimed(leases, submitted(leases))
         redis_client.delete(names.journal_key("j1"))
-        assert write(leases, lease, 1, "x") is Append.JOURNAL_GONE
+        assert write(leases, lease, 1, "x") is Append.LOST
+        assert leases.finish(lease, 1, DONE, node_id="n1") is Append.LOST
         assert not redis_client.exists(names.journal_key("j1"))
+        assert leases.live(["j1"])["j1"].state == "leased"
+
+    @pytest.mark.parametrize("written", [0, 3])
+    def test_nothing_is_written_behind_a_gap(self, leases: Leases, redis_client: redis.Redis, written: int) -> None:
+        lease = claimed(leases, submitted(leases))
+        write(leases, lease, 1, *"abc"[:written])
+        before = journal(redis_client, "j1")
+        assert write(leases, lease, written + 2, "x") is Append.LOST
+        assert leases.finish(lease, written + 2, DONE, node_id="n1") is Append.LOST
+        assert journal(redis_client, "j1") == before
+        assert write(leases, lease, written + 1, "x") is Append.WRITTEN
+
+    def test_the_first_entry_of_a_later_attempt_must_not_leave_a_gap_either(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        first = claimed(leases, submitted(leases))
+        write(leases, first, 1, "a", "b")
+        leases.release(first)
+        second = claimed(leases, "j1", "r2")
+        assert write(leases, second, 4, "x") is Append.LOST
+        assert write(leases, second, 3, "c") is Append.WRITTEN
+
+    def test_another_owner_of_the_same_attempt_is_refused_everything(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        """A fail-over can lose a claim, whose number is then given out a second time."""
+        first = claimed(leases, submitted(leases), "r1.a")
+        redis_client.hset(names.job_key("j1"), mapping={"attempt": 0, "state": "waiting"})
+        redis_client.delete(names.leases_key(LINE), names.journal_key("j1"))
+        second = claimed(leases, "j1", "r1.b")
+        assert (first.attempt, second.attempt) == (1, 1)
+        write(leases, second, 1, "mine")
+        before = journal(redis_client, "j1")
+        assert write(leases, first, 1, "ghost") is Append.FENCED
+        assert write(leases, first, 2, "ghost") is Append.FENCED
+        assert leases.renew([first]) == [Append.FENCED]
+        assert leases.finish(first, 2, DONE, node_id="n1") is Append.FENCED
+        assert leases.release(first) is Append.FENCED
+        assert leases.restore(first, []) is None
+        assert journal(redis_client, "j1") == before
+        assert leases.finish(second, 2, DONE, node_id="n2") is Append.WRITTEN
 
     def test_a_journal_has_a_most_and_takes_exactly_that(self, leases: Leases, redis_client: redis.Redis) -> None:
         lease = claimed(leases, submitted(leases))
@@ -194,7 +247,7 @@ class TestAppend:
     ) -> None:
         one, two = (claimed(leases, submitted(leases, job)) for job in ("j1", "j2"))
         leases.abort("j2", LINE, CANCELLED)
-        ghost = Lease(job_id="j1", line=LINE, attempt=7, last_index=0, request={}, stream=False)
+        ghost = Lease(job_id="j1", line=LINE, attempt=1, last_index=0, request={}, stream=False, owner="ghost")
         batches = [(one, 1, pieces("a", "b")), (two, 1, pieces("x")), (ghost, 1, pieces("!")), (one, 3, pieces("c"))]
         assert leases.append(batches) == [Append.WRITTEN, Append.CANCEL, Append.FENCED, Append.WRITTEN]
         assert [text for _, text in journal(redis_client, "j1")] == [None, "a", "b", "c"]
@@ -247,6 +300,175 @@ class TestRenew:
 
     def test_nothing_to_renew_asks_nothing(self, leases: Leases) -> None:
         assert leases.renew([]) == []
+
+
+def everything(client: redis.Redis, job_id: str = "j1") -> tuple:
+    """What Redis has of a job: its hash, its journal, and whether somebody holds it."""
+    held = client.zscore(names.leases_key(LINE), job_id) is not None
+    return client.hgetall(names.job_key(job_id)), client.xrange(names.journal_key(job_id)), held
+
+
+class TestRestore:
+    """Redis was emptied, or has lost a part; the owner gives it back what it had, and goes on."""
+
+    def begun(self, leases: Leases, **values: object) -> Lease:
+        """A job of which a first owner wrote two entries, and which a second one has now."""
+        first = claimed(leases, submitted(leases, request={"text": "ä€\u2028", "n": [1, None]}, **values), "r1")
+        write(leases, first, 1, "a", "b")
+        leases.release(first, died=True)
+        return claimed(leases, "j1", "r2")
+
+    def test_all_is_as_it_was_with_the_entries_of_earlier_attempts(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = self.begun(leases, stream=True, watcher="w1 w2", deadline=round(time.time() + 60))
+        write(leases, lease, 3, "c", "d")
+        before, expires = everything(redis_client), redis_client.pttl(names.job_key("j1"))
+        redis_client.flushall()
+        assert write(leases, lease, 5, "e") is Append.LOST
+        restored = leases.restore(lease, pieces("c", "d"))
+        assert restored is not None
+        assert everything(redis_client) == before
+        assert [place for place, _ in journal(redis_client, "j1")] == ["1-0", "1-1", "1-2", "2-2", "2-3", "2-4"]
+        assert 0 < redis_client.pttl(names.journal_key("j1")) <= 60_000 + 24 * 3600 * 1000
+        assert 60_000 < redis_client.pttl(names.job_key("j1")) <= expires + 120_000
+        assert write(leases, restored, 5, "e") is Append.WRITTEN
+        assert leases.renew([restored]) == [Append.WRITTEN]
+        leases.release(restored)
+        again = claimed(leases, "j1", "r3")
+        assert (again.attempt, again.last_index, again.deaths) == (3, 5, 1)
+        assert (again.request, again.deadline) == (lease.request, lease.deadline)
+
+    def test_a_job_without_a_deadline_is_forgotten_only_after_its_end(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.flushall()
+        restored = leases.restore(lease, [])
+        assert redis_client.pttl(names.job_key("j1")) == -1
+        leases.finish(restored, 1, DONE, node_id="n1")
+        assert 0 < redis_client.pttl(names.job_key("j1")) <= 60_000
+
+    def test_fields_that_only_others_know_come_back_too(self, leases: Leases, redis_client: redis.Redis) -> None:
+        submitted(leases)
+        redis_client.hset(names.job_key("j1"), mapping={"something": "else", "left": "1"})
+        lease = claimed(leases, "j1")
+        redis_client.flushall()
+        leases.restore(lease, [])
+        assert redis_client.hget(names.job_key("j1"), "something") == "else"
+        assert not redis_client.hexists(names.job_key("j1"), "left"), "somebody may have come back for it since"
+
+    def test_a_journal_that_lost_its_last_entries_is_whole_again(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = self.begun(leases)
+        write(leases, lease, 3, "c", "d")
+        before = everything(redis_client)
+        for lost in (["2-4"], ["2-3", "2-4"], ["1-2", "2-2", "2-3", "2-4"]):
+            redis_client.xdel(names.journal_key("j1"), *lost)
+            assert write(leases, lease, 5, "e") is Append.LOST
+            lease = leases.restore(lease, pieces("c", "d"))
+            assert everything(redis_client) == before
+        redis_client.delete(names.journal_key("j1"))
+        assert leases.finish(lease, 5, DONE, node_id="n1") is Append.LOST
+        assert leases.restore(lease, pieces("c", "d")) == lease
+        assert everything(redis_client) == before
+        assert leases.finish(lease, 5, DONE, node_id="n1") is Append.WRITTEN
+
+    def test_what_was_asked_of_the_job_since_its_claim_stays(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        leases.abort("j1", LINE, CANCELLED)
+        redis_client.delete(names.journal_key("j1"))
+        assert leases.restore(lease, []) is not None
+        assert leases.renew([lease]) == [Append.CANCEL]
+
+    def test_a_job_that_was_merely_forgotten_stays_so(self, leases: Leases, redis_client: redis.Redis) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.delete(names.job_key("j1"), names.journal_key("j1"))
+        assert leases.restore(lease, pieces("a")) is None
+        assert not redis_client.exists(names.job_key("j1"), names.journal_key("j1"))
+
+    def test_an_owner_that_restored_its_job_cannot_do_so_again_once_that_has_ended(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.flushall()
+        restored = leases.restore(lease, [])
+        assert restored.epoch != lease.epoch
+        leases.abort("j1", LINE, CANCELLED, force=True)
+        assert leases.restore(restored, []) is None
+        redis_client.delete(names.job_key("j1"), names.journal_key("j1"))  # as it is in the end
+        assert leases.restore(restored, []) is None
+        assert not redis_client.exists(names.job_key("j1"))
+
+    def test_two_owners_that_restore_agree_on_the_epoch(self, leases: Leases, redis_client: redis.Redis) -> None:
+        one, two = (claimed(leases, submitted(leases, job)) for job in ("j1", "j2"))
+        assert one.epoch == two.epoch
+        redis_client.flushall()
+        assert leases.restore(one, []).epoch == leases.restore(two, []).epoch == redis_client.get(names.EPOCH)
+        assert claimed(leases, submitted(leases, "j3")).epoch == redis_client.get(names.EPOCH)
+
+    @pytest.mark.parametrize("state", ["waiting", "leased", "ended"])
+    def test_a_job_that_control_brought_back_is_not_taken_from_it(
+        self, leases: Leases, redis_client: redis.Redis, state: str
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        redis_client.flushall()
+        submitted(leases, attempt=1000)
+        if state != "waiting":
+            other = claimed(leases, "j1", "r2")
+            write(leases, other, 1, "new")
+            if state == "ended":
+                leases.finish(other, 2, DONE, node_id="n2")
+        before = everything(redis_client)
+        assert leases.restore(lease, pieces("old")) is None
+        assert everything(redis_client) == before
+        assert write(leases, lease, 2, "old") is Append.FENCED
+        assert everything(redis_client) == before
+
+    def test_of_two_that_held_the_job_the_later_one_gets_it_whoever_comes_first(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        first = claimed(leases, submitted(leases), "r1")
+        write(leases, first, 1, "a")
+        expire(redis_client, "j1")
+        second = claimed(leases, "j1", "r2")
+        write(leases, second, 2, "b")
+        before = everything(redis_client)
+        redis_client.flushall()
+        assert leases.restore(first, pieces("a")) is not None
+        assert write(leases, second, 3, "c") is Append.LOST
+        assert leases.renew([second]) == [Append.LOST]
+        assert leases.restore(second, pieces("b")) is not None
+        assert everything(redis_client) == before
+        assert write(leases, first, 2, "ghost") is Append.FENCED
+        assert leases.restore(first, pieces("a")) is None
+
+    def test_a_claim_that_redis_lost_is_made_good_before_the_next_one(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        """As after a power cut, which takes the last second of writes."""
+        submitted(leases)
+        hash_before = redis_client.hgetall(names.job_key("j1"))
+        lease = claimed(leases, "j1")
+        write(leases, lease, 1, "a")
+        before = everything(redis_client)
+        redis_client.delete(names.job_key("j1"), names.journal_key("j1"), names.leases_key(LINE))
+        redis_client.hset(names.job_key("j1"), mapping=hash_before)
+        redis_client.zadd(names.waiting_key(LINE), {"j1": 1})
+        assert leases.finish(lease, 2, DONE, node_id="n1") is Append.LOST
+        assert leases.restore(lease, pieces("a")) is not None
+        assert everything(redis_client) == before
+        assert leases.waiting(LINE) == []
+
+    def test_a_journal_of_many_entries_comes_back(self, redis_client: redis.Redis) -> None:
+        leases = Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=30_000)
+        lease = claimed(leases, submitted(leases))
+        events = pieces(*map(str, range(20_000)))
+        redis_client.flushall()
+        assert leases.restore(lease, events) is not None
+        assert redis_client.xlen(names.journal_key("j1")) == 20_001
+        assert write(leases, lease, 20_001, "next") is Append.WRITTEN
 
 
 class TestFinish:
@@ -395,6 +617,7 @@ class Machine(RuleBasedStateMachine):
         self.held: dict[tuple[str, str], tuple[Lease, int]] = {}  # by owner and job: the lease, the next index
         self.current: dict[str, str | None] = dict.fromkeys(JOBS)  # the owner whose attempt is the job's
         self.ended: dict[str, End] = {}
+        self.written: dict[tuple[str, str], list[str]] = {}  # by owner and job: what its attempt has written
         self.texts: dict[str, list[str]] = {job: [] for job in JOBS}  # what was accepted, in order
         self.expired: set[str] = set()
 
@@ -414,6 +637,7 @@ class Machine(RuleBasedStateMachine):
         elif isinstance(answer, Lease):
             assert answer.last_index == len(self.texts[job])
             self.held[owner, job] = (answer, answer.last_index + 1)
+            self.written[owner, job] = []
             self.current[job] = owner
             self.expired.discard(job)
         else:
@@ -430,6 +654,7 @@ class Machine(RuleBasedStateMachine):
             assert (answer in (Append.WRITTEN, Append.CANCEL)) == self.owns(owner, job)
         if self.owns(owner, job):
             self.texts[job] += texts
+            self.written[owner, job] += texts
             self.held[owner, job] = (lease, index + count)
 
     @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS))
@@ -439,6 +664,23 @@ class Machine(RuleBasedStateMachine):
             assert kept == self.owns(owner, job)
             if kept:
                 self.expired.discard(job)
+
+    @rule(job=st.sampled_from(JOBS), everything=st.booleans())
+    def lose(self, job: str, everything: bool) -> None:
+        """Redis loses a job that somebody has, or its journal; its owner restores it, and nobody else can."""
+        owner = self.current[job]
+        if owner is None or job in self.expired:
+            return
+        self.client.delete(names.journal_key(job))
+        if everything:
+            self.client.delete(names.job_key(job), names.EPOCH)
+        for other in sorted(OWNERS, key=owner.__eq__):
+            if (other, job) in self.held:
+                lease, index = self.held[other, job]
+                restored = self.leases.restore(lease, pieces(*self.written[other, job]))
+                if other == owner:
+                    assert restored is not None
+                    self.held[other, job] = (restored, index)
 
     @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS), died=st.booleans())
     def release(self, job: str, owner: str, died: bool) -> None:
@@ -522,7 +764,7 @@ def test_whatever_owners_do_and_whenever_leases_run_out_a_journal_is_whole_and_a
 
 
 def test_what_a_dead_owner_held_goes_back_at_once_and_what_others_hold_does_not(leases: Leases) -> None:
-    for job_id, owner in (("a", "dead"), ("b", "alive")):
+    for job_id, owner in (("a", "dead.1"), ("b", "deader.1")):
         leases.submit(Submission(job_id=job_id, line=LINE, request={}), longest_line=9)
         assert isinstance(leases.claim(job_id, LINE, owner=owner, node_id="n"), Lease)
     assert leases.requeue_of("dead", LINE) == ["a"]

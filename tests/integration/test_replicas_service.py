@@ -9,6 +9,7 @@ from sqlalchemy import text
 
 from localai_q import names
 from localai_q.cluster.events import End
+from localai_q.cluster.jobs import Keep
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.stages import SILENT_LOAD
@@ -19,14 +20,16 @@ from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as rows
+from localai_q.store.keys import ApiKey
 
 FILE = "file:/models/x.gguf"
+ADMIN = ApiKey(id="admin", name="admin", role="admin", hint="", created=0.0)
 
 
 def ask(services: Services, model: str = "m") -> str:
     request = GenerationRequest(kind="chat", model=model, body={"messages": []})
     accepted = generations.submit(
-        services, Snapshots(services), request, key_id="k", job_id=names.new_id(), watcher="w"
+        services, Snapshots(services), request, key_id="k", job_id=names.new_id(), watcher="w", keep=Keep.NOT
     )
     return accepted.job_id
 
@@ -173,7 +176,7 @@ def test_a_cancelled_stage_fails_its_replica(services: Services, node: Node) -> 
     ask(services)
     replicas.reconcile(services)
     (job_id,) = services.leases.waiting(names.node_jobs_queue(node.id))
-    assert jobs.cancel(services, job_id) == "cancelled"
+    assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
     jobs.apply_ends(services)
     replicas.reconcile(services)
     assert only(services).state is ReplicaState.FAILED

@@ -1,7 +1,8 @@
 """A Celery worker with the configuration of ours and two tasks that leave timestamps in Redis.
 
 Run as `celery -A tiny_app worker`. TINY_HOOK=0 leaves the wake hook out, TINY_SAFE=0 the checked transport,
-TINY_EVENTS=0 the task events, which wake the worker's loop, too.
+TINY_EVENTS=0 the task events, which wake the worker's loop, too. TINY_PROBE=<silence>,<patience> watches whether it takes
+tasks.
 """
 
 import os
@@ -12,6 +13,7 @@ from celery import signals
 
 from localai_q import celery as ours
 from localai_q.bus import safe_transport
+from localai_q.bus.probe import Probe
 
 URL = os.environ["LOCALAI_REDIS_URL"]
 signals.celeryd_init.disconnect(ours.prepare)  # this worker has no role
@@ -32,6 +34,25 @@ if os.environ.get("TINY_EVENTS") == "0":
     app.conf.worker_send_task_events = False
 
 store = redis.Redis.from_url(URL, decode_responses=True)
+
+
+if os.environ.get("TINY_PROBE"):
+    silence, patience = map(float, os.environ["TINY_PROBE"].split(","))
+    probe = Probe(app, store, "tiny", slots=4, silence=silence, patience=patience)
+
+    @signals.worker_ready.connect
+    def watch(sender, **_: object) -> None:
+        global consumer
+        consumer = sender
+        probe.start(lambda reason: store.set("deaf", reason))
+
+
+@app.task(name="tiny.deafen")
+def deafen(how: str) -> None:
+    """The consumer stays connected and takes nothing more, or its loop stands still."""
+    consumer.hub.call_soon(consumer.cancel_task_queue, "tiny")
+    if how == "hang":
+        consumer.hub.call_soon(time.sleep, 60)
 
 
 @app.task(name="tiny.work")

@@ -16,6 +16,7 @@ from celery import signals
 from localai_q import names
 from localai_q.bus.connection import client
 from localai_q.bus.leases import Leases, Refusal
+from localai_q.bus.probe import Probe
 from localai_q.celery import app
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
@@ -104,11 +105,14 @@ def prepare(worker: Any, conf: Any) -> None:
     folder = settings().child_spec
     assert folder is not None
     jobs = Jobs(spec, folder.parent)
+    probe = Probe(app, client(spec.redis_url), names.node_jobs_queue(spec.node_id), slots=CONCURRENCY)
 
     @app.task(name=names.RUN_JOB)
     def run_job(job_id: str) -> None:
         jobs.run(job_id)
 
+    signals.worker_ready.connect(lambda **_: probe.start(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: jobs.claims.cancel_all("drain"), weak=False)
 
 

@@ -97,7 +97,7 @@ class Runner:
         request = GenerationRequest.from_json(lease.request)
         if request.kind == "embedding":
             return self._embed(held, request)
-        shown = said_so_far(self._claims.emitted(held)) if lease.stream and lease.last_index else {}
+        shown = said_so_far(held.emitted()) if lease.stream else {}
         usage, timings = Usage(), {"prompt": 0.0, "generation": 0.0}
         counted: set[int] = set()  # prompts; that of several choices is counted once, as OpenAI does
         for choice, body in enumerate(request.bodies()):
@@ -167,7 +167,7 @@ class Runner:
             case "late":
                 raise DeadlineExceeded
             case "journal":
-                raise GenerationFailed("The request's journal is full or gone; see LOCALAI_Q_JOURNAL_MAX.")
+                raise GenerationFailed("The request's journal is full; see LOCALAI_Q_JOURNAL_MAX.")
             case "drain":
                 self._give_back(held, died=False)
         raise Lost

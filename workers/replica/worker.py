@@ -14,6 +14,7 @@ from localai_q import names
 from localai_q.bus.connection import client
 from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Leases
+from localai_q.bus.probe import Probe
 from localai_q.celery import app
 from localai_q.config import settings
 from localai_q.errors import StartupError
@@ -46,13 +47,18 @@ def prepare(worker: Any, conf: Any) -> None:
         status.say("failed", error.message)
         raise
     runner = make_runner(spec, spec.replica, backend)
+    drain_timeout = settings().drain_timeout
+    queue, slots = names.replica_queue(spec.replica.id), spec.replica.model.slots
+    probe = Probe(app, client(spec.redis_url), queue, slots=slots, drain=drain_timeout)
 
     @app.task(name=names.RUN_GENERATION)
     def run_generation(job_id: str) -> None:
         runner.run(job_id)
 
     signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
-    signals.worker_shutting_down.connect(lambda **_: drain(runner, settings().drain_timeout), weak=False)
+    signals.worker_ready.connect(lambda **_: probe.start(lambda reason: status.say("failed", reason)), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: drain(runner, drain_timeout), weak=False)
     signals.worker_shutdown.connect(lambda **_: backend.stop(), weak=False)
 
 

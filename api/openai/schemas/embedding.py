@@ -27,6 +27,8 @@ class EmbeddingRequest(Strict):
     encoding_format: Literal["float", "base64"] | None = None
     user: str | None = None
 
+    background: bool | None = None
+
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if len(self.input) > MAX_INPUTS:
@@ -42,5 +44,9 @@ class EmbeddingRequest(Strict):
     def request(self) -> GenerationRequest:
         """The request that this body makes."""
         return GenerationRequest(
-            kind="embedding", model=self.model, inputs=self.input, encoding_format=self.encoding_format or "float"
+            kind="embedding",
+            model=self.model,
+            inputs=self.input,
+            encoding_format=self.encoding_format or "float",
+            background=bool(self.background),
         )

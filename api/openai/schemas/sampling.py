@@ -79,6 +79,7 @@ class Generation(Strict):
     top_p: Fraction | None = None
     user: str | None = None
 
+    background: bool | None = None
     cache_prompt: bool | None = None
     dry_allowed_length: Natural | None = None
     dry_base: Annotated[float, Field(ge=1, le=1e6)] | None = None
@@ -115,7 +116,7 @@ class Generation(Strict):
     def sampling(self, *leave_out: str) -> dict[str, Any]:
         """The parameters that reach the engine as they are, and `stop` and `seed` as it takes them."""
         without_effect = ACCEPTED_WITHOUT_EFFECT[self.kind]
-        body = self.given("model", "n", "stream", "stream_options", *without_effect, *leave_out)
+        body = self.given("model", "n", "stream", "stream_options", "background", *without_effect, *leave_out)
         if isinstance(self.stop, str):
             body["stop"] = [self.stop]
         if self.seed is not None:
@@ -129,5 +130,6 @@ class Generation(Strict):
             "model": self.model,
             "n": self.n or 1,
             "stream": bool(self.stream),
+            "background": bool(self.background),
             "include_usage": bool(options and options.include_usage),
         }

@@ -1,8 +1,9 @@
 -- An owner takes a job: check, raise the attempt, write the marker into the journal, and only then read how far the
 -- journal goes, so that what the owner is told can neither miss an entry nor be overtaken by one.
--- KEYS 1 job, 2 journal, 3 waiting, 4 leases.  ARGV 1 id, 2 owner, 3 node, 4 lease (ms), 5 expiry of the journal (ms).
--- Returns {attempt, last index, request, stream, deaths, deadline} or {0, why not}.
-local job = redis.call('HMGET', KEYS[1], 'state', 'cancel', 'deadline', 'request', 'stream', 'deaths')
+-- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 epoch.  ARGV 1 id, 2 owner, 3 node, 4 lease (ms), 5 expiry of the journal
+-- (ms), 6 an epoch, if there is none yet.
+-- Returns {1, last index, epoch, the job's fields and values in turn, the journal's entries} or {0, why not}.
+local job = redis.call('HMGET', KEYS[1], 'state', 'cancel', 'deadline')
 if not job[1] then
   redis.call('ZREM', KEYS[3], ARGV[1])
   redis.call('ZREM', KEYS[4], ARGV[1])
@@ -25,4 +26,5 @@ redis.call('PEXPIRE', KEYS[2], ARGV[5])
 redis.call('HSET', KEYS[1], 'state', 'leased', 'owner', ARGV[2], 'node', ARGV[3], 'claimed', now)
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZADD', KEYS[4], now + ARGV[4], ARGV[1])
-return {attempt, last, job[4], job[5], job[6] or '0', job[3]}
+redis.call('SET', KEYS[5], ARGV[6], 'NX')
+return {1, last, redis.call('GET', KEYS[5]), redis.call('HGETALL', KEYS[1]), redis.call('XRANGE', KEYS[2], '-', '+')}

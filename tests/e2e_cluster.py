@@ -1,4 +1,4 @@
-"""A whole cluster, as the tests of this folder see it: `localai-q up` on a home of its own, and what surrounds it.
+"""A whole cluster, as tests of whole clusters see it: `localai-q up` on a home of its own, and what surrounds it.
 
 Nothing here stands in for a real part: gunicorn, Celery, Postgres, Valkey, gRPC backends and SmolLM2 all run.
 """
@@ -24,7 +24,7 @@ from openai import OpenAI
 from localai_q import ports
 
 BIN = Path(sys.executable).parent
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CHAT_MODEL = "smollm2-135m-instruct"
 START = 120.0  # seconds that a first start may take
 STOP = 10.0  # seconds that a stop may take

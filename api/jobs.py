@@ -1,0 +1,35 @@
+"""A single job, for the key that asked for it: shown, cancelled, come back to. Admins may show and cancel every job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, Response
+
+from api.openai import serving
+from api.web import caller, web
+from localai_q.services import jobs
+
+routes = Blueprint("jobs", __name__, url_prefix="/api/jobs/<job_id>")
+
+
+@routes.get("")
+def show(job_id: str) -> dict[str, Any]:
+    return jobs.show(web().services, job_id, caller())
+
+
+@routes.delete("")
+def cancel(job_id: str) -> dict[str, Any]:
+    return {"id": job_id, "state": jobs.cancel(web().services, job_id, caller())}
+
+
+@routes.get("/stream")
+def stream(job_id: str) -> Response:
+    """The events of a generation that streams: all, or with `Last-Event-ID` the rest."""
+    return serving.resume(job_id)
+
+
+@routes.get("/result")
+def result(job_id: str) -> Response:
+    """The answer of a generation in one piece, once it is there."""
+    return serving.result(job_id)

@@ -1,0 +1,160 @@
+"""The jobs that this web process follows for its clients. Owns how a following ends, whoever ends it.
+
+A client that leaves is noticed by `api.disconnects`, a client that takes nothing and the end of the process here. What
+the journal's entries become for the client is made in `api.openai.serving`.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from flask import request
+
+from api.disconnects import watch
+from api.metrics import Metrics
+from localai_q.bus.journal import Entry, Listener
+from localai_q.bus.leases import Kept
+from localai_q.cluster.events import Delta, End, Vector
+from localai_q.cluster.jobs import Keep
+from localai_q.config import Settings
+from localai_q.errors import Cancelled, DeadlineExceeded, LocalAIError, Stopping
+from localai_q.services import generations
+from localai_q.services.wiring import Services
+
+log = logging.getLogger(__name__)
+
+LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given up
+SWEEP = 1.0  # seconds between two looks for stalled clients
+FAREWELLS = 120  # tries, one each second, to say that a reader has left
+
+
+class Following:
+    """One accepted job, followed for one client."""
+
+    def __init__(self, streams: Streams, job_id: str) -> None:
+        self.job_id = job_id
+        self.started = time.monotonic()
+        self.writing_since: float | None = None  # when the client was last given something that it has not taken yet
+        self.kept: Kept | None = None  # once the job is accepted or found
+        self._streams = streams
+        self._ended = False
+        self._gone: LocalAIError | None = None  # why nobody follows any more
+        self._keep_stalled = False
+        self._closed = False
+        self._connection: Any = request.environ.get("gunicorn.socket")
+        self._reader = streams.listener.open(job_id)
+        self._unwatch = watch(request.environ, lambda: self.end(Cancelled()))
+        streams.add(self)
+
+    def entries(self, model: str, *, fresh: bool = False) -> Iterator[Entry | None]:
+        """The journal's entries up to the end; None after each second without one.
+
+        Raises:
+            Cancelled: the client has gone.
+            Stopping: this process must end.
+            DeadlineExceeded: nobody has ended the job in time.
+        """
+        assert self.kept is not None
+        first = fresh
+        for entry in self._reader.entries(fresh=fresh):
+            if self._gone:
+                raise self._gone
+            if entry is None and time.time() > self.kept.deadline + LATE:
+                raise DeadlineExceeded
+            if entry and first and isinstance(entry.event, Delta | Vector):
+                first = False
+                self._streams.metrics.first_token.labels(model).observe(time.monotonic() - self.started)
+            if entry and isinstance(entry.event, End):
+                self._ended = True
+                self._streams.metrics.count_end(model, entry.event, time.monotonic() - self.started)
+            yield entry
+
+    def end(self, why: LocalAIError) -> None:
+        """Have it end, from another thread."""
+        self._gone = self._gone or why
+        self._reader.wake()
+
+    def cut(self) -> None:
+        """Break the connection to a client that takes nothing."""
+        log.warning("the client of job %s has stalled; its connection is closed", self.job_id)
+        self._keep_stalled = self._streams.settings.stalled_job == "grace"
+        self.end(Cancelled())
+        # By a second descriptor: gevent would make the writer that waits on the first believe that it was closed.
+        with suppress(OSError), self._connection.dup() as connection:
+            connection.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Stop following. A job that has not ended and that nobody else follows has the fate that was asked for."""
+        if self._closed:
+            return
+        self._closed = True
+        self._unwatch()
+        self._reader.close()
+        self._streams.remove(self)
+        if self.kept and not self._ended:
+            spares = self._keep_stalled or isinstance(self._gone, Stopping)
+            self._streams.say_farewell(self.kept, spares=spares)
+
+
+class Streams:
+    """All followings of a web process."""
+
+    def __init__(self, services: Services, listener: Listener, metrics: Metrics) -> None:
+        self.settings: Settings = services.settings
+        self.listener = listener
+        self.metrics = metrics
+        self._services = services
+        self._open: set[Following] = set()
+        self._stopping = False
+        threading.Thread(target=self._sweep, name="stalled-clients", daemon=True).start()
+
+    def add(self, following: Following) -> None:
+        self._open.add(following)
+        if self._stopping:
+            following.end(Stopping())
+
+    def remove(self, following: Following) -> None:
+        self._open.discard(following)
+
+    def stop(self) -> None:
+        """End all followings, now and from now on, so that clients can come back to other processes."""
+        self._stopping = True
+        for following in list(self._open):
+            following.end(Stopping())
+
+    def say_farewell(self, kept: Kept, *, spares: bool) -> None:
+        """Tell that a reader has left; as often as it takes, for a job that nobody reads must not run on unnoticed."""
+        try:
+            self._leave(kept, spares=spares)
+        except LocalAIError as error:
+            log.warning("the reader of job %s has left, which cannot be said yet: %s", kept.job_id, error.message)
+            threading.Thread(target=self._leave_later, args=(kept, spares), daemon=True).start()
+
+    def _leave_later(self, kept: Kept, spares: bool) -> None:
+        for _ in range(FAREWELLS):
+            time.sleep(1.0)
+            try:
+                return self._leave(kept, spares=spares)
+            except LocalAIError:
+                continue
+        return None
+
+    def _leave(self, kept: Kept, *, spares: bool) -> None:
+        keep = self.listener.detach(kept.job_id)
+        if keep is Keep.NOT and not spares:
+            generations.abandon(self._services, kept)
+
+    def _sweep(self) -> None:
+        while True:
+            time.sleep(SWEEP)
+            late = time.monotonic() - self.settings.stalled_client
+            for following in list(self._open):
+                if following.writing_since is not None and following.writing_since < late:
+                    following.writing_since = None
+                    following.cut()
