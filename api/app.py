@@ -6,7 +6,7 @@ import re
 
 from flask import Flask, Response, g, request
 
-from api import errors, jobs, node, public
+from api import errors, jobs, loads, node, public
 from api.admin import routes as admin
 from api.auth import guard
 from api.bodies import Request
@@ -27,7 +27,7 @@ def create_app(settings: Settings) -> Flask:
     app.url_map.strict_slashes = False
     app.extensions["localai_q"] = make_web(settings)
     openai = (blueprint("openai_v1", "/v1"), blueprint("openai", None))
-    for routes in (public.routes, node.routes, jobs.routes, admin.routes, *openai):
+    for routes in (public.routes, node.routes, jobs.routes, loads.routes, admin.routes, *openai):
         app.register_blueprint(routes)
     errors.register(app)
     app.before_request(_name_request)

@@ -41,6 +41,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "openai_v1": any_key,
     "openai": any_key,
     "jobs": any_key,
+    "loads": any_key,
     "admin": admin_key,
     "node": node_secret,
 }

@@ -13,8 +13,6 @@ from localai_q.errors import BodyTooLarge, InvalidRequest, LocalAIError, MethodN
 
 log = logging.getLogger(__name__)
 
-RETRY_AFTER = {429: "2", 503: "2"}  # seconds
-
 
 def register(app: Flask) -> None:
     """Have every error answered in OpenAI's shape."""
@@ -28,8 +26,8 @@ def respond(error: LocalAIError) -> Response:
     """The error as a response."""
     response = jsonify(error.body())
     response.status_code = error.status
-    if error.status in RETRY_AFTER:
-        response.headers["Retry-After"] = RETRY_AFTER[error.status]
+    if error.retry_after is not None:
+        response.headers["Retry-After"] = str(error.retry_after)
     return response
 
 

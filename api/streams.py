@@ -12,8 +12,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
+import redis
 from flask import request
 
 from api.disconnects import watch
@@ -22,14 +23,18 @@ from localai_q.bus.journal import Entry, Listener
 from localai_q.bus.leases import Kept
 from localai_q.cluster.events import Delta, End, Vector
 from localai_q.cluster.jobs import Keep
+from localai_q.cluster.waiting import Standing
 from localai_q.config import Settings
 from localai_q.errors import Cancelled, DeadlineExceeded, LocalAIError, Stopping
-from localai_q.services import generations
+from localai_q.services import generations, waiting
+from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 
 log = logging.getLogger(__name__)
 
 LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given up
+NEWS = 1.0  # seconds of silence after which it is looked up where a job stands, and between two such looks
+LATEST = 0.2  # weight of the latest request in a model's pace
 SWEEP = 1.0  # seconds between two looks for stalled clients
 FAREWELLS = 120  # tries, one each second, to say that a reader has left
 
@@ -40,8 +45,11 @@ class Following:
     def __init__(self, streams: Streams, job_id: str) -> None:
         self.job_id = job_id
         self.started = time.monotonic()
+        self.heard = self.started  # when an entry was last read
         self.writing_since: float | None = None  # when the client was last given something that it has not taken yet
         self.kept: Kept | None = None  # once the job is accepted or found
+        self.model = ""
+        self.standing: Standing | None = None  # where the job stands, while it waits
         self._streams = streams
         self._ended = False
         self._gone: LocalAIError | None = None  # why nobody follows any more
@@ -52,7 +60,12 @@ class Following:
         self._unwatch = watch(request.environ, lambda: self.end(Cancelled()))
         streams.add(self)
 
-    def entries(self, model: str, *, fresh: bool = False) -> Iterator[Entry | None]:
+    def follow(self, kept: Kept, model: str) -> Self:
+        """The job was accepted, or found."""
+        self.kept, self.model = kept, model
+        return self
+
+    def entries(self, *, fresh: bool = False) -> Iterator[Entry | None]:
         """The journal's entries up to the end; None after each second without one.
 
         Raises:
@@ -67,13 +80,20 @@ class Following:
                 raise self._gone
             if entry is None and time.time() > self.kept.deadline + LATE:
                 raise DeadlineExceeded
-            if entry and first and isinstance(entry.event, Delta | Vector):
-                first = False
-                self._streams.metrics.first_token.labels(model).observe(time.monotonic() - self.started)
-            if entry and isinstance(entry.event, End):
-                self._ended = True
-                self._streams.metrics.count_end(model, entry.event, time.monotonic() - self.started)
+            if entry:
+                self.heard, self.standing = time.monotonic(), None
+                first = self._note(entry, first)
             yield entry
+
+    def _note(self, entry: Entry, first: bool) -> bool:
+        """Count what the entry says; whether the first token is still to come."""
+        if isinstance(entry.event, End):
+            self._ended = True
+            self._streams.note_end(self.model, entry.event, time.monotonic() - self.started)
+        if first and isinstance(entry.event, Delta | Vector):
+            self._streams.metrics.first_token.labels(self.model).observe(time.monotonic() - self.started)
+            return False
+        return first
 
     def end(self, why: LocalAIError) -> None:
         """Have it end, from another thread."""
@@ -105,14 +125,17 @@ class Following:
 class Streams:
     """All followings of a web process."""
 
-    def __init__(self, services: Services, listener: Listener, metrics: Metrics) -> None:
+    def __init__(self, services: Services, snapshots: Snapshots, metrics: Metrics) -> None:
         self.settings: Settings = services.settings
-        self.listener = listener
+        self.listener = Listener(services.redis)
         self.metrics = metrics
         self._services = services
+        self._snapshots = snapshots
+        self._pace: dict[str, float] = {}  # seconds that a request takes, by model, the latest counting most
         self._open: set[Following] = set()
         self._stopping = False
-        threading.Thread(target=self._sweep, name="stalled-clients", daemon=True).start()
+        for target in (self._sweep, self._look_up):
+            threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
 
     def add(self, following: Following) -> None:
         self._open.add(following)
@@ -121,6 +144,12 @@ class Streams:
 
     def remove(self, following: Following) -> None:
         self._open.discard(following)
+
+    def note_end(self, model: str, end: End, seconds: float) -> None:
+        """A generation has ended that was followed here for so many seconds."""
+        self.metrics.count_end(model, end, seconds)
+        if took := end.timings.get("total"):
+            self._pace[model] = LATEST * took + (1 - LATEST) * self._pace.get(model, took)
 
     def stop(self) -> None:
         """End all followings, now and from now on, so that clients can come back to other processes."""
@@ -149,6 +178,21 @@ class Streams:
         keep = self.listener.detach(kept.job_id)
         if keep is Keep.NOT and not spares:
             generations.abandon(self._services, kept)
+
+    def _look_up(self) -> None:
+        """Learn where the jobs stand of which nothing is heard. Apart from the streams, for the stores may be away."""
+        while True:
+            time.sleep(NEWS)
+            late = time.monotonic() - NEWS
+            silent = [each for each in list(self._open) if each.kept and each.heard < late]
+            try:
+                found = waiting.standings(
+                    self._services, self._snapshots, {each.job_id: each.model for each in silent}, self._pace
+                )
+                for each in silent:
+                    each.standing = found.get(each.job_id)
+            except (LocalAIError, redis.RedisError) as error:
+                log.info("nobody can be told where he stands: %s", error)
 
     def _sweep(self) -> None:
         while True:

@@ -8,7 +8,6 @@ from flask import current_app, g
 
 from api.metrics import Metrics
 from api.streams import Streams
-from localai_q.bus.journal import Listener
 from localai_q.config import Settings
 from localai_q.services.keys import Authenticator
 from localai_q.services.snapshots import Snapshots
@@ -30,11 +29,11 @@ class Web:
 def make_web(settings: Settings) -> Web:
     """Connect a web process."""
     services = connect(settings)
-    metrics = Metrics(services)
+    metrics, snapshots = Metrics(services), Snapshots(services)
     return Web(
         services=services,
-        streams=Streams(services, Listener(services.redis), metrics),
-        snapshots=Snapshots(services),
+        streams=Streams(services, snapshots, metrics),
+        snapshots=snapshots,
         authenticator=Authenticator(services),
         metrics=metrics,
     )

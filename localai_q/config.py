@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     address: str = Field("127.0.0.1:8080", validation_alias="LOCALAI_ADDRESS")
     web_workers: int = Field(1, ge=1, le=64, validation_alias="LOCALAI_Q_WEB_WORKERS")
     request_timeout: float = Field(600.0, gt=0, validation_alias="LOCALAI_REQUEST_TIMEOUT")
+    load_wait: float = Field(60.0, ge=0, validation_alias="LOCALAI_MODEL_LOAD_WAIT")  # of whole answers; 0: no bound
     max_body: int = Field(20 << 20, gt=0, validation_alias="LOCALAI_Q_MAX_BODY")
     max_upload: int = Field(200 << 30, gt=0, validation_alias="LOCALAI_Q_MAX_UPLOAD")
     max_waiting: int = Field(1024, gt=0, validation_alias="LOCALAI_Q_MAX_WAITING")  # jobs in line for one model

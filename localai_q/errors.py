@@ -15,6 +15,7 @@ class LocalAIError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str | None] = None
+    retry_after: int | None = None  # seconds after which it is worth another try
 
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         self.message = message or (self.__doc__ or "").strip()
@@ -155,6 +156,7 @@ class Busy(LocalAIError):
     status = 429
     type = "rate_limit_error"
     code = "queue_full"
+    retry_after = 2
 
 
 class Cancelled(LocalAIError):
@@ -177,6 +179,7 @@ class Unavailable(LocalAIError):
     status = 503
     type = "service_unavailable"
     code = "unavailable"
+    retry_after = 2
 
 
 class Stopping(Unavailable):
@@ -187,6 +190,28 @@ class ModelUnavailable(Unavailable):
     """The model could not be loaded."""
 
     code = "model_load_failed"
+
+
+class ModelLoading(Unavailable):
+    """The model is being loaded, which takes longer than this request may wait. Try again later."""
+
+    type = "model_loading"
+    code = "model_loading"
+    loading: dict[str, Any] | None = None
+
+    retry_after = 5
+
+    @classmethod
+    def of(cls, loading: dict[str, Any]) -> ModelLoading:
+        """The error for a load that is so far: LocalAI's `loading` object, which clients get with it."""
+        error = cls(f"The model '{loading['model']}' is being loaded. Try again later.")
+        error.loading = loading
+        error.retry_after = min(max(loading["eta_seconds"] or 0, 5), 300)
+        return error
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error, with `loading` in it."""
+        return {"error": {**super().body()["error"], "loading": self.loading}}
 
 
 class DeadlineExceeded(LocalAIError):

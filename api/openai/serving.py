@@ -6,7 +6,9 @@ when its client leaves, is the business of `api.streams`.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -25,12 +27,13 @@ from localai_q.cluster.events import End
 from localai_q.cluster.jobs import Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, InvalidRequest, InvalidValue, LocalAIError, Stopping, from_record
+from localai_q.cluster.waiting import Standing
+from localai_q.errors import Cancelled, InvalidRequest, InvalidValue, LocalAIError, ModelLoading, Stopping, from_record
 from localai_q.services import generations
 
 HOLD = 2.0  # seconds for which headers wait for a first event, so that an early failure has its own status
 HOLD_FOR_NODE = 30.0  # the same while a header is to name the node and no node has claimed the job
-KEEPALIVE = 10.0  # seconds between comments in a silent stream
+KEEPALIVE = 10.0  # seconds between comments in a silent stream, unless there is news of a load
 EVENT_ID = re.compile(r"([a-z0-9]{1,64}):([0-9]{1,9})-([0-9]{1,9})")
 
 
@@ -43,11 +46,11 @@ def answer(asked: GenerationRequest) -> Response:
         return _promise(job_id)
     following = Following(web().streams, job_id)
     try:
-        following.kept = _submit(asked, job_id, watcher=web().streams.listener.watcher, keep=keep)
+        kept = _submit(asked, job_id, watcher=web().streams.listener.watcher, keep=keep)
+        entries = following.follow(kept, asked.model).entries(fresh=True)
         if not asked.stream:
-            return _whole(following, asked, following.entries(asked.model, fresh=True))
-        chunks = stream_for(asked, job_id, following.kept.created)
-        return _stream(following, chunks, following.entries(asked.model, fresh=True))
+            return _whole(following, asked, entries)
+        return _stream(following, stream_for(asked, job_id, kept.created), entries)
     except BaseException:
         following.close()
         raise
@@ -74,10 +77,9 @@ def resume(job_id: str) -> Response:
 def result(job_id: str) -> Response:
     """The job's answer in one piece, once it is there."""
     kept, asked = _find(job_id)
-    following = Following(web().streams, job_id)
-    following.kept = kept
+    following = Following(web().streams, job_id).follow(kept, asked.model)
     try:
-        return _whole(following, asked, following.entries(asked.model))
+        return _whole(following, asked, following.entries())
     except BaseException:
         following.close()
         raise
@@ -127,11 +129,10 @@ def _resume(job_id: str, seen: Place | None) -> Response:
         raise InvalidValue(f"The stream of job '{job_id}' has no such event.", param="Last-Event-ID")
     if last and isinstance(last.event, End):
         return Response(DONE, headers=HEADERS)
-    following = Following(web().streams, job_id)
-    following.kept = kept
+    following = Following(web().streams, job_id).follow(kept, asked.model)
     try:
         chunks = stream_for(asked, job_id, kept.created)
-        return _stream(following, chunks, _behind(following.entries(asked.model), chunks, seen))
+        return _stream(following, chunks, _behind(following.entries(), chunks, seen))
     except BaseException:
         following.close()
         raise
@@ -162,6 +163,7 @@ def _whole(following: Following, asked: GenerationRequest, entries: Iterator[Ent
     body = response_for(asked, following.job_id, following.kept.created)
     for entry in entries:
         if entry is None:
+            _check_patience(following)
             continue
         if isinstance(entry.event, End):
             _raise_failure(entry.event)
@@ -174,6 +176,14 @@ def _whole(following: Following, asked: GenerationRequest, entries: Iterator[Ent
     return Response(json.dumps(body.body(), ensure_ascii=False), mimetype="application/json", headers=headers)
 
 
+def _check_patience(following: Following) -> None:
+    """Raise if the model's load takes longer than a client without a stream is to wait without a word."""
+    most = web().services.settings.load_wait
+    load = following.standing.load if following.standing else None
+    if load and most and time.monotonic() - following.started > most:
+        raise ModelLoading.of(load.body())
+
+
 def _stream(following: Following, chunks: Stream, entries: Iterator[Entry | None]) -> Response:
     """The answer as server-sent events."""
     first: list[Entry | None] = []
@@ -181,28 +191,24 @@ def _stream(following: Following, chunks: Stream, entries: Iterator[Entry | None
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
         _raise_failure(first[-1].event)
-    response = Response(_frames(following, chunks, first[-1], entries), headers={**HEADERS, **_headers(following)})
+    frames = _frames(following, chunks, itertools.chain(first[-1:], entries))
+    response = Response(frames, headers={**HEADERS, **_headers(following)})
     response.call_on_close(following.close)  # the frames' own end does not run if their first was never asked for
     return response
 
 
-def _frames(following: Following, chunks: Stream, first: Entry | None, rest: Iterator[Entry | None]) -> Iterator[bytes]:
-    said = time.monotonic() if first else float("-inf")  # whoever waits for a first event is told so at once
+def _frames(following: Following, chunks: Stream, entries: Iterator[Entry | None]) -> Iterator[bytes]:
+    said = Said()
     try:
-        entry: Entry | None = first
-        while True:
-            frames = b""
-            if entry is not None:
+        for entry in entries:
+            if entry is None:
+                frames = said.news(following.standing)
+            else:
                 frames = _entry_frames(following, entry, chunks.feed(entry.event))
-            elif time.monotonic() - said >= KEEPALIVE:
-                frames = comment("waiting")
             if frames:
-                said = following.writing_since = time.monotonic()
+                said.at = following.writing_since = time.monotonic()
                 yield frames
                 following.writing_since = None
-            if entry is not None and isinstance(entry.event, End):
-                return
-            entry = next(rest)
     except Stopping:
         yield RETRY
     except LocalAIError as error:
@@ -210,6 +216,23 @@ def _frames(following: Following, chunks: Stream, first: Entry | None, rest: Ite
             yield sse(json.dumps(error.body()))
     finally:
         following.close()
+
+
+class Said:
+    """What a silent stream's comments have said."""
+
+    def __init__(self) -> None:
+        self.at = float("-inf")  # whoever waits for a first event is told so at once
+        self._words = ""
+
+    def news(self, standing: Standing | None) -> bytes:
+        """A comment, if it is time for one, or if a load has got on; else nothing."""
+        words = str(standing or "waiting")
+        new = words != self._words and standing is not None and standing.load is not None
+        if not new and time.monotonic() - self.at < KEEPALIVE:
+            return b""
+        self._words = words
+        return comment(words)
 
 
 def _entry_frames(following: Following, entry: Entry, chunk: str | None) -> bytes:
@@ -231,6 +254,10 @@ def _headers(following: Following) -> dict[str, str]:
     found = {"X-LocalAI-Job": following.job_id}
     if node := _exposed_node(following):
         found["X-LocalAI-Node"] = web().snapshots.now().node_names.get(node, node)
+    if standing := following.standing:
+        found["X-LocalAI-Queue-Position"] = str(standing.place)
+        if standing.seconds is not None:
+            found["X-LocalAI-Expected-Wait"] = str(math.ceil(standing.seconds))
     return found
 
 

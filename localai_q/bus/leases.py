@@ -9,7 +9,7 @@ of Redis can lose the last claim, and then its number is given out again. Times 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -250,6 +250,15 @@ class Leases:
         seconds, micros = self._redis.time()
         limit = int(seconds) * 1000 + int(micros) // 1000 - int(older_than * 1000)
         return list(self._redis.zrangebyscore(names.waiting_key(line), "-inf", limit, start=0, num=1000))
+
+    def places(self, lines: Mapping[str, str]) -> dict[str, int]:
+        """The places, from 1, of those of these jobs that wait in their lines (the values)."""
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id, line in lines.items():
+            pipe.zrank(names.waiting_key(line), job_id)
+        with broker_errors():
+            ranks = pipe.execute() if lines else []
+        return {job_id: rank + 1 for job_id, rank in zip(lines, ranks, strict=True) if rank is not None}
 
     def live(self, job_ids: Sequence[str]) -> dict[str, LiveState]:
         """What Redis knows of these jobs; those it does not know are left out."""

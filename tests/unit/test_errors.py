@@ -6,7 +6,7 @@ from localai_q.errors import GenerationFailed, LocalAIError, all_errors, from_re
 
 ERRORS = sorted(all_errors().values(), key=lambda kind: kind.__name__)
 TYPES = {"server_error", "invalid_request_error", "permission_error", "rate_limit_error", "service_unavailable",
-         "timeout"}  # fmt: skip
+         "timeout", "model_loading"}  # fmt: skip
 
 
 def test_the_tree_is_not_empty_and_names_are_unique() -> None:

@@ -1,0 +1,60 @@
+"""What those who wait are told."""
+
+import pytest
+
+from localai_q.cluster.events import Progress
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.states import ReplicaState
+from localai_q.cluster.waiting import Load, Standing, expected_wait, load_of
+
+NAMES = {"n1": "alpha", "n2": "beta"}
+
+
+def replica(state: ReplicaState, node_id: str = "n1", job_id: str | None = None) -> Replica:
+    return Replica(id=f"r-{node_id}", model_id="m", node_id=node_id, number=1, revision=1, state=state, slots=2,
+                   job_id=job_id, changed=100.0)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("place", "slots", "pace", "wait"),
+    [(1, 4, 10.0, 10.0), (4, 4, 10.0, 10.0), (5, 4, 10.0, 20.0), (1, 0, 10.0, None), (1, 4, None, None)],
+)
+def test_the_expected_wait_counts_rounds(place: int, slots: int, pace: float | None, wait: float | None) -> None:
+    assert expected_wait(place, slots, pace) == wait
+
+
+def test_the_load_that_is_furthest_is_told_with_its_progress() -> None:
+    own = [replica(ReplicaState.PLACED), replica(ReplicaState.STAGING, "n2", "j2")]
+    progress = {"j2": Progress(stage="downloading", done=25.0, total=100.0, unit="bytes")}
+    load = load_of("m", own, NAMES, progress, now=110.0)
+    assert load is not None
+    assert load.body() == {"model": "m", "state": "staging", "node": "beta", "progress": 25.0, "bytes_sent": 25,
+                           "total_bytes": 100, "eta_seconds": 30}  # fmt: skip
+    assert str(Standing(place=2, load=load)) == ("waiting: m is staging on beta, 25 % downloading, about 30 s left")
+
+
+def test_a_load_without_progress_has_its_state_only() -> None:
+    load = load_of("m", [replica(ReplicaState.PLACED)], NAMES, {}, now=110.0)
+    assert load == Load(model="m", state="placed", node="alpha")
+    assert load.body()["state"] == "pending"
+    assert load.body()["eta_seconds"] is None
+    assert str(load) == "m is placed on alpha"
+
+
+def test_packages_are_no_bytes() -> None:
+    progress = {"j": Progress(stage="installing", done=3.0, total=4.0, unit="packages")}
+    load = load_of("m", [replica(ReplicaState.INSTALLING, job_id="j")], NAMES, progress, now=100.0)
+    assert load is not None
+    assert (load.body()["bytes_sent"], load.body()["progress"]) == (0, 75.0)
+
+
+@pytest.mark.parametrize(
+    "own", [[], [replica(ReplicaState.FAILED)], [replica(ReplicaState.READY), replica(ReplicaState.LOADING, "n2")]]
+)
+def test_where_nothing_must_be_waited_for_there_is_no_load(own: list[Replica]) -> None:
+    assert load_of("m", own, NAMES, {}, now=1.0) is None
+
+
+def test_a_place_is_told_with_the_time_where_that_is_known() -> None:
+    assert str(Standing(place=3)) == "waiting: place 3"
+    assert str(Standing(place=3, seconds=11.2)) == "waiting: place 3, about 12 s"
