@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from flask import Flask, Response, g, request
+from werkzeug.routing import BaseConverter
 
 from api import errors, jobs, loads, node, public
 from api.admin import routes as admin
@@ -18,6 +19,12 @@ from localai_q.names import new_id
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
+class Id(BaseConverter):
+    """An id of ours in a path, as `localai_q.names` makes them."""
+
+    regex = "[a-z0-9]{1,64}"
+
+
 def create_app(settings: Settings) -> Flask:
     """The application of a web process."""
     app = Flask("api", static_folder=None)
@@ -25,6 +32,7 @@ def create_app(settings: Settings) -> Flask:
     app.request_class = Request
     app.json.sort_keys = False  # type: ignore[attr-defined]
     app.url_map.strict_slashes = False
+    app.url_map.converters["id"] = Id
     app.extensions["localai_q"] = make_web(settings)
     openai = (blueprint("openai_v1", "/v1"), blueprint("openai", None))
     for routes in (public.routes, node.routes, jobs.routes, loads.routes, admin.routes, *openai):
@@ -44,6 +52,8 @@ def _name_request() -> None:
 
 def _sign(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "")
+    if "job_id" in g:
+        response.headers["X-LocalAI-Job"] = g.job_id
     endpoint = request.url_rule.rule if request.url_rule else "unknown"
     web().metrics.requests.labels(endpoint, str(response.status_code)).inc()
     return response

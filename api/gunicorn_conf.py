@@ -1,7 +1,7 @@
 """gunicorn's settings: where it listens, how many processes, and what must happen before anything is imported.
 
 The master applies migrations and makes the admin key; the workers serve. gevent patches the standard library before the
-application is imported, and psycogreen makes psycopg2 wait in gevent's way instead of blocking every stream.
+application is imported, and psycopg2 is made to wait in gevent's way (`api.postgres_wait`).
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ def on_starting(server: Any) -> None:
         engine(_settings.database_url).dispose()  # a connection must not cross a fork
     except StartupError as error:
         raise exit_on_startup_error(error) from error
+
+
+def post_fork(server: Any, worker: Any) -> None:
+    """In each worker, before it loads the application."""
+    from api.postgres_wait import install
+
+    install()
 
 
 def post_worker_init(worker: Any) -> None:

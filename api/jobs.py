@@ -10,7 +10,7 @@ from api.openai import serving
 from api.web import caller, web
 from localai_q.services import jobs
 
-routes = Blueprint("jobs", __name__, url_prefix="/api/jobs/<job_id>")
+routes = Blueprint("jobs", __name__, url_prefix="/api/jobs/<id:job_id>")
 
 
 @routes.get("")

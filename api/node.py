@@ -13,7 +13,7 @@ from api.web import web
 from localai_q.cluster.states import ReplicaState
 from localai_q.services import models, nodes
 
-routes = Blueprint("node", __name__, url_prefix="/api/node/<node_id>")
+routes = Blueprint("node", __name__, url_prefix="/api/node/<id:node_id>")
 
 
 class Heartbeat(BaseModel):
@@ -40,13 +40,13 @@ def heartbeat(node_id: str) -> dict[str, Any]:
     return nodes.heartbeat(web().services, g.node, hardware=body.hardware, running=body.running)
 
 
-@routes.get("/replicas/<replica_id>")
+@routes.get("/replicas/<id:replica_id>")
 def replica(node_id: str, replica_id: str) -> dict[str, Any]:
     """What the node needs to start it."""
     return nodes.replica_spec(web().services, g.node, replica_id)
 
 
-@routes.post("/replicas/<replica_id>")
+@routes.post("/replicas/<id:replica_id>")
 def report(node_id: str, replica_id: str) -> dict[str, Any]:
     body = parse(ReplicaReport, request.get_data())
     nodes.report_replica(web().services, g.node, replica_id, ReplicaState(body.state), body.reason)

@@ -19,9 +19,9 @@ from flask import request
 
 from api.disconnects import watch
 from api.metrics import Metrics
-from localai_q.bus.journal import Entry, Listener
+from localai_q.bus.journal import Entry, Listener, Place
 from localai_q.bus.leases import Kept
-from localai_q.cluster.events import Delta, End, Vector
+from localai_q.cluster.events import Delta, End, Event, Vector
 from localai_q.cluster.jobs import Keep
 from localai_q.cluster.waiting import Standing
 from localai_q.config import Settings
@@ -36,7 +36,7 @@ LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given
 NEWS = 1.0  # seconds of silence after which it is looked up where a job stands, and between two such looks
 LATEST = 0.2  # weight of the latest request in a model's pace
 SWEEP = 1.0  # seconds between two looks for stalled clients
-FAREWELLS = 120  # tries, one each second, to say that a reader has left
+FAREWELL = 1.0  # seconds between two tries to say that a reader has left
 
 
 class Following:
@@ -49,8 +49,10 @@ class Following:
         self.writing_since: float | None = None  # when the client was last given something that it has not taken yet
         self.kept: Kept | None = None  # once the job is accepted or found
         self.model = ""
+        self.fresh = False  # the client has just sent the request
         self.standing: Standing | None = None  # where the job stands, while it waits
         self._streams = streams
+        self._late = 0.0
         self._ended = False
         self._gone: LocalAIError | None = None  # why nobody follows any more
         self._keep_stalled = False
@@ -63,10 +65,11 @@ class Following:
     def follow(self, kept: Kept, model: str) -> Self:
         """The job was accepted, or found."""
         self.kept, self.model = kept, model
+        self._late = time.monotonic() + kept.left + LATE
         return self
 
-    def entries(self, *, fresh: bool = False) -> Iterator[Entry | None]:
-        """The journal's entries up to the end; None after each second without one.
+    def entries(self, *, after: Place = (0, 0), fresh: bool = False) -> Iterator[Entry | None]:
+        """The journal's entries behind a place, up to the end; None after each second without one.
 
         Raises:
             Cancelled: the client has gone.
@@ -74,24 +77,26 @@ class Following:
             DeadlineExceeded: nobody has ended the job in time.
         """
         assert self.kept is not None
-        first = fresh
-        for entry in self._reader.entries(fresh=fresh):
+        self.fresh, first = fresh, True
+        for entry in self._reader.entries(after=after, fresh=fresh):
             if self._gone:
                 raise self._gone
-            if entry is None and time.time() > self.kept.deadline + LATE:
+            if entry is None and time.monotonic() > self._late:
                 raise DeadlineExceeded
             if entry:
                 self.heard, self.standing = time.monotonic(), None
-                first = self._note(entry, first)
+                self._ended = isinstance(entry.event, End)
+                if fresh:  # a job counts once, however many come back for it
+                    first = self._count(entry.event, first)
             yield entry
 
-    def _note(self, entry: Entry, first: bool) -> bool:
-        """Count what the entry says; whether the first token is still to come."""
-        if isinstance(entry.event, End):
-            self._ended = True
-            self._streams.note_end(self.model, entry.event, time.monotonic() - self.started)
-        if first and isinstance(entry.event, Delta | Vector):
-            self._streams.metrics.first_token.labels(self.model).observe(time.monotonic() - self.started)
+    def _count(self, event: Event, first: bool) -> bool:
+        """Measure the job; whether its first token is still to come."""
+        since = time.monotonic() - self.started
+        if isinstance(event, End):
+            self._streams.note_end(self.model, event, since)
+        if first and isinstance(event, Delta | Vector):
+            self._streams.metrics.first_token.labels(self.model).observe(since)
             return False
         return first
 
@@ -166,8 +171,9 @@ class Streams:
             threading.Thread(target=self._leave_later, args=(kept, spares), daemon=True).start()
 
     def _leave_later(self, kept: Kept, spares: bool) -> None:
-        for _ in range(FAREWELLS):
-            time.sleep(1.0)
+        late = time.monotonic() + kept.left
+        while time.monotonic() < late:
+            time.sleep(FAREWELL)
             try:
                 return self._leave(kept, spares=spares)
             except LocalAIError:

@@ -55,7 +55,7 @@ def job_key(job_id: str) -> str:
 
 
 def journal_key(job_id: str) -> str:
-    """Stream of the job's events, and the channel on which they are announced."""
+    """Stream of the job's events; they are announced on the channels `web:<id>` of those who wait."""
     return f"gen:{job_id}"
 
 

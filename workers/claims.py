@@ -21,13 +21,22 @@ from localai_q import names
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
 from localai_q.cluster.events import Delta, End, Event, decode
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, to_record
+from localai_q.errors import Cancelled, GenerationFailed, to_record
 
 log = logging.getLogger(__name__)
 
 FLUSH = 0.020  # seconds between two writes of a job's tokens; the first token is not held back
 RETRY = 0.5  # seconds between tries while Redis is away
 FINISH_TRIES = 1200  # an end is tried for ten minutes
+
+
+def journal_full() -> GenerationFailed:
+    """The answer is longer than a journal may be."""
+    return GenerationFailed("The request's journal is full; see LOCALAI_Q_JOURNAL_MAX.")
+
+
+def _cut_off() -> End:
+    return End(state=JobState.FAILED, error=to_record(journal_full()))
 
 
 class Held:
@@ -109,6 +118,8 @@ class Claims:
         return held
 
     def enqueue(self, held: Held, event: Event) -> None:
+        if held.why == "journal":
+            return
         with self._lock:
             first = not held.written and not held.pending
             last = held.pending[-1] if held.pending else None
@@ -125,7 +136,8 @@ class Claims:
             self._write([held])
             if held.unsure:
                 return Append.LOST
-            return self._leases.finish(held.lease, held.index, end, node_id=self._node_id)
+            true = _cut_off() if held.why == "journal" and end.state == JobState.DONE else end
+            return self._leases.finish(held.lease, held.index, true, node_id=self._node_id)
 
         for _ in range(FINISH_TRIES):
             try:
@@ -222,6 +234,7 @@ class Claims:
                 self._put_back(held, events)
             case Append.JOURNAL_FULL:
                 held.cancel("journal")
+                self._take(held)  # what comes behind a hole would make a wrong text
         self._heed(held, answer)
 
     def _heed(self, held: Held, answer: Append) -> None:

@@ -111,7 +111,7 @@ def create_key() -> tuple[dict[str, Any], int]:
     return {**asdict(record), "key": text}, 201
 
 
-@routes.delete("/api/keys/<key_id>")
+@routes.delete("/api/keys/<id:key_id>")
 def revoke_key(key_id: str) -> dict[str, Any]:
     keys.revoke(web().services, key_id)
     return {"id": key_id, "revoked": True}

@@ -27,6 +27,9 @@ class Stream(Protocol):
     def feed(self, event: Event) -> str | None:
         """The JSON text to send for this event: one for one; None where it says nothing to a client."""
 
+    def skip(self) -> bool:
+        """Go on behind chunks that were sent before, without their events; False if those must be fed first."""
+
 
 class Response(Protocol):
     """Gathers the events of one job, in order, into its answer."""
@@ -104,6 +107,11 @@ class ChatStream:
             case _:
                 return None
 
+    def skip(self) -> bool:
+        """With one choice, what was sent has begun it."""
+        self._begun = [len(self._begun) == 1] * len(self._begun)
+        return self._begun == [True]
+
     def _delta(self, event: Delta) -> str | None:
         if self._begun[event.choice] and not (event.reasoning or event.tool_calls or event.logprobs):
             before, after = self._text[event.choice]
@@ -150,6 +158,11 @@ class CompletionStream:
                 return self._frame.end(event)
             case _:
                 return None
+
+    def skip(self) -> bool:
+        """With one choice, what was sent has begun it; how long it is matters to log probabilities only."""
+        self._begun = [len(self._begun) == 1 and self._request.logprobs is None] * len(self._begun)
+        return self._begun == [True]
 
     def _delta(self, event: Delta) -> str | None:
         text = self._begin(event.choice) + event.text

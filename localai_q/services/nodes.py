@@ -58,7 +58,7 @@ def register(
             node = _existing(db, node.id)
     answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
     if node.approved:
-        _bereave(services, gone)
+        _bereave(services, gone, f"its node '{node.name}' was started anew")
         services.redis.publish(names.WAKE_CHANNEL, node.id)
         answer |= {"redis_url": redis_url_for(services, host), **_shared_settings(services)}
     return answer
@@ -118,7 +118,7 @@ def report_replica(services: Services, node: Node, replica_id: str, state: Repli
         elif not replicas.move(db, replica_id, state, reason=reason):
             log.info("replica %s reported %s while %s; ignored", replica_id, state, replica.state)
     if state in (ReplicaState.GONE, ReplicaState.FAILED):
-        _bereave(services, [replica])
+        _bereave(services, [replica], reason or "it has ended")
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
@@ -141,7 +141,7 @@ def deregister(services: Services, node: Node) -> None:
     with services.db.transaction() as db:
         nodes.move(db, node.id, NodeState.OFFLINE)
         gone = _clear(services, db, node, "has left")
-    _bereave(services, gone)
+    _bereave(services, gone, f"its node '{node.name}' has left")
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
@@ -198,10 +198,10 @@ def _clear(services: Services, db: Any, node: Node, why: str) -> list[Replica]:
     return found
 
 
-def _bereave(services: Services, gone: list[Replica]) -> None:
+def _bereave(services: Services, gone: list[Replica], why: str) -> None:
     """The processes of these replicas have ended: what they held may be done by others at once."""
     for replica in gone:
-        jobs.bereave(services, replica.id, names.model_queue(replica.model_id))
+        jobs.bereave(services, replica.id, names.model_queue(replica.model_id), why)
 
 
 def _shared_settings(services: Services) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, insert, null, select, update
@@ -16,8 +15,8 @@ from localai_q.store.tables import jobs
 LISTED = [column for column in jobs.c if column.name != "request"]  # a list never shows what people asked
 
 
-def add(db: Connection, job: Job) -> None:
-    """Enter an open job with its request."""
+def add(db: Connection, job: Job, *, timeout: float | None = None) -> None:
+    """Enter an open job with its request, which must end within `timeout` seconds."""
     db.execute(
         insert(jobs).values(
             id=job.id,
@@ -30,7 +29,7 @@ def add(db: Connection, job: Job) -> None:
             request=job.request,
             stream=job.stream,
             keep=job.keep,
-            deadline=datetime.fromtimestamp(job.deadline, UTC) if job.deadline else None,
+            deadline=None if timeout is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, timeout),
         )
     )
 
@@ -55,6 +54,11 @@ def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
     limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
     query = select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.created_at < limit).order_by(jobs.c.created_at)
     return [_job(row) for row in db.execute(query.limit(10_000))]
+
+
+def clock(db: Connection) -> float:
+    """Seconds since the epoch by Postgres' clock, which the times of jobs are told by."""
+    return float(db.execute(select(func.extract("epoch", func.now()))).scalar_one())
 
 
 def open_in(db: Connection, line: str) -> list[Job]:

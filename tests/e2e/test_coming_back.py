@@ -160,7 +160,7 @@ def test_a_job_that_failed_says_so_to_whoever_comes_back(calm: Cluster) -> None:
     assert rest(calm, whole[0][0]) == whole[1:]
     job = whole[0][0].partition(":")[0]
     assert calm.http.get(f"/api/jobs/{job}/result").status_code == 500
-    assert rest(calm, whole[-1][0]) == [("", "[DONE]")]
+    refused(calm.http.get(f"/api/jobs/{job}/stream", headers={"Last-Event-ID": whole[-1][0]}), 500, "told to fail")
 
 
 def test_nobody_but_the_key_that_asked_gets_the_answer(calm: Cluster) -> None:

@@ -289,6 +289,14 @@ def test_a_stream_whose_backend_died_goes_on_with_the_next_one(calm: Cluster) ->
     calm.until_serving("echo", 30)
 
 
+def test_a_completion_whose_backend_died_goes_on_behind_its_prompt(calm: Cluster) -> None:
+    prompt = "[[echo tokens=9 delay_ms=100 exit_after=3]]"
+    chunks = list(calm.openai.completions.create(model="echo", prompt=prompt, stream=True, max_tokens=9))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "0 1 2 3 4 5 6 7 8"
+    assert calm.ended_job(chunks[0].id.removeprefix("cmpl-"))["attempt"] == 2
+    calm.until_serving("echo", 30)
+
+
 def test_a_stream_of_the_real_model_goes_on_as_the_engine_continues_what_was_said(calm: Cluster) -> None:
     question = [{"role": "user", "content": "Tell me a long story of the sea and of those who live by it."}]
     body = {"model": CHAT_MODEL, "temperature": 0, "extra_body": {"cache_prompt": False}}

@@ -297,7 +297,7 @@ def test_leases_are_kept_while_the_work_is_silent(redis_client: redis.Redis, mak
     held = bench.hold()
     deadline = time.monotonic() + 1.5
     while time.monotonic() < deadline:
-        assert bench.leases.requeue_expired(LINE) == []
+        assert bench.leases.requeue_expired(LINE) == {}
         time.sleep(0.02)
     assert not held.cancelled.is_set()
     held.finish(DONE)
@@ -310,6 +310,7 @@ def test_work_whose_lease_was_taken_stops_as_lost_and_writes_nothing_more(
     held = bench.hold()
     job_id = held.lease.job_id
     redis_client.zadd(names.leases_key(LINE), {job_id: 1})
+    assert bench.leases.requeue_expired(LINE) == {job_id: 1}
     other = bench.leases.claim(job_id, LINE, owner="r2", node_id="n2")
     assert isinstance(other, Lease)
     assert held.cancelled.wait(2)
@@ -327,6 +328,48 @@ def test_a_journal_that_is_full_stops_the_work_for_that_reason(bench: Bench) -> 
     assert held.cancelled.wait(2)
     assert held.why == "journal"
     assert held.finish(End(state="failed"))
+
+
+def test_what_comes_behind_a_hole_is_not_written_and_an_answer_with_a_hole_is_not_done(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = bench.hold()
+    held.emit(Delta(text="whole"))
+    assert wait_for(lambda: bench.text(held) == "whole")
+    monkeypatch.setattr(bench.leases, "_journal_max", 2)
+    with bench.claims._io:
+        held.emit(Delta(text="too"))
+        held.emit(Finish(choice=0))
+    assert held.cancelled.wait(2)
+    assert held.why == "journal"
+    monkeypatch.undo()  # there would be room again
+    held.emit(Delta(text="ghost"))
+    assert held.finish(DONE)
+    assert bench.text(held) == "whole"
+    end = bench.entries(held)[-1][1]
+    assert (end.state, end.error["error"]) == ("failed", "GenerationFailed")
+    assert "journal is full" in end.error["message"]
+
+
+@pytest.mark.parametrize(("said", "becomes"), [(DONE, "failed"), (CANCELLED, "cancelled")])
+def test_an_answer_whose_last_words_do_not_fit_is_not_done(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, said: End, becomes: str
+) -> None:
+    held = bench.hold()
+    held.emit(Delta(text="whole"))
+    assert wait_for(lambda: bench.text(held) == "whole")
+    monkeypatch.setattr(bench.leases, "_journal_max", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.claims, "held", list)  # nothing is written before the end is
+        held.emit(Delta(text=" and more"))
+        assert not held.cancelled.is_set()
+        assert held.finish(said)
+    assert held.why == "journal"
+    assert bench.text(held) == "whole"
+    end = bench.entries(held)[-1][1]
+    assert end.state == becomes
+    assert (end.error or {}).get("error") == (None if becomes == "cancelled" else "GenerationFailed")
+    assert bench.leases.ends()[bench.node_id].keys() == {held.lease.job_id}
 
 
 def test_a_job_that_is_given_back_can_be_had_again(bench: Bench) -> None:
@@ -350,7 +393,7 @@ def test_a_job_whose_owner_died_after_it_was_asked_to_cancel_is_ended_by_the_nex
     assert isinstance(bench.leases.claim(job_id, LINE, owner="dead", node_id="dead"), Lease)
     assert bench.leases.abort(job_id, LINE, CANCELLED) == "asked"
     redis_client.zadd(names.leases_key(LINE), {job_id: 1})
-    assert bench.leases.requeue_expired(LINE) == [job_id]
+    assert bench.leases.requeue_expired(LINE) == {job_id: 1}
     assert bench.claims.claim(job_id, LINE) == Refusal(job_id=job_id, why="cancelled")
     assert bench.leases.live([job_id])[job_id].state == "ended"
     assert bench.leases.waiting(LINE) == []
@@ -407,7 +450,7 @@ class TestLosses:
         assert wait_for(lambda: bench.text(held) == "earlier first ", 2)
         assert bench.leases.live([held.lease.job_id])[held.lease.job_id].state == "leased"
         time.sleep(1.0)
-        assert bench.leases.requeue_expired(LINE) == []
+        assert bench.leases.requeue_expired(LINE) == {}
         assert held.finish(DONE)
 
     def test_an_end_that_was_reached_when_redis_lost_all_is_not_lost(self, bench: Bench) -> None:
@@ -558,5 +601,5 @@ class TestLosses:
 
     def test_a_dead_owner_is_known_by_the_name_that_its_processes_share(self, bench: Bench) -> None:
         held = bench.hold()
-        assert bench.leases.requeue_of("r", LINE) == []
-        assert bench.leases.requeue_of("r1", LINE) == [held.lease.job_id]
+        assert bench.leases.requeue_of("r", LINE) == {}
+        assert bench.leases.requeue_of("r1", LINE) == {held.lease.job_id: 1}

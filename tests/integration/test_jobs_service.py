@@ -9,13 +9,14 @@ from cluster_data import add_model, claim, expire, join, ready_node, rung, watch
 from sqlalchemy import text
 
 from localai_q import names
-from localai_q.bus import journal, presence
+from localai_q.bus import presence
+from localai_q.bus.journal import Listener
 from localai_q.bus.leases import Refusal
-from localai_q.cluster.events import End, Progress, Usage, encode
-from localai_q.cluster.jobs import GRACE, Job, Keep
+from localai_q.cluster.events import Delta, End, Progress, Usage, encode
+from localai_q.cluster.jobs import DEATHS, GRACE, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Busy, Gone, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
+from localai_q.errors import Busy, GenerationFailed, Gone, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
 from localai_q.services import generations, jobs
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
@@ -57,6 +58,10 @@ def age(services: Services, job_id: str, seconds: float, *, deadline: float | No
     line = row(services, job_id).line
     if services.redis.zscore(names.waiting_key(line), job_id):
         services.redis.zincrby(names.waiting_key(line), -1000 * seconds, job_id)
+
+
+def rung_jobs(services: Services, line: str) -> list[str]:
+    return [told.removeprefix("run_generation(").removesuffix(")") for told in rung(services, line)]
 
 
 @pytest.fixture
@@ -213,10 +218,49 @@ class TestCancel:
         jobs.apply_ends(services)
         assert jobs.cancel(services, job_id, ADMIN) == "done"
 
-    def test_a_job_that_redis_lost_is_cancelled_in_postgres(self, services: Services, line: str) -> None:
+    def test_a_job_that_has_ended_and_is_not_written_down_yet_stays_as_it_is(
+        self, services: Services, line: str
+    ) -> None:
         job_id = ask(services)
+        services.leases.finish(claim(services, job_id, line), 1, DONE, node_id="n1")
+        assert jobs.cancel(services, job_id, ADMIN) == "done"
+        jobs.apply_ends(services)
+        assert row(services, job_id).state is JobState.DONE
+
+    @pytest.mark.parametrize("claimed", [False, True])
+    def test_a_job_that_redis_lost_is_cancelled_by_way_of_it_so_that_no_owner_goes_on(
+        self, services: Services, line: str, claimed: bool
+    ) -> None:
+        job_id = ask(services, stream=True)
+        lease = claim(services, job_id, line) if claimed else None
         services.redis.flushall()
         assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
+        assert services.leases.waiting(line) == []
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert (job.state, job.error["error"], job.request) == (JobState.CANCELLED, "Cancelled", None)
+        if lease:
+            assert services.leases.restore(lease, []) is None
+            assert services.leases.renew([lease]) == [0]
+        assert services.leases.claim(job_id, line, owner="r", node_id="n") == Refusal(job_id=job_id, why="ended")
+        assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
+
+    def test_a_job_that_its_owner_restored_meanwhile_is_cancelled_all_the_same(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job_id = ask(services, stream=True)
+        lease = claim(services, job_id, line)
+        services.redis.flushall()
+        real = services.leases.submit
+
+        def restored_before(*args: object, **options: object) -> int:
+            assert services.leases.restore(lease, [])
+            return real(*args, **options)
+
+        monkeypatch.setattr(services.leases, "submit", restored_before)
+        assert jobs.cancel(services, job_id, ADMIN) == "cancelled"
+        assert services.leases.renew([lease]) == [0]
+        jobs.apply_ends(services)
         assert row(services, job_id).state is JobState.CANCELLED
 
     def test_an_unknown_job_is_not_found(self, services: Services) -> None:
@@ -237,6 +281,78 @@ class TestRecovery:
         job = row(services, job_id)
         assert (job.state, job.error["error"]) == (JobState.FAILED, "DeadlineExceeded")
         assert services.leases.renew([lease]) == [0]
+
+    def test_a_late_job_that_redis_lost_fails_with_its_deadline(self, services: Services, line: str) -> None:
+        job_id = ask(services)
+        lease = claim(services, job_id, line)
+        age(services, job_id, 10, deadline=time.time() - 1)
+        services.redis.flushall()
+        jobs.recover(services)
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert (job.state, job.error["error"]) == (JobState.FAILED, "DeadlineExceeded")
+        assert services.leases.restore(lease, []) is None
+
+    def test_a_deadline_is_that_of_the_stores_whatever_the_clock_of_a_web_process_says(
+        self, services: Services, line: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now, timeout = time.time(), services.settings.request_timeout
+        with monkeypatch.context() as patched:
+            patched.setattr(time, "time", lambda: now - 10 * timeout)
+            job_id = ask(services)
+        age(services, job_id, 10)
+        jobs.recover(services)
+        assert row(services, job_id).deadline == pytest.approx(now + timeout, abs=5)
+        lease = claim(services, job_id, line)
+        assert lease.left == pytest.approx(timeout, abs=5)
+        assert generations.find(services, job_id, key_id="k1").left == pytest.approx(timeout, abs=5)
+
+    def test_a_request_that_kills_its_owners_fails_with_what_is_known_of_the_last(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services, stream=True)
+        for death in range(1, DEATHS + 1):
+            assert claim(services, job_id, line).deaths == death - 1
+            services.redis.delete(line)
+            jobs.bereave(services, "owner", line, f"reason {death}")
+            waits = death < DEATHS
+            assert services.leases.waiting(line) == rung_jobs(services, line) == ([job_id] if waits else [])
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert (job.state, job.error["error"]) == (JobState.FAILED, "GenerationFailed")
+        assert job.error["message"] == "2 replicas died while they worked on this request. The last: reason 2"
+
+    def test_a_request_that_its_owners_do_not_survive_fails_when_the_last_lease_has_run_out(
+        self, services: Services, line: str
+    ) -> None:
+        job_id = ask(services)
+        age(services, job_id, 10)
+        watched(services)
+        for _ in range(DEATHS):
+            claim(services, job_id, line)
+            expire(services, job_id, line)
+            jobs.recover(services)
+        jobs.apply_ends(services)
+        job = row(services, job_id)
+        assert job.state is JobState.FAILED
+        assert job.error["message"].startswith("2 replicas died while they worked on this request. The last: its lease")
+
+    def test_the_work_of_a_node_is_tried_again_however_often_it_dies(self, services: Services) -> None:
+        node = ready_node(services)
+        queue = names.node_jobs_queue(node.id)
+        job_id = jobs.submit_node_job(
+            services, kind="fetch_model", node_id=node.id, model_id=None, request={"source": "x"}
+        )
+        age(services, job_id, 10)
+        watched(services)
+        for _ in range(DEATHS):
+            claim(services, job_id, queue, node.id)
+            jobs.bereave(services, "owner", queue, "it was stopped")
+            claim(services, job_id, queue, node.id)
+            expire(services, job_id, queue)
+            jobs.recover(services)
+        assert services.leases.waiting(queue) == [job_id]
+        assert claim(services, job_id, queue, node.id).deaths == 2 * DEATHS
 
     def test_a_job_whose_owner_died_goes_back_and_is_rung(self, services: Services, line: str) -> None:
         job_id = ask(services)
@@ -292,21 +408,31 @@ class TestRecovery:
         jobs.apply_ends(services)
         assert row(services, job_id).state is JobState.DONE
 
-    def test_a_stream_that_redis_lost_fails_and_says_why(self, services: Services, line: str) -> None:
+    def test_a_stream_that_redis_lost_goes_on_for_who_has_seen_nothing_and_fails_for_who_has(
+        self, services: Services, line: str
+    ) -> None:
         job_id = ask(services, stream=True)
         lease = claim(services, job_id, line)
+        services.leases.append([(lease, 1, [Delta(text="a"), Delta(text="b")])])
+        listener = Listener(services.redis)
+        shown, waiting = listener.open(job_id).entries(), listener.open(job_id).entries()
+        assert [next(shown).id for _ in range(2)] == ["1-1", "1-2"]
         services.redis.flushall()
         age(services, job_id, 10)
         watched(services)
         jobs.recover(services)
-        (end,) = [entry.event for entry in journal.read(services.redis, job_id)]  # for its readers
-        assert "lost its data" in end.error["message"]
+        assert services.leases.waiting(line) == [job_id]
+        assert services.leases.restore(lease, [Delta(text="a"), Delta(text="b")]) is None, "its owner comes too late"
+        assert next(shown) is None, "nothing stands in the stead of what it was shown yet"
+        again = claim(services, job_id, line)
+        services.leases.append([(again, 1, [Delta(text=letter) for letter in "abc"])])
+        services.leases.finish(again, 4, DONE, node_id="n1")
+        with pytest.raises(GenerationFailed, match="lost a part of this stream"):
+            next(entry for entry in shown if entry)
+        seen = [entry.event for entry in waiting if entry]
+        assert ("".join(each.text for each in seen[:-1]), seen[-1]) == ("abc", DONE)
         jobs.apply_ends(services)
-        job = row(services, job_id)
-        assert job.state is JobState.FAILED
-        assert "lost its data" in job.error["message"]
-        assert services.leases.waiting(line) == []
-        assert services.leases.restore(lease, []) is None, "its owner comes too late"
+        assert row(services, job_id).state is JobState.DONE
 
     def test_what_redis_lost_is_left_to_its_owner_for_one_lease(self, services: Services, line: str) -> None:
         owned, lost = ask(services, stream=True), ask(services)
@@ -353,7 +479,7 @@ class TestRecovery:
         services.redis.hset(names.job_key(dead), "owner", "r9.nonce")
         jobs.recover(services)
         assert services.leases.waiting(line) == []
-        jobs.bereave(services, "r9", line)
+        jobs.bereave(services, "r9", line, "it was killed")
         assert services.leases.waiting(line) == [dead]
         time.sleep(1.1)
         jobs.recover(services)

@@ -173,7 +173,8 @@ def test_who_attaches_hears_of_what_comes_and_who_detaches_last_learns_what_beco
     assert leases.live([job_id])[job_id].left is None
     writer.end()
     assert listener.detach(job_id) is None, "an ended job needs nobody"
-    assert listener.detach("unknown") is None
+    with pytest.raises(Unavailable):  # its owner may be about to restore it, and would name this process again
+        listener.detach("unknown")
 
 
 def test_a_reader_of_a_job_that_nobody_announces_to_it_finds_its_entries(leases: Leases, listener: Listener) -> None:
@@ -257,6 +258,78 @@ def test_a_reader_that_has_seen_what_the_journal_lost_fails_and_says_nothing_twi
     writer.write(1)
     with pytest.raises(GenerationFailed, match="lost a part of this stream"):
         [next(entries) for _ in range(3)]
+
+
+@pytest.mark.parametrize("given_back", [False, True])
+def test_a_reader_waits_for_what_its_owner_will_restore(
+    leases: Leases, listener: Listener, redis_client: redis.Redis, given_back: bool
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(3)
+    entries = listener.open(writer.job_id).entries()
+    assert [next(entries).index for _ in range(3)] == [1, 2, 3]
+    redis_client.xdel(names.journal_key(writer.job_id), "1-2", "1-3")
+    if given_back:  # what Redis lost of its own claim, an owner restores even then
+        leases.release(writer.lease)
+    assert listener.attach(writer.job_id, (1, 3)) == []
+    assert listener.attach(writer.job_id, (0, 0))[-1][0] == "1-1"
+    assert [next(entries), next(entries)] == [None, None]
+    if not given_back:
+        assert leases.restore(writer.lease, [Delta(text=f"{n} ") for n in (1, 2, 3)])
+        writer.write(1)
+        writer.end()
+        assert [entry.id for entry in entries if entry] == ["1-4", "1-5"]
+
+
+def test_a_reader_waits_for_a_journal_that_is_gone_altogether(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(2)
+    redis_client.flushall()
+    assert listener.attach(writer.job_id, (1, 2)) == []
+    assert leases.restore(writer.lease, [Delta(text="1 "), Delta(text="2 ")])
+    writer.write(1)
+    assert [place for place, _ in listener.attach(writer.job_id, (1, 2))] == ["1-3"]
+
+
+def test_what_an_earlier_attempt_wrote_is_restored_by_a_later_one_that_knew_it(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(2)
+    leases.release(writer.lease)
+    writer.claim()
+    redis_client.xdel(names.journal_key(writer.job_id), "1-2", "2-2")
+    assert listener.attach(writer.job_id, (1, 2)) == []
+    assert leases.restore(writer.lease, [])
+    writer.write(1)
+    assert [place for place, _ in listener.attach(writer.job_id, (1, 2))] == ["2-2", "2-3"]
+
+
+@pytest.mark.parametrize("how", ["claimed", "ended"])
+def test_a_reader_of_what_nobody_will_restore_fails(
+    leases: Leases, listener: Listener, redis_client: redis.Redis, how: str
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(3)
+    if how == "ended":
+        writer.end()
+    redis_client.xdel(names.journal_key(writer.job_id), "1-2", "1-3")
+    if how == "claimed":
+        leases.release(writer.lease)
+        assert listener.attach(writer.job_id, (1, 3)) == []
+        writer.claim()  # the marker says that its owner goes on from something else
+    with pytest.raises(GenerationFailed, match="lost a part of this stream"):
+        listener.attach(writer.job_id, (1, 3))
+    assert [place for place, _ in listener.attach(writer.job_id, (0, 0))][:2] == ["1-0", "1-1"]
+
+
+def test_a_reader_can_begin_behind_a_place(leases: Leases, listener: Listener) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(3)
+    writer.end()
+    assert [entry.id for entry in listener.open(writer.job_id).entries(after=(1, 2)) if entry] == ["1-3", "1-4"]
 
 
 def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, listener: Listener) -> None:

@@ -43,6 +43,12 @@ def expire(client: redis.Redis, job_id: str) -> None:
     assert client.zadd(names.leases_key(LINE), {job_id: 1}, xx=True, ch=True)
 
 
+def bereave(leases: Leases, client: redis.Redis, job_id: str = "j1") -> None:
+    """Let the job's lease run out now, and control put it back into its line."""
+    expire(client, job_id)
+    assert job_id in leases.requeue_expired(LINE)
+
+
 def pieces(*texts: str) -> list[Delta]:
     return [Delta(text=text, tokens=1) for text in texts]
 
@@ -95,12 +101,11 @@ class TestSubmit:
 
 class TestClaim:
     def test_the_owner_gets_the_request_and_a_higher_attempt(self, leases: Leases, redis_client: redis.Redis) -> None:
-        deadline = round(time.time() + 60, 3)
-        submitted(leases, stream=True, deadline=deadline, attempt=4, request={"text": "ä€", "n": [1, None]})
+        submitted(leases, stream=True, timeout=60.0, attempt=4, request={"text": "ä€", "n": [1, None]})
         lease = claimed(leases, "j1")
         assert (lease.attempt, lease.last_index, lease.deaths) == (5, 0, 0)
         assert (lease.request, lease.stream) == ({"text": "ä€", "n": [1, None]}, True)
-        assert lease.deadline == pytest.approx(deadline, abs=0.002)
+        assert lease.left == pytest.approx(60.0, abs=1.0)
         live = leases.live(["j1"])["j1"]
         assert (live.state, live.attempt, live.node_id, live.line) == ("leased", 5, "n1", LINE)
         assert leases.waiting(LINE) == []
@@ -116,12 +121,46 @@ class TestClaim:
         assert leases.claim("j1", LINE, owner="r2", node_id="n2") == Refusal(job_id="j1", why="leased")
         assert leases.live(["j1"])["j1"].node_id == "n1"
 
+    def test_whether_an_owner_whose_lease_ran_out_is_dead_is_not_for_the_next_to_judge(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        lease = claimed(leases, submitted(leases))
+        expire(redis_client, "j1")
+        before = everything(redis_client)
+        assert leases.claim("j1", LINE, owner="r2", node_id="n2") == Refusal(job_id="j1", why="leased")
+        assert everything(redis_client) == before
+        assert write(leases, lease, 1, "x") is Append.WRITTEN
+        assert leases.requeue_expired(LINE) == {"j1": 1}
+        assert claimed(leases, "j1", "r2").attempt == 2
+
+    def test_a_job_whose_lease_redis_has_lost_can_be_had(self, leases: Leases, redis_client: redis.Redis) -> None:
+        """Nobody would ever put it back: no lease of it runs out."""
+        first = claimed(leases, submitted(leases))
+        redis_client.delete(names.leases_key(LINE))
+        assert claimed(leases, "j1", "r2").attempt == 2
+        assert write(leases, first, 1, "x") is Append.FENCED
+
+    def test_a_deadline_is_set_and_compared_by_the_clock_of_redis(
+        self, leases: Leases, redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seconds, _ = redis_client.time()
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        submitted(leases, timeout=60.0)
+        deadline = int(redis_client.hget(names.job_key("j1"), "deadline")) / 1000
+        assert deadline == pytest.approx(seconds + 60, abs=2)
+        redis_client.hset(names.job_key("j1"), "deadline", int(deadline * 1000) - 50_000)
+        assert claimed(leases, "j1").left == pytest.approx(10.0, abs=2)
+        assert leases.kept("j1").left == pytest.approx(10.0, abs=2)
+
+    def test_a_job_without_a_deadline_has_any_time(self, leases: Leases) -> None:
+        assert claimed(leases, submitted(leases)).left is None
+
     def test_after_expiry_the_next_owner_goes_on_behind_what_was_written(
         self, leases: Leases, redis_client: redis.Redis
     ) -> None:
         first = claimed(leases, submitted(leases))
         assert write(leases, first, 1, "a", "b", "c") is Append.WRITTEN
-        expire(redis_client, "j1")
+        bereave(leases, redis_client)
         second = claimed(leases, "j1", "r2", "n2")
         assert (second.attempt, second.last_index) == (2, 3)
         assert write(leases, second, 4, "d") is Append.WRITTEN
@@ -130,7 +169,8 @@ class TestClaim:
     @pytest.mark.parametrize("why", ["unknown", "ended", "cancelled", "late"])
     def test_what_is_not_to_be_had_is_refused_with_the_reason(self, leases: Leases, why: str) -> None:
         if why == "late":
-            submitted(leases, deadline=time.time() - 1)
+            submitted(leases, timeout=0.001)
+            time.sleep(0.01)
         elif why != "unknown":
             lease = claimed(leases, submitted(leases))
             if why == "ended":
@@ -143,7 +183,7 @@ class TestClaim:
 class TestAppend:
     def test_an_owner_whose_job_was_taken_writes_nothing(self, leases: Leases, redis_client: redis.Redis) -> None:
         first = claimed(leases, submitted(leases))
-        expire(redis_client, "j1")
+        bereave(leases, redis_client)
         claimed(leases, "j1", "r2")
         before = journal(redis_client, "j1")
         assert write(leases, first, 1, "ghost") is Append.FENCED
@@ -277,7 +317,7 @@ class TestRenew:
 
     def test_a_lease_that_was_taken_or_given_back_is_lost(self, leases: Leases, redis_client: redis.Redis) -> None:
         first = claimed(leases, submitted(leases))
-        expire(redis_client, "j1")
+        bereave(leases, redis_client)
         second = claimed(leases, "j1", "r2")
         assert leases.renew([first, second]) == [0, 1]
         leases.release(second)
@@ -286,8 +326,7 @@ class TestRenew:
 
     def test_a_lease_that_was_put_back_into_its_line_is_lost(self, leases: Leases, redis_client: redis.Redis) -> None:
         lease = claimed(leases, submitted(leases))
-        expire(redis_client, "j1")
-        assert leases.requeue_expired(LINE) == ["j1"]
+        bereave(leases, redis_client)
         assert leases.renew([lease]) == [0]
 
     def test_a_renewal_sets_the_expiry_by_the_clock_of_redis(self, leases: Leases, redis_client: redis.Redis) -> None:
@@ -321,7 +360,7 @@ class TestRestore:
     def test_all_is_as_it_was_with_the_entries_of_earlier_attempts(
         self, leases: Leases, redis_client: redis.Redis
     ) -> None:
-        lease = self.begun(leases, stream=True, watcher="w1 w2", deadline=round(time.time() + 60))
+        lease = self.begun(leases, stream=True, watcher="w1 w2", timeout=60.0)
         write(leases, lease, 3, "c", "d")
         before, expires = everything(redis_client), redis_client.pttl(names.job_key("j1"))
         redis_client.flushall()
@@ -337,7 +376,8 @@ class TestRestore:
         leases.release(restored)
         again = claimed(leases, "j1", "r3")
         assert (again.attempt, again.last_index, again.deaths) == (3, 5, 1)
-        assert (again.request, again.deadline) == (lease.request, lease.deadline)
+        assert (again.request, again.fields["deadline"]) == (lease.request, lease.fields["deadline"])
+        assert 0 < again.left <= lease.left
 
     def test_a_job_without_a_deadline_is_forgotten_only_after_its_end(
         self, leases: Leases, redis_client: redis.Redis
@@ -431,7 +471,7 @@ class TestRestore:
     ) -> None:
         first = claimed(leases, submitted(leases), "r1")
         write(leases, first, 1, "a")
-        expire(redis_client, "j1")
+        bereave(leases, redis_client)
         second = claimed(leases, "j1", "r2")
         write(leases, second, 2, "b")
         before = everything(redis_client)
@@ -492,7 +532,7 @@ class TestFinish:
 
     def test_an_owner_whose_job_was_taken_cannot_end_it(self, leases: Leases, redis_client: redis.Redis) -> None:
         first = claimed(leases, submitted(leases))
-        expire(redis_client, "j1")
+        bereave(leases, redis_client)
         second = claimed(leases, "j1", "r2", "n2")
         assert not leases.finish(first, 1, DONE, node_id="n1")
         assert leases.ends() == {}
@@ -535,7 +575,11 @@ class TestAbort:
     def test_force_ends_a_job_that_runs_and_fences_its_owner(self, leases: Leases, redis_client: redis.Redis) -> None:
         lease = claimed(leases, submitted(leases))
         write(leases, lease, 1, "a")
-        assert leases.abort("j1", LINE, CANCELLED, force=True) == "ended"
+        with redis_client.pubsub(ignore_subscribe_messages=True) as pubsub:
+            pubsub.subscribe(names.cancel_channel("n1"))
+            pubsub.get_message(timeout=1)
+            assert leases.abort("j1", LINE, CANCELLED, force=True) == "ended"
+            assert pubsub.get_message(timeout=1)["data"] == "j1"
         assert write(leases, lease, 2, "b") is Append.FENCED
         assert not leases.finish(lease, 2, DONE, node_id="n1")
         assert leases.renew([lease]) == [0]
@@ -564,14 +608,14 @@ class TestGivingBack:
         leases.release(claimed(leases, submitted(leases)), died=True)
         assert claimed(leases, "j1").deaths == 1
         expire(redis_client, "j1")
-        assert leases.requeue_expired(LINE) == ["j1"]
-        assert leases.requeue_expired(LINE) == []
+        assert leases.requeue_expired(LINE) == {"j1": 2}
+        assert leases.requeue_expired(LINE) == {}
         assert leases.waiting(LINE) == ["j1"]
         assert claimed(leases, "j1").deaths == 2
 
     def test_a_lease_that_lives_is_let_be(self, leases: Leases) -> None:
         claimed(leases, submitted(leases))
-        assert leases.requeue_expired(LINE) == []
+        assert leases.requeue_expired(LINE) == {}
         assert leases.waiting(LINE) == []
 
     def test_a_lease_that_is_renewed_between_the_look_and_the_deed_is_let_be(
@@ -587,7 +631,7 @@ class TestGivingBack:
             return found
 
         monkeypatch.setattr(leases._redis, "zrangebyscore", look_and_renew)
-        assert leases.requeue_expired(LINE) == []
+        assert leases.requeue_expired(LINE) == {}
         monkeypatch.undo()
         assert write(leases, lease, 1, "x") is Append.WRITTEN
         assert leases.waiting(LINE) == []
@@ -596,7 +640,7 @@ class TestGivingBack:
         claimed(leases, submitted(leases))
         expire(redis_client, "j1")
         redis_client.delete(names.job_key("j1"))
-        assert leases.requeue_expired(LINE) == []
+        assert leases.requeue_expired(LINE) == {}
         assert redis_client.zcard(names.leases_key(LINE)) == 0
         assert leases.waiting(LINE) == []
 
@@ -620,6 +664,7 @@ class Machine(RuleBasedStateMachine):
         self.written: dict[tuple[str, str], list[str]] = {}  # by owner and job: what its attempt has written
         self.texts: dict[str, list[str]] = {job: [] for job in JOBS}  # what was accepted, in order
         self.expired: set[str] = set()
+        self.deaths = dict.fromkeys(JOBS, 0)
 
     @initialize()
     def submit(self) -> None:
@@ -631,15 +676,14 @@ class Machine(RuleBasedStateMachine):
         answer = self.leases.claim(job, LINE, owner=owner, node_id=owner)
         if job in self.ended:
             assert answer == Refusal(job_id=job, why="ended")
-        elif self.current[job] and job not in self.expired:
+        elif self.current[job]:  # whether its lease has run out or not
             assert isinstance(answer, Refusal)
             assert answer.why in ("leased", "cancelled")
         elif isinstance(answer, Lease):
-            assert answer.last_index == len(self.texts[job])
+            assert (answer.last_index, answer.deaths) == (len(self.texts[job]), self.deaths[job])
             self.held[owner, job] = (answer, answer.last_index + 1)
             self.written[owner, job] = []
             self.current[job] = owner
-            self.expired.discard(job)
         else:
             assert answer.why == "cancelled"
 
@@ -689,6 +733,8 @@ class Machine(RuleBasedStateMachine):
             assert given == self.owns(owner, job)
             if given:
                 self.current[job] = None
+                self.expired.discard(job)
+                self.deaths[job] += died
 
     @rule(job=st.sampled_from(JOBS), owner=st.sampled_from(OWNERS))
     def finish(self, job: str, owner: str) -> None:
@@ -715,7 +761,9 @@ class Machine(RuleBasedStateMachine):
     @rule()
     def requeue(self) -> None:
         taken = {job for job in JOBS if self.current[job] and job in self.expired and job not in self.ended}
-        assert set(self.leases.requeue_expired(LINE)) == taken
+        for job in taken:
+            self.deaths[job] += 1
+        assert self.leases.requeue_expired(LINE) == {job: self.deaths[job] for job in taken}
         for job in taken:
             self.current[job] = None
             self.expired.discard(job)
@@ -767,7 +815,8 @@ def test_what_a_dead_owner_held_goes_back_at_once_and_what_others_hold_does_not(
     for job_id, owner in (("a", "dead.1"), ("b", "deader.1")):
         leases.submit(Submission(job_id=job_id, line=LINE, request={}), longest_line=9)
         assert isinstance(leases.claim(job_id, LINE, owner=owner, node_id="n"), Lease)
-    assert leases.requeue_of("dead", LINE) == ["a"]
+    assert leases.requeue_of("dead", LINE) == {"a": 1}
+    assert leases.requeue_of("dead", LINE) == {}
     assert leases.waiting(LINE) == ["a"]
     again = leases.claim("a", LINE, owner="next", node_id="n")
     assert isinstance(again, Lease)

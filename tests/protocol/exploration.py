@@ -25,12 +25,13 @@ from localai_q import names
 from localai_q.bus.journal import RECHECK, Reader
 from localai_q.bus.leases import Append, Lease, Leases, Refusal, Submission
 from localai_q.cluster.events import Delta, End, decode, encode
+from localai_q.cluster.jobs import DEATHS
 from localai_q.errors import GenerationFailed
 from localai_q.services.jobs import REBUILT
 
 JOB = "j"
 LINE = names.model_queue("m")
-DEATHS = 2  # an owner of a job that so many died of fails it
+POISON = "!"  # as many have died of the job as may; no owner's name
 KEPT = (Append.WRITTEN, Append.CANCEL)
 
 
@@ -91,7 +92,8 @@ class State(NamedTuple):
     hands: tuple[Hand, ...]
     left: Budget
     bells: int = 0
-    looked: str | None = None  # control has found the job with a lease that ran out (""), or with this dead owner
+    looked: str = ""  # what control has found out of the job's lease: EXPIRED, or POISON
+    heard: str = ""  # what a web process has: an owner of the job that is dead, or POISON
     dead: tuple[str, ...] = ()  # owners whose death control has not heard of
     delayed: Delayed | None = None
     older: int = -1  # what a replica of Redis holds that follows no more
@@ -149,6 +151,7 @@ class View(NamedTuple):
     lease: str | None
     waits: bool
     journal: tuple[tuple[int, int, Delta | End], ...]  # attempt, index, token or end; markers left out
+    newest: int  # attempt of the journal's last entry or marker; 0 without one
     ends: tuple[tuple[str, str], ...]
 
 
@@ -156,6 +159,7 @@ class View(NamedTuple):
 def view(content: Content) -> View:
     found = {key: values for key, _, values in content}
     job = _pairs(found.get(names.job_key(JOB), ()))
+    journal = _pairs(found.get(names.journal_key(JOB), ()))
     ends = [(key, text) for key, kind, values in content if key.startswith("ends:") for text in _pairs(values).values()]
     return View(
         state=job.get("state"),
@@ -163,7 +167,8 @@ def view(content: Content) -> View:
         owner=job.get("owner"),
         lease=_pairs(found.get(names.leases_key(LINE), ())).get(JOB),
         waits=JOB in found.get(names.waiting_key(LINE), ()),
-        journal=tuple(_entries(_pairs(found.get(names.journal_key(JOB), ())))),
+        journal=tuple(_entries(journal)),
+        newest=_place([*journal, "0-0"][-2 if journal else -1])[0],
         ends=tuple(ends),
     )
 
@@ -292,7 +297,7 @@ class Exploration:
     def _check_that_all_can_end(
         self, came: dict[State, tuple[State, str] | None], back: dict[State, list[State]], found: Explored
     ) -> None:
-        good = {state for state in came if state.row or self._view(state).state == "ended"}
+        good = {state for state in came if self._is_over(state)}
         todo = deque(good)
         while todo:
             for state in back.get(todo.popleft(), ()):
@@ -301,8 +306,14 @@ class Exploration:
                     todo.append(state)
         stuck = next((state for state in came if state not in good), None)
         if stuck:
-            found.violation = "the job cannot end any more unless by a fault"
+            found.violation = "the job cannot end any more, or its reader not learn of it, unless by a fault"
             found.trace = _trace(came, stuck)
+
+    def _is_over(self, state: State) -> bool:
+        """Whether the job has ended, and who reads along knows it or has nothing left to read."""
+        now = self._view(state)
+        told = not self.world.loses or not self._reads(state) or not now.newest
+        return told and bool(state.row or now.state == "ended")
 
     # What can happen.
 
@@ -458,28 +469,40 @@ class Exploration:
 
     def _moves_of_control(self, state: State) -> Iterator[Move]:
         now = self._view(state)
-        if state.looked is None:
-            if now.lease == EXPIRED:
-                yield Move("control sees that the lease ran out", state._replace(looked=""))
-            for owner in state.dead:
-                heard = state._replace(
-                    dead=tuple(each for each in state.dead if each != owner),
-                    looked=owner if now.lease and now.owner == owner else None,
-                )
-                yield Move(f"control hears that {owner} is dead", heard)
+        if state.looked:
+            yield self._take_up_again(state, "looked")
+        elif now.lease == EXPIRED:
+            yield Move("control sees that the lease ran out", state._replace(looked=EXPIRED))
+        if state.heard:
+            yield self._take_up_again(state, "heard")
         else:
-            after, answer = self._call(
-                state.redis, "requeue", lambda dead: self._leases._requeue(JOB, LINE, dead), state.looked
-            )
-            name = f"control puts the job back: {answer}"
-            # Who is known to be dead loses the job before its lease runs out.
-            may_take = bool(state.looked) and now.owner == state.looked
-            yield Move(name, state._replace(redis=after, looked=None), may_take=may_take)
+            for owner in state.dead:
+                left = tuple(each for each in state.dead if each != owner)
+                heard = owner if now.lease and now.owner == owner else ""
+                yield Move(f"a web process hears that {owner} is dead", state._replace(dead=left, heard=heard))
         if now.waits and not state.bells:
             yield Move("control rings", state._replace(bells=1))
 
+    def _take_up_again(self, state: State, why: str) -> Move:
+        """What `services.jobs` does about a job whose owner is dead, by what it has found out before."""
+        found, who = getattr(state, why), {"looked": "control", "heard": "a web process"}[why]
+        if found == POISON:
+            return self._abort(state._replace(**{why: ""}), f"{who} ends the job that its owners died of")
+        dead = "" if found == EXPIRED else found
+        # Who is known to be dead loses the job before its lease runs out.
+        may_take = bool(dead) and self._view(state).owner == dead
+        after, deaths = self._call(state.redis, "requeue", lambda dead: self._leases._requeue(JOB, LINE, dead), dead)
+        then = POISON if deaths >= DEATHS else ""
+        return Move(f"{who} puts the job back: {deaths}", state._replace(redis=after, **{why: then}), may_take=may_take)
+
     def _moves_of_others(self, state: State) -> Iterator[Move]:
-        if state.left.aborts:
+        if state.left.aborts and self._is_lost(state):
+            # Whoever wants the end of a job that is lost brings it back, and then ends it by force: if nothing stops him.
+            spent = _spent(state, "aborts")
+            forced = spent.left._replace(forced=spent.left.forced + 1)
+            back = spent._replace(redis=self._submitted(REBUILT), left=forced)
+            yield Move("somebody brings the job back to abort it", back, fault=True)
+        elif state.left.aborts:
             yield self._abort(_spent(state, "aborts"), "somebody aborts the job")._replace(fault=True)
         if state.left.forced:
             yield self._abort(_spent(state, "forced"), "control ends the late job", force=True)._replace(fault=True)
@@ -544,11 +567,13 @@ class Exploration:
             end = decode(now.ends[0][1].partition(" ")[2])
             assert isinstance(end, End)
             yield Move("control writes the end down", state._replace(redis=after, row=state.row or end.state))
-        elif not now.state and not state.row:
-            if state.shown.place != (0, 0):
-                yield Move("control fails the job that Redis lost", state._replace(row="failed"))
-            else:
-                yield Move("control brings the job back", state._replace(redis=self._submitted(REBUILT)))
+        elif self._is_lost(state):
+            yield Move("control brings the job back", state._replace(redis=self._submitted(REBUILT)))
+
+    def _is_lost(self, state: State) -> bool:
+        """Whether Redis lacks a job that is open by its row."""
+        now = self._view(state)
+        return not (now.state or now.ends or state.row)
 
     def _reads(self, state: State) -> bool:
         return self.world.client and not state.shown.end
@@ -556,8 +581,8 @@ class Exploration:
     def _read_on(self, state: State, announced: tuple[int, int, Delta | End] | None = None) -> Shown:
         """What the client has seen after an announcement, or a look into the log, by the reader that streams use."""
         shown = state.shown
-        rows = [(f"{attempt}-{index}", encode(said)) for attempt, index, said in self._view(state).journal]
-        listener = SimpleNamespace(attach=lambda _, after: self._behind(rows, after))
+        now = self._view(state)
+        listener = SimpleNamespace(attach=lambda _, after: self._behind(now, after))
         reader = Reader(listener, JOB, queue.Queue())
         reader._place = shown.place
         reader._inbox.put(f"{announced[0]}-{announced[1]} {encode(announced[2])}" if announced else RECHECK)
@@ -577,11 +602,13 @@ class Exploration:
         return Shown(reader._place, text, end)
 
     @staticmethod
-    def _behind(rows: list[tuple[str, str]], after: tuple[int, int]) -> list[tuple[str, str]]:
+    def _behind(now: View, after: tuple[int, int]) -> list[tuple[str, str]]:
         """What the script `attach` gives."""
-        if rows and after != (0, 0) and after not in [_place(place) for place, _ in rows]:
-            raise GenerationFailed
-        return [row for row in rows if _place(row[0]) > after]
+        if now.newest and after != (0, 0) and after not in [(attempt, index) for attempt, index, _ in now.journal]:
+            if now.newest > after[0] or now.state == "ended":
+                raise GenerationFailed
+            return []
+        return [(f"{each[0]}-{each[1]}", encode(each[2])) for each in now.journal if each[:2] > after]
 
     def _forget(self) -> None:
         for node in self._leases.ends():

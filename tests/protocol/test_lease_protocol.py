@@ -73,7 +73,9 @@ FENCES = {
         "release", " or job[3] ~= ARGV[3]", "", World(Budget(failovers=1, releases=1), client=False),
     ),
     "claim: the end": ("claim", "job[1] == 'ended'", "false", World(Budget(doubles=1))),
-    "claim: the lease": ("claim", "tonumber(lease) > now", "false", World(Budget(doubles=1))),
+    "claim: the lease": (
+        "claim", "job[1] == 'leased' and redis.call('ZSCORE', KEYS[4], ARGV[1])", "false", World(Budget(doubles=1)),
+    ),
     "claim: the attempt is raised": ("claim", "'attempt', 1)", "'attempt', 1 - redis.call('EXISTS', KEYS[2]))", PAUSE),
     "claim: the marker": ("claim", "redis.call('XADD', KEYS[2], ", "type(", PAUSE),
     "claim: how far the journal goes": ("claim", "if top[1] then", "if false then", PAUSE),

@@ -311,8 +311,9 @@ def main(backend: Backend) -> None:
     server = _start(backend, arguments.addr, arguments.threads)
     while os.getppid() == parent:
         received = signal.sigtimedwait(ends, 1.0)
-        # SIGUSR1 says that the thread that started this process ended; its process may live on.
-        if received is not None and received.si_signo != signal.SIGUSR1:
+        # SIGUSR1 says that the thread that started this process ended; its process may live on. A process that was paused
+        # may be told of a signal 0, which nobody sent.
+        if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT):
             break
     backend.stop()
     server.stop(STOP_PATIENCE / 2).wait(STOP_PATIENCE)

@@ -15,6 +15,7 @@ from localai_q import names
 from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import Delta, End, Finish, Usage, Vector
+from localai_q.cluster.jobs import DEATHS
 from localai_q.cluster.recovery import Said, continued, exhausted, said_so_far
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
@@ -28,13 +29,14 @@ from localai_q.errors import (
     UnsupportedByModel,
     to_record,
 )
-from workers.claims import Claims, Held
+from workers.claims import Claims, Held, journal_full
 from workers.replica.backend import Backend
 from workers.replica.options import embedding_options, predict_options
 
 log = logging.getLogger(__name__)
 
-DEATHS = 2  # a job that so many owners died of is not tried again
+DYING = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)  # what calls of a backend end with that ends
+LAST_TAKEN = 0.25  # seconds after which a worker that must end takes no doorbell any more, so that others get it
 LAST_WORDS = 1.0  # seconds in which the end of a backend is noticed after its connection broke
 
 REFUSALS: dict[grpc.StatusCode, type[LocalAIError]] = {
@@ -62,7 +64,9 @@ class Runner:
     def run(self, job_id: str) -> None:
         """Do the job, if it is to be had."""
         if self._backend.dead.is_set() or self.draining:
-            return  # control rings again for whoever is ready
+            time.sleep(LAST_TAKEN)
+            self._ring(job_id)
+            return
         held = self._claims.claim(job_id, self._line)
         if isinstance(held, Refusal):
             log.info("job %s is not to be had: %s", job_id, held.why)
@@ -167,7 +171,7 @@ class Runner:
             case "late":
                 raise DeadlineExceeded
             case "journal":
-                raise GenerationFailed("The request's journal is full; see LOCALAI_Q_JOURNAL_MAX.")
+                raise journal_full()
             case "drain":
                 self._give_back(held, died=False)
         raise Lost
@@ -175,10 +179,13 @@ class Runner:
     def _give_back(self, held: Held, *, died: bool) -> None:
         """Put the job back into its line, and ring for whoever serves it besides this replica."""
         held.release(died=died)
+        self._ring(held.lease.job_id)
+
+    def _ring(self, job_id: str) -> None:
         try:
-            self._doorbells.ring(names.RUN_GENERATION, held.lease.job_id, queue=self._line)
+            self._doorbells.ring(names.RUN_GENERATION, job_id, queue=self._line)
         except LocalAIError as error:
-            log.warning("nobody could be told of job %s, control will: %s", held.lease.job_id, error.message)
+            log.warning("nobody could be told of job %s, control will: %s", job_id, error.message)
 
     def _why(self, held: Held, error: grpc.RpcError) -> Exception:
         """What a failed call means for the job."""
@@ -189,7 +196,7 @@ class Runner:
         code, words = error.code(), error.details() or ""
         if code in REFUSALS:
             return REFUSALS[code](words)
-        if code is grpc.StatusCode.UNAVAILABLE and self._backend.dead.wait(LAST_WORDS):
+        if code in DYING and self._backend.dead.wait(LAST_WORDS):
             return self._of_death(held)
         return GenerationFailed(f"The backend failed: {words or code.name}")
 
@@ -202,9 +209,9 @@ class Runner:
 
 
 def _deadline_timer(held: Held) -> threading.Timer | None:
-    if not held.lease.deadline:
+    if held.lease.left is None:
         return None
-    timer = threading.Timer(max(held.lease.deadline - time.time(), 0.0), held.cancel, ("late",))
+    timer = threading.Timer(held.lease.left, held.cancel, ("late",))
     timer.daemon = True
     timer.start()
     return timer

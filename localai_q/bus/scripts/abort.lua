@@ -12,9 +12,9 @@ end
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])
-if job[2] then redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
 if lease and tonumber(lease) > now and ARGV[4] ~= 'force' then
   redis.call('HSET', KEYS[1], 'cancel', '1')
+  redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1])
   return {2, job[2]}
 end
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempt', 1)
@@ -34,5 +34,6 @@ redis.call('PEXPIRE', KEYS[2], ARGV[3])
 for web in string.gmatch(job[3], '%S+') do
   redis.call('PUBLISH', 'web:' .. web, ARGV[1] .. ' ' .. id .. ' ' .. ARGV[2])
 end
+if job[2] then redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
 redis.call('PUBLISH', 'ends', ARGV[5])
 return {1}

@@ -2,7 +2,8 @@
 -- journal goes, so that what the owner is told can neither miss an entry nor be overtaken by one.
 -- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 epoch.  ARGV 1 id, 2 owner, 3 node, 4 lease (ms), 5 expiry of the journal
 -- (ms), 6 an epoch, if there is none yet.
--- Returns {1, last index, epoch, the job's fields and values in turn, the journal's entries} or {0, why not}.
+-- Returns {1, last index, epoch, the job's fields and values in turn, the journal's entries, time to the deadline (ms) or
+-- false} or {0, why not}.
 local job = redis.call('HMGET', KEYS[1], 'state', 'cancel', 'deadline')
 if not job[1] then
   redis.call('ZREM', KEYS[3], ARGV[1])
@@ -11,12 +12,12 @@ if not job[1] then
 end
 if job[1] == 'ended' then return {0, 'ended'} end
 if job[2] then return {0, 'cancelled'} end
+-- Whether a lease that ran out means a dead owner is judged by who puts the job back into its line.
+if job[1] == 'leased' and redis.call('ZSCORE', KEYS[4], ARGV[1]) then return {0, 'leased'} end
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local deadline = tonumber(job[3])
 if deadline > 0 and deadline <= now then return {0, 'late'} end
-local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])
-if lease and tonumber(lease) > now then return {0, 'leased'} end
 local attempt = redis.call('HINCRBY', KEYS[1], 'attempt', 1)
 local last = 0
 local top = redis.call('XREVRANGE', KEYS[2], '+', '-', 'COUNT', 1)
@@ -27,4 +28,5 @@ redis.call('HSET', KEYS[1], 'state', 'leased', 'owner', ARGV[2], 'node', ARGV[3]
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZADD', KEYS[4], now + ARGV[4], ARGV[1])
 redis.call('SET', KEYS[5], ARGV[6], 'NX')
-return {1, last, redis.call('GET', KEYS[5]), redis.call('HGETALL', KEYS[1]), redis.call('XRANGE', KEYS[2], '-', '+')}
+local entries = redis.call('XRANGE', KEYS[2], '-', '+')
+return {1, last, redis.call('GET', KEYS[5]), redis.call('HGETALL', KEYS[1]), entries, deadline > 0 and deadline - now}

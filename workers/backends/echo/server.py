@@ -222,6 +222,8 @@ class EchoBackend(serving.Backend):
         ask, chat = _read(request)
         _check_length(engine, ask.words)
         plan, text = _plan(engine.plan, ask.text)
+        if not chat and plan.tokens >= 0:
+            ask = replace(ask, prefix=text)  # a completion goes on behind its prompt
         if not engine.take_slot(call):
             _stopped(call)
         try:
