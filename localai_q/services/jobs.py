@@ -26,7 +26,7 @@ from localai_q.errors import (
     to_record,
 )
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models, nodes
+from localai_q.store import jobs, models, nodes, replicas
 from localai_q.store.keys import ApiKey
 
 log = logging.getLogger(__name__)
@@ -127,6 +127,7 @@ def _apply(services: Services, owner: str, ends: Mapping[str, str]) -> list[str]
     try:
         with services.db.transaction() as db:
             kinds = [_apply_end(db, owner, job_id, record) for job_id, record in ends.items()]
+            replicas.use(db, list(ends))
     except Unavailable:
         raise
     except Exception:

@@ -7,16 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localai_q.cluster.capacity import BACKOFF_MOST, backoff, cooling
+from localai_q.cluster.fleet import Demand, Fleet
 from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import (
-    BACKOFF_MOST,
     GiveUp,
     Place,
     Retry,
     Stop,
-    backoff,
-    cooling,
     plan,
 )
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
@@ -37,6 +36,11 @@ def replica(state: ReplicaState, at: str = "n1", *, of: str = "m", age: float = 
     values = {"revision": 1, "failures": int(state is S.FAILED), "reason": "no memory", **values}
     identity = f"{of}-{at}"
     return Replica(id=identity, model_id=of, node_id=at, number=1, state=state, slots=1, changed=NOW - age, **values)
+
+
+def fleet(models, nodes, replicas, waiting) -> Fleet:
+    demand = {of: Demand(waiting=count) for of, count in waiting.items()}
+    return Fleet(models=models, nodes=nodes, replicas=replicas, demand=demand, now=NOW)
 
 
 def decided(actions) -> list[tuple]:
@@ -100,17 +104,17 @@ DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if s
     ],
 )  # fmt: skip
 def test_the_plan_by_its_rules(case, models, nodes, replicas, waiting, expected) -> None:
-    assert decided(plan(models, nodes, replicas, {"m": waiting}, NOW)) == expected, case
+    assert decided(plan(fleet(models, nodes, replicas, {"m": waiting}))) == expected, case
 
 
 def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
     models = [model(f"m{number}") for number in range(6)]
-    actions = plan(models, [N1, N2, N3], [], {m.id: 1 for m in models}, NOW)
+    actions = plan(fleet(models, [N1, N2, N3], [], {m.id: 1 for m in models}))
     assert Counter(action.node_id for action in actions) == {"n1": 2, "n2": 2, "n3": 2}
 
 
 def test_giving_up_tells_why_the_last_one_failed() -> None:
-    (action,) = plan([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}, NOW)
+    (action,) = plan(fleet([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}))
     assert action.reason == "no memory"
 
 
@@ -151,8 +155,8 @@ clusters = st.tuples(model_sets, node_sets, replica_sets, st.dictionaries(identi
 @given(clusters)
 def test_what_holds_for_any_cluster(cluster) -> None:
     models, nodes, replicas, waiting = cluster
-    actions = plan(models, nodes, replicas, waiting, NOW)
-    assert actions == plan(models, nodes, replicas, waiting, NOW)
+    actions = plan(fleet(models, nodes, replicas, waiting))
+    assert actions == plan(fleet(models, nodes, replicas, waiting))
     by_id = {r.id: r for r in replicas}
     ready = {n.id for n in nodes if n.state is NodeState.READY}
 
@@ -184,7 +188,7 @@ def test_what_holds_for_any_cluster(cluster) -> None:
 def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster) -> None:
     models, nodes, replicas, waiting = cluster
     now = {r.id: r for r in replicas}
-    for action in plan(models, nodes, replicas, waiting, NOW):
+    for action in plan(fleet(models, nodes, replicas, waiting)):
         match action:
             case Place(model_id=of, node_id=at):
                 made = replica(S.PLACED, at, of=of)
@@ -193,5 +197,5 @@ def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster) -> None
                 now[found] = replace(now[found], state=S.PLACED)
             case Stop(replica_id=found):
                 now[found] = replace(now[found], state=S.STOPPING)
-    again = plan(models, nodes, list(now.values()), {}, NOW)
+    again = plan(fleet(models, nodes, list(now.values()), {}))
     assert [action for action in again if not isinstance(action, GiveUp)] == []
