@@ -11,7 +11,7 @@ A node that does not say how much it has is taken to have room.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from localai_q.cluster.memory import Memory, Need, need_within
@@ -41,7 +41,7 @@ class Verdict:
 class Booking:
     """What is kept for a replica on its node."""
 
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     unseen: int = 0  # bytes of its RAM that the node does not report as used
     context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it
 

@@ -40,6 +40,6 @@ class Replica:
     failures: int = 0
     changed: float = 0.0  # seconds since the epoch
     used: float = 0.0  # when a job of its model last ended on its node, to 10 s
-    reserved: Memory = Memory()  # what it needs, as it was booked when it was placed
+    reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
     unseen: int = 0  # bytes of its RAM that its node does not report as used
     context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it

@@ -77,11 +77,12 @@ def hopeless(replica: Replica) -> bool:
 def plan(fleet: Fleet) -> list[Action]:
     """What to do now."""
     board = Board(fleet)
-    actions: list[Action] = []
-    for model in fleet.models:
-        for replica in board.of(model.id):
-            if replica.revision != model.revision and replica.state is ReplicaState.READY:
-                actions.append(_stop(board, replica, f"model {model.name} was changed"))
+    actions: list[Action] = [
+        _stop(board, replica, f"model {model.name} was changed")
+        for model in fleet.models
+        for replica in board.of(model.id)
+        if replica.revision != model.revision and replica.state is ReplicaState.READY
+    ]
     for model in sorted(fleet.models, key=lambda model: -board.demand(model.id).longest):
         actions += _of_model(board, model)
     return actions
