@@ -53,7 +53,7 @@ def reconcile(services: Services) -> None:
 def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
     match action:
         case Place():
-            _place(services, known[action.model_id], action.node_id)
+            place(services, known[action.model_id], action.node_id)
         case Retry():
             _retry(services, action.replica_id, known)
         case Stop():
@@ -64,7 +64,8 @@ def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
             fail_waiting(services, action.model_id, error)
 
 
-def _place(services: Services, model: Model, node_id: str) -> None:
+def place(services: Services, model: Model, node_id: str) -> None:
+    """Put a replica of the model on the node, if it still fits there: others may place at the same time."""
     with services.db.transaction() as db:
         verdict = _verdict(db, model, node_id)
         if verdict is None or verdict.reason:

@@ -38,7 +38,7 @@ def replica(
 def decided(models, nodes, replicas, *, waiting=("new",), busy=(), late=0) -> list[str]:
     """The plan's actions for those who wait, in short."""
     demand = {of: Demand(waiting=1, late=late, longest=9 - place) for place, of in enumerate(waiting)}
-    fleet = Fleet(models=models, nodes=nodes, replicas=replicas, demand=demand, busy={of: 1 for of in busy}, now=NOW)
+    fleet = Fleet(models=models, nodes=nodes, replicas=replicas, demand=demand, busy=dict.fromkeys(busy, 1), now=NOW)
     said = []
     for action in plan(fleet):
         match action:
