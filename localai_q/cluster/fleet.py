@@ -47,6 +47,7 @@ class Board:
         self.nodes = {node.id: node for node in fleet.nodes}
         self.ready = {node.id for node in fleet.nodes if node.state is NodeState.READY}
         self._replicas = {replica.id: replica for replica in fleet.replicas}
+        self._alive: dict[str, list[Replica]] = {}  # of models that have not changed since it was asked for
         self._on_node: dict[str, list[str]] = defaultdict(list)
         self._of_model: dict[str, list[str]] = defaultdict(list)
         for replica in fleet.replicas:
@@ -63,11 +64,13 @@ class Board:
 
     def alive(self, model_id: str) -> list[Replica]:
         """Those that serve, or come up on a node that is ready."""
-        return [
-            replica
-            for replica in self.of(model_id)
-            if replica.state is ReplicaState.READY or (replica.state in COMING_UP and replica.node_id in self.ready)
-        ]
+        if model_id not in self._alive:
+            self._alive[model_id] = [
+                replica
+                for replica in self.of(model_id)
+                if replica.state is ReplicaState.READY or (replica.state in COMING_UP and replica.node_id in self.ready)
+            ]
+        return self._alive[model_id]
 
     def demand(self, model_id: str) -> Demand:
         return self.fleet.demand.get(model_id, Demand())
@@ -82,6 +85,7 @@ class Board:
     def change(self, replica: Replica, state: ReplicaState, **values: Any) -> None:
         """Let a replica have another state."""
         self._replicas[replica.id] = replace(replica, state=state, **values)
+        self._alive.pop(replica.model_id, None)
 
     def book(self, model: Model, verdict: Verdict) -> None:
         """Let a replica of the model be placed where the verdict says."""
@@ -91,3 +95,4 @@ class Board:
         self._replicas[made.id] = made
         self._on_node[made.node_id].append(made.id)
         self._of_model[made.model_id].append(made.id)
+        self._alive.pop(made.model_id, None)

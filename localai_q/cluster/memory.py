@@ -25,7 +25,7 @@ GPU_BATCH = 512
 BACKEND = 60 * MIB  # of RAM for a backend's process, before it has any model
 REPLICA = 110 * MIB  # of RAM for the process that drives it
 GPU_CONTEXT = 400 * MIB  # of VRAM that the driver takes on each GPU
-PROMPT_CACHE = 512 * MIB  # the backend's default
+PROMPT_CACHE = 512 * MIB  # where the option `cache_ram` does not say it
 UNKNOWN_FACTOR = 1.2  # of the file's size, where its header is not known
 CONTEXT_STEP = 256  # tokens
 LEAST_CONTEXT = 512
@@ -110,12 +110,13 @@ def _estimate(config: ModelConfig, facts: Facts, gpus: int) -> Need:
     weights = Memory(vram=int(facts.layer_bytes * share) + outside)
     weights = replace(weights, ram=facts.tensor_bytes - weights.vram)
     buffers = compute_buffers(config, facts, tokens, GPU_BATCH if gpus else CPU_BATCH)
-    rest = Memory(ram=int(cache * (1 - share)) + BACKEND + REPLICA + PROMPT_CACHE + buffers)
+    prompts = prompt_cache(config)
+    rest = Memory(ram=int(cache * (1 - share)) + BACKEND + REPLICA + prompts + buffers)
     if layers:
         # Layers are dealt out whole, so that each further GPU may end up with one more than its share.
         spare = (gpus - 1) * (facts.layer_bytes + cache) // max(facts.blocks, 1)
         rest = replace(rest, vram=int(cache * share) + gpus * (buffers + GPU_CONTEXT) + spare)
-    return Need(memory=weights + rest, unseen=weights.ram + PROMPT_CACHE + buffers, context_size=config.context_size)
+    return Need(memory=weights + rest, unseen=weights.ram + prompts + buffers, context_size=config.context_size)
 
 
 def _offloaded(config: ModelConfig, facts: Facts) -> int:
@@ -126,6 +127,12 @@ def _offloaded(config: ModelConfig, facts: Facts) -> int:
 def kv_cache(facts: Facts, tokens: int, cache_type: str) -> int:
     """Bytes of the keys and values of so many tokens."""
     return int(tokens * facts.kv_heads * (facts.key_length + facts.value_length) * CACHE_TYPES[cache_type])
+
+
+def prompt_cache(config: ModelConfig) -> int:
+    """Bytes that the backend may keep prompts in."""
+    told = [option.partition(":")[2] for option in config.options if option.startswith("cache_ram:")]
+    return int(told[-1]) * MIB if told and told[-1].isdecimal() else PROMPT_CACHE
 
 
 def compute_buffers(config: ModelConfig, facts: Facts, tokens: int, batch: int) -> int:

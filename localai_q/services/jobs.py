@@ -116,6 +116,8 @@ def apply_ends(services: Services) -> int:
     for owner, ends in services.leases.ends().items():
         if ends:
             kinds += _apply(services, owner, ends)
+            with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
+                replicas.use(db, list(ends))
             services.leases.forget_ends(owner, list(ends))
     if not set(kinds).isdisjoint(NODE_JOBS):
         services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage
@@ -127,7 +129,6 @@ def _apply(services: Services, owner: str, ends: Mapping[str, str]) -> list[str]
     try:
         with services.db.transaction() as db:
             kinds = [_apply_end(db, owner, job_id, record) for job_id, record in ends.items()]
-            replicas.use(db, list(ends))
     except Unavailable:
         raise
     except Exception:

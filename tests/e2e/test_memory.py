@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import pytest
-from e2e_cluster import Cluster, until
+from e2e_cluster import CHAT_MODEL, Cluster, processes_of, until
 
 
 def states(cluster: Cluster, model: str) -> list[str]:
@@ -46,3 +47,17 @@ def test_an_idle_model_makes_room_and_a_busy_one_is_waited_for(start_cluster: Ca
     shown = {model["name"]: model for model in json.loads(cluster.cli("models", "list", "--json"))}
     assert shown["first"]["replicas"][0]["memory"] == {"ram": 600_000_000, "vram": 0}
     cluster.stop()
+
+
+def test_what_a_node_has_read_of_a_fetched_file_is_what_is_booked(cluster: Cluster, weights: Path) -> None:
+    until(lambda: "ready" in states(cluster, CHAT_MODEL), 60, "the default model")
+    (replica,) = [each for each in cluster.replicas(CHAT_MODEL) if each["node"] == "alpha"]
+    booked = replica["memory"]["ram"]
+    assert booked > 3 * weights.stat().st_size, "the guess of a header that nobody has read is 1.2 times the file"
+    (backend,) = [
+        process
+        for process, line in processes_of(cluster.home).items()
+        if "server.py" in line and any(str(weights) == file.path for file in process.memory_maps())
+    ]
+    assert backend.memory_info().rss < booked
+    assert weights.name in cluster.node("alpha")["hardware"]["files"]

@@ -52,6 +52,10 @@ class TestNeed:
         assert ram(context_size=1024) < ram(context_size=2048) < ram(context_size=2048, slots=8)
         assert ram(cache_type="q4_0") < ram(cache_type="q8_0") < ram(cache_type="f16")
 
+    def test_a_smaller_prompt_cache_takes_less(self) -> None:
+        assert ram() - ram(options=("cache_ram:100",)) == PROMPT_CACHE - 100 * MIB
+        assert ram(options=("cache_ram:x", "other:1")) == ram()
+
     def test_what_is_configured_is_what_is_needed(self) -> None:
         assert need(ModelConfig(memory=5), SMOL, 0).memory == Memory(ram=5)
         assert need(ModelConfig(memory=5), None, 2).memory == Memory(vram=5)
