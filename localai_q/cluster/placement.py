@@ -56,6 +56,7 @@ class Stop:
 
     replica_id: str
     reason: str
+    if_idle: bool = False  # not if it has got something to do since
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +89,15 @@ def plan(fleet: Fleet) -> list[Action]:
     return actions
 
 
-def _stop(board: Board, replica: Replica, reason: str) -> Stop:
+def _stop(board: Board, replica: Replica, reason: str, *, if_idle: bool = False) -> Stop:
     board.change(replica, ReplicaState.STOPPING)
-    return Stop(replica_id=replica.id, reason=reason)
+    return Stop(replica_id=replica.id, reason=reason, if_idle=if_idle)
 
 
 def _of_model(board: Board, model: Model) -> list[Action]:
     unused = scaling.superfluous(board, model)
     if unused:
-        return [_stop(board, unused, f"unused for {board.now - scaling.last_used(unused):.0f} s")]
+        return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]
     count, reason = scaling.wanted(board, model)
     lacking = count - len(board.alive(model.id))
     if lacking <= 0:
@@ -168,9 +169,7 @@ def _make_room(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[
         verdict, victims = chosen
         board.book(model, verdict)
         return [
-            _stop(
-                board, victim, f"makes room for {model.name}, unused for {board.now - scaling.last_used(victim):.0f} s"
-            )
+            _stop(board, victim, f"makes room for {model.name}, unused for {_unused(board, victim)}", if_idle=True)
             for victim in victims
         ]
     own = {replica.state for replica in board.of(model.id)}
@@ -178,6 +177,10 @@ def _make_room(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[
     if moving or any(eviction.may_fit(board, verdict) for verdict in crowded):
         return []
     return _give_up(board, model, verdicts)
+
+
+def _unused(board: Board, replica: Replica) -> str:
+    return f"{board.now - scaling.last_used(replica):.0f} s"
 
 
 def _give_up(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[Action]:

@@ -57,11 +57,22 @@ def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
         case Retry():
             _retry(services, action.replica_id, known)
         case Stop():
-            stop(services, action.replica_id, action.reason)
+            if not action.if_idle or is_idle(services, action.replica_id):
+                stop(services, action.replica_id, action.reason)
         case GiveUp():
             name = known[action.model_id].name
             error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
             fail_waiting(services, action.model_id, error)
+
+
+def is_idle(services: Services, replica_id: str) -> bool:
+    """Whether the replica works on nothing, and nobody waits for its model."""
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+    if replica is None:
+        return True
+    line = names.model_queue(replica.model_id)
+    return not services.leases.demand([line])[line].waiting and not services.leases.owners([line])[replica_id]
 
 
 def place(services: Services, model: Model, node_id: str) -> None:

@@ -469,6 +469,17 @@ class TestEviction:
         replicas.reconcile(services)
         assert of_model(services, "old").state is ReplicaState.STOPPING
 
+    def test_what_has_got_work_since_it_was_decided_is_not_idle(
+        self, services: Services, node: Node, full: Replica
+    ) -> None:
+        assert replicas.is_idle(services, full.id)
+        job_id = ask(services, "old")
+        assert not replicas.is_idle(services, full.id)  # somebody waits
+        running = services.leases.claim(job_id, names.model_queue(full.model_id), owner=f"{full.id}.1", node_id=node.id)
+        assert not replicas.is_idle(services, full.id)  # it works
+        assert services.leases.finish(running, 1, End(state=JobState.DONE, result={}), node_id=node.id)
+        assert replicas.is_idle(services, full.id)
+
     def test_a_pinned_model_stays(self, services: Services, node: Node, full: Replica) -> None:
         with services.db.transaction() as db:
             db.execute(text("UPDATE models SET config = config || '{\"pinned\": true}' WHERE name = 'old'"))
