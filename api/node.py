@@ -32,6 +32,7 @@ class ReplicaReport(BaseModel):
 
     state: Literal["ready", "failed", "gone", "loading"]
     reason: str = Field("", max_length=8000)
+    hardware: dict[str, Any] = Field(default_factory=dict)
 
 
 @routes.post("/heartbeat")
@@ -49,7 +50,8 @@ def replica(node_id: str, replica_id: str) -> dict[str, Any]:
 @routes.post("/replicas/<id:replica_id>")
 def report(node_id: str, replica_id: str) -> dict[str, Any]:
     body = parse(ReplicaReport, request.get_data())
-    nodes.report_replica(web().services, g.node, replica_id, ReplicaState(body.state), body.reason)
+    state = ReplicaState(body.state)
+    nodes.report_replica(web().services, g.node, replica_id, state, body.reason, body.hardware)
     return {}
 
 

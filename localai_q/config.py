@@ -25,6 +25,9 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localai_q.errors import StartupError
 
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,3})?) ?([MGT]i?B|B|%|)", re.IGNORECASE)
+
 
 class Settings(BaseSettings):
     """Every setting, with its default. Times are seconds, sizes bytes, unless the name says otherwise."""
@@ -68,6 +71,8 @@ class Settings(BaseSettings):
     node_name: str = Field("", validation_alias="LOCALAI_NODE_NAME")
     heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
     drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
+    # Of the memory that models lie in: bytes, 8GB, or 50%. Empty: all of it.
+    vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
@@ -94,6 +99,21 @@ class Settings(BaseSettings):
         """The URL as SQLAlchemy needs it, which takes a bare 'postgresql://' for a driver that is not installed."""
         scheme, separator, rest = value.partition("://")
         return f"postgresql+psycopg2://{rest}" if separator and scheme in ("postgres", "postgresql") else value
+
+    @field_validator("vram_budget")
+    @classmethod
+    def _is_an_amount(cls, value: str) -> str:
+        if value and not AMOUNT.fullmatch(value):
+            raise ValueError("needs a number of bytes, or one as in 8GB, 7.5GiB or 50%")
+        return value
+
+    def budget_of(self, total: int) -> int:
+        """The bytes of so many that models may use."""
+        amount = AMOUNT.fullmatch(self.vram_budget)
+        if amount is None:
+            return total
+        number, unit = float(amount[1]), amount[2].upper()
+        return min(int(total * number / 100) if unit == "%" else int(number * UNITS[unit]), total)
 
     @property
     def host(self) -> str:

@@ -9,6 +9,7 @@ of Redis can lose the last claim, and then its number is given out again. Times 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -20,6 +21,7 @@ from localai_q import names
 from localai_q.bus.connection import broker_errors
 from localai_q.bus.scripting import script
 from localai_q.cluster.events import End, Event, encode
+from localai_q.cluster.fleet import PATIENCE, Demand
 from localai_q.cluster.jobs import Keep
 from localai_q.errors import Busy
 
@@ -260,6 +262,36 @@ class Leases:
         with broker_errors():
             ranks = pipe.execute() if lines else []
         return {job_id: rank + 1 for job_id, rank in zip(lines, ranks, strict=True) if rank is not None}
+
+    def demand(self, lines: Sequence[str]) -> dict[str, Demand]:
+        """Who waits in each of these lines."""
+        seconds, micros = self._redis.time()
+        now = int(seconds) * 1000 + int(micros) // 1000
+        pipe = self._redis.pipeline(transaction=False)
+        for line in lines:
+            pipe.zcard(names.waiting_key(line))
+            pipe.zcount(names.waiting_key(line), "-inf", now - int(PATIENCE * 1000))
+            pipe.zrange(names.waiting_key(line), 0, 0, withscores=True)
+        with broker_errors():
+            found = pipe.execute()
+        return {
+            line: Demand(
+                waiting=waiting, late=late, longest=max((now - score) / 1000 for _, score in first or [("", now)])
+            )
+            for line, waiting, late, first in zip(lines, found[::3], found[1::3], found[2::3], strict=True)
+        }
+
+    def owners(self, lines: Sequence[str]) -> Counter[str]:
+        """How many jobs of these lines each owner works on. `requeue_of` says what an owner is."""
+        pipe = self._redis.pipeline(transaction=False)
+        for line in lines:
+            pipe.zrange(names.leases_key(line), 0, -1)
+        with broker_errors():
+            held = [job_id for job_ids in pipe.execute() for job_id in job_ids]
+            for job_id in held:
+                pipe.hget(names.job_key(job_id), "owner")
+            found = pipe.execute()
+        return Counter(str(name).partition(".")[0] for name in found if name)
 
     def live(self, job_ids: Sequence[str]) -> dict[str, LiveState]:
         """What Redis knows of these jobs; those it does not know are left out."""

@@ -42,9 +42,18 @@ def add_model(
     threads: Annotated[int, typer.Option(help="Threads of the engine; 0: it decides.")] = 0,
     embeddings: Annotated[bool, typer.Option("--embeddings", help="The model embeds; it does not chat.")] = False,
     spread: Annotated[bool, typer.Option("--spread", help="One copy on every node, before anybody asks.")] = False,
+    min_replicas: Annotated[int, typer.Option(help="Copies that are loaded before anybody asks.")] = 0,
+    max_replicas: Annotated[int, typer.Option(help="Copies at most, when many ask; each on a node of its own.")] = 1,
+    idle_timeout: Annotated[float, typer.Option(help="Seconds after which an unused copy goes; 0: never.")] = 0.0,
+    pinned: Annotated[bool, typer.Option("--pinned", help="No copy is stopped to make room for others.")] = False,
+    selector: Annotated[list[str] | None, typer.Option(help="key=value: a label of its nodes; repeatable.")] = None,
+    memory: Annotated[int, typer.Option(help="Bytes that one copy takes; 0: estimated from the file.")] = 0,
+    fit_context: Annotated[
+        bool, typer.Option("--fit-context", help="Cut the context to what fits, where the whole does not.")
+    ] = False,
     option: Annotated[list[str] | None, typer.Option(help="key:value for the backend; may be repeated.")] = None,
 ) -> None:
-    """Register a model. It is loaded when somebody asks for it, or at once with --spread.
+    """Register a model. It is loaded when somebody asks for it, or at once with --spread or --min-replicas.
 
     Examples:
 
@@ -52,12 +61,17 @@ def add_model(
 
         localai-q models add vectors --file bge.gguf --embeddings --slots 8
 
+        localai-q models add busy --file my.gguf --min-replicas 1 --max-replicas 4 --idle-timeout 600
+
         localai-q models add parrot --backend echo
     """
+    labels = _labels(selector or [])
     api = connect()
     config: dict[str, Any] = {"name": name, "backend": backend, "context_size": context_size, "slots": slots,
                               "threads": threads, "embeddings": embeddings, "spread_all": spread,
-                              "options": option or []}  # fmt: skip
+                              "options": option or [], "min_replicas": min_replicas, "max_replicas": max_replicas,
+                              "idle_timeout": idle_timeout, "pinned": pinned, "selector": labels, "memory": memory,
+                              "fit_context": fit_context}  # fmt: skip
     if file is not None:
         config |= upload(api, file)
     elif source:
@@ -98,6 +112,13 @@ def upload(api: Api, file: Path) -> dict[str, Any]:
             headers = {"Content-Length": str(size)}
             api.call("PUT", f"/api/files/{sha256}", content=content, headers=headers)
     return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
+
+
+def _labels(pairs: list[str]) -> dict[str, str]:
+    found = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    if len(found) != len(pairs):
+        raise InvalidValue(f"--selector needs key=value, each key once: {' '.join(pairs)}")
+    return found
 
 
 def _hash(file: Path, progress: Progress, size: int) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
+LARGEST = 1 << 50  # of any number that a header says
 
 
 def _named(value: str) -> str:
@@ -18,6 +20,7 @@ def _named(value: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_named)]
+Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,63}$")]
 
 
 class ModelConfig(BaseModel):
@@ -37,10 +40,28 @@ class ModelConfig(BaseModel):
     slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once
     threads: int = Field(0, ge=0, le=1024)  # 0: the engine decides
     gpu_layers: int = Field(0, ge=0)  # 0: as many as fit
+    cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"  # of the KV cache's numbers
+    memory: int = Field(0, ge=0, le=1 << 50)  # bytes that one replica takes; 0: estimated
+    fit_context: bool = False  # cut the context to what a node has room for, rather than refuse the node
     embeddings: bool = False  # the model embeds; it does not chat
     rerank: bool = False
     options: tuple[str, ...] = Field((), max_length=64)  # "key:value", for the backend
-    spread_all: bool = False  # one replica on every ready node, before anybody asks
+    spread_all: bool = False  # one replica on every ready node, before anybody asks; there may be any number of them
+    min_replicas: int = Field(0, ge=0, le=1000)  # that are loaded although nobody asks
+    max_replicas: int = Field(1, ge=1, le=1000)
+    idle_timeout: float = Field(
+        0.0, ge=0, le=1e9
+    )  # seconds after which an unused replica above the least goes; 0: never
+    pinned: bool = False  # no replica is stopped to make room for another model
+    selector: dict[Label, Label] = Field(default_factory=dict, max_length=16)  # labels that a node must have
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> Self:
+        if self.min_replicas > self.max_replicas and not self.spread_all:
+            raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
+        if self.spread_all and self.idle_timeout:
+            raise ValueError("idle_timeout would stop what spread_all loads on every node: give one of them")
+        return self
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -50,6 +71,38 @@ class ModelConfig(BaseModel):
         if self.rerank:
             return frozenset({"rerank"})
         return frozenset({"chat", "completion"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the header of a model's file says of its memory."""
+
+    architecture: str
+    blocks: int  # layers
+    context_length: int  # tokens that it was trained for; 0: not said
+    embedding_length: int
+    heads: int  # of one layer, at most
+    kv_heads: int  # of all layers together
+    key_length: int  # numbers of one head's key
+    value_length: int
+    vocabulary: int  # tokens
+    file_size: int  # bytes, like the next two
+    layer_bytes: int  # tensors of all layers
+    other_bytes: int  # tensors of no layer: embeddings, output
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Self | None:
+        """The facts that `asdict` made; None of anything else, as a node of another version may send it."""
+        names = {field.name for field in fields(cls)}
+        if set(record) != names or not isinstance(record["architecture"], str):
+            return None
+        numbers = [record[name] for name in names - {"architecture"}]
+        sound = all(type(number) is int and 0 <= number < LARGEST for number in numbers)
+        return cls(**record) if sound else None
+
+    @property
+    def tensor_bytes(self) -> int:
+        return self.layer_bytes + self.other_bytes
 
 
 class Model(BaseModel):
@@ -63,6 +116,7 @@ class Model(BaseModel):
     config: ModelConfig
     is_default: bool = False
     created: float = 0.0  # seconds since the epoch
+    facts: Facts | None = None  # once the file's header was read
 
     def spec(self) -> dict[str, Any]:
         """What a node is told of the model."""

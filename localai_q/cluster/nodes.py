@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from localai_q.cluster.memory import Memory
 from localai_q.cluster.states import NodeState, ReplicaState
 
 
@@ -20,6 +21,7 @@ class Node:
     version: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
     last_heartbeat: float | None = None  # seconds since the epoch
+    labels: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,3 +39,7 @@ class Replica:
     job_id: str | None = None
     failures: int = 0
     changed: float = 0.0  # seconds since the epoch
+    used: float = 0.0  # when a job of its model last ended on its node, to 10 s
+    reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
+    unseen: int = 0  # bytes of its RAM that its node does not report as used
+    context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localai_q import names
+from localai_q.cluster.capacity import cooling
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.placement import cooling, hopeless
+from localai_q.cluster.placement import hopeless
 from localai_q.cluster.states import COMING_UP, ReplicaState
 from localai_q.errors import ModelUnavailable, UnsupportedByModel
 

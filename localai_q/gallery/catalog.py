@@ -35,6 +35,7 @@ class BackendEntry(BaseModel):
     source: Name  # a folder of workers/backends
     capabilities: tuple[Capability, ...] = Field(min_length=1)
     default: bool = False
+    gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
 
 
 class ModelEntry(BaseModel):
@@ -168,3 +169,9 @@ def model(name: str) -> ModelEntry:
 def default_model() -> ModelEntry:
     """The model that a new cluster starts with."""
     return catalog().default_model()
+
+
+@cache
+def gpu_backends() -> frozenset[str]:
+    """The backends of this version that use the GPUs of their node."""
+    return frozenset(entry.name for entry in catalog().backends if entry.gpu)

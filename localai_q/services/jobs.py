@@ -25,7 +25,7 @@ from localai_q.errors import (
     to_record,
 )
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models, nodes
+from localai_q.store import jobs, models, nodes, replicas
 from localai_q.store.keys import ApiKey
 
 log = logging.getLogger(__name__)
@@ -120,6 +120,8 @@ def apply_ends(services: Services) -> int:
     for owner, ends in services.leases.ends().items():
         if ends:
             kinds += _apply(services, owner, ends)
+            with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
+                replicas.use(db, list(ends))
             services.leases.forget_ends(owner, list(ends))
     if not set(kinds).isdisjoint(NODE_JOBS):
         services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage

@@ -7,11 +7,12 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from localai_q import names
-from localai_q.cluster.models import Model, ModelConfig
+from localai_q import gguf, names
+from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
@@ -46,7 +47,7 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
     Raises:
         Conflict: the name is taken.
         NotFound: there is no such backend.
-        InvalidValue: it names a file that was not uploaded, or no file for a backend that needs one.
+        InvalidValue: it names a file that was not uploaded or is damaged, or no file for a backend that needs one.
     """
     catalog.backend(config.backend)
     if config.source.startswith(STORE) and not file_path(services, config.source.removeprefix(STORE)).exists():
@@ -57,8 +58,9 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
     if config.source and not config.sha256:
         raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
+    facts = _facts(services, config)
     with services.db.transaction() as db:
-        model = models.add(db, name, config)
+        model = models.add(db, name, config, facts=facts)
     if model is None:
         raise Conflict(f"There is a model '{name}' already. Remove it first: localai-q models remove {name}")
     services.redis.publish(names.WAKE_CHANNEL, model.id)
@@ -81,7 +83,7 @@ def listed(services: Services) -> list[dict[str, Any]]:
             **model.config.model_dump(mode="json"),
             "replicas": [
                 {"id": r.id, "node": node_names.get(r.node_id, r.node_id), "number": r.number, "state": r.state,
-                 "slots": r.slots, "reason": r.reason}
+                 "slots": r.slots, "reason": r.reason, "memory": asdict(r.reserved)}
                 for r in every if r.model_id == model.id
             ],
         }
@@ -162,6 +164,14 @@ def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterato
     if not path.exists():
         raise NotFound(f"There is no file '{sha256}'.")
     return path.stat().st_size, _read(path, start)
+
+
+def _facts(services: Services, config: ModelConfig) -> Facts | None:
+    """What the header of an uploaded file says; None of a file that is elsewhere or in another format."""
+    if not config.source.startswith(STORE):
+        return None
+    path = file_path(services, config.source.removeprefix(STORE))
+    return gguf.read_facts(path) if gguf.is_gguf(path) else None
 
 
 def _write(stream: IO[bytes], part: Path, most: int) -> tuple[str, int]:

@@ -103,8 +103,15 @@ def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], runni
     return {"state": node.state, "stop": sorted(set(running) - known)}
 
 
-def report_replica(services: Services, node: Node, replica_id: str, state: ReplicaState, reason: str) -> None:
-    """A node says what became of one of its replicas.
+def report_replica(
+    services: Services,
+    node: Node,
+    replica_id: str,
+    state: ReplicaState,
+    reason: str,
+    hardware: dict[str, Any] | None = None,
+) -> None:
+    """A node says what became of one of its replicas, and what it has free after that.
 
     Raises:
         NotFound: it has no such replica.
@@ -113,6 +120,8 @@ def report_replica(services: Services, node: Node, replica_id: str, state: Repli
         replica = replicas.by_id(db, replica_id)
         if replica is None or replica.node_id != node.id:
             raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
+        if hardware:
+            nodes.heard_of(db, node.id, hardware=hardware)
         if state is ReplicaState.GONE:
             replicas.forget(db, replica_id)
         elif not replicas.move(db, replica_id, state, reason=reason):
@@ -133,7 +142,8 @@ def replica_spec(services: Services, node: Node, replica_id: str) -> dict[str, A
         model = models.by_id(db, replica.model_id) if replica else None
     if replica is None or model is None or replica.node_id != node.id:
         raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
-    return {"id": replica.id, "number": replica.number, "state": replica.state, "model": model.spec()}
+    cut = {"context_size": replica.context_size} if replica.context_size else {}
+    return {"id": replica.id, "number": replica.number, "state": replica.state, "model": {**model.spec(), **cut}}
 
 
 def deregister(services: Services, node: Node) -> None:
@@ -220,5 +230,5 @@ def _shown(node: Node, own: list[Replica], by_id: dict[str, Model]) -> dict[str,
     record = asdict(node)
     record.pop("secret_hash")
     shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
-              "reason": r.reason} for r in own if r.model_id in by_id]  # fmt: skip
+              "reason": r.reason, "memory": asdict(r.reserved)} for r in own if r.model_id in by_id]  # fmt: skip
     return {**record, "replicas": shown}

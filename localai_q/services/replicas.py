@@ -7,13 +7,17 @@ import time
 from typing import Any
 
 from localai_q import names
+from localai_q.cluster.capacity import Verdict, booking, examine, weigh
 from localai_q.cluster.events import End
-from localai_q.cluster.models import Model
+from localai_q.cluster.fleet import Fleet
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.models import Facts, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
 from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, ReplicaState
 from localai_q.errors import ModelNotFound, ModelUnavailable, to_record
+from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
@@ -29,8 +33,18 @@ def reconcile(services: Services) -> None:
         known = models.every(db)
         where = nodes.every(db)
         what = replicas.every(db)
-    waiting = {model.id: int(services.redis.zcard(names.waiting_key(names.model_queue(model.id)))) for model in known}
-    for action in plan(known, where, what, waiting, time.time()):
+    lines = {model.id: names.model_queue(model.id) for model in known}
+    demand = services.leases.demand(list(lines.values()))
+    fleet = Fleet(
+        models=known,
+        nodes=where,
+        replicas=what,
+        demand={model_id: demand[line] for model_id, line in lines.items()},
+        busy=services.leases.owners(list(lines.values())),
+        gpu_backends=catalog.gpu_backends(),
+        now=time.time(),
+    )
+    for action in plan(fleet):
         log.info("%s", action, extra={"action": "placement"})
         _act(services, action, {model.id: model for model in known})
     advance(services)
@@ -39,19 +53,74 @@ def reconcile(services: Services) -> None:
 def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
     match action:
         case Place():
-            model = known[action.model_id]
-            with services.db.transaction() as db:
-                replicas.place(db, model_id=model.id, node_id=action.node_id, number=1, revision=model.revision,
-                               slots=model.config.slots)  # fmt: skip
+            place(services, known[action.model_id], action.node_id)
         case Retry():
-            with services.db.transaction() as db:
-                replicas.move(db, action.replica_id, ReplicaState.PLACED)
+            _retry(services, action.replica_id, known)
         case Stop():
-            stop(services, action.replica_id, action.reason)
+            if not action.if_idle or is_idle(services, action.replica_id):
+                stop(services, action.replica_id, action.reason)
         case GiveUp():
             name = known[action.model_id].name
             error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
             fail_waiting(services, action.model_id, error)
+
+
+def is_idle(services: Services, replica_id: str) -> bool:
+    """Whether the replica works on nothing, and nobody waits for its model."""
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+    if replica is None:
+        return True
+    line = names.model_queue(replica.model_id)
+    return not services.leases.demand([line])[line].waiting and not services.leases.owners([line])[replica_id]
+
+
+def place(services: Services, model: Model, node_id: str) -> None:
+    """Put a replica of the model on the node, if it still fits there: others may place at the same time."""
+    with services.db.transaction() as db:
+        verdict = _verdict(db, model, node_id)
+        if verdict is None or verdict.reason:
+            return  # somebody else was faster; the next plan knows it
+        replicas.place(db, model_id=model.id, node_id=node_id, number=1, revision=model.revision,
+                       slots=model.config.slots, booking=booking(model, verdict))  # fmt: skip
+
+
+def _retry(services: Services, replica_id: str, known: dict[str, Model]) -> None:
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+        model = known.get(replica.model_id) if replica else None
+        verdict = _verdict(db, model, replica.node_id) if replica and model else None
+        if model and verdict and not verdict.reason:
+            replicas.move(db, replica_id, ReplicaState.PLACED, booking=booking(model, verdict))
+
+
+def _load(services: Services, replica: Replica, model: Model) -> None:
+    """Have the node load the model: what that takes is booked anew, for by now more may be known of it."""
+    with services.db.transaction() as db:
+        node = nodes.lock(db, replica.node_id)
+        if node is None:
+            return
+        others = [other for other in replicas.every(db, node_id=node.id) if other.id != replica.id]
+        verdict = weigh(model, node, others, gpu=_uses_gpu(model))
+        if verdict.reason:
+            replicas.move(db, replica.id, ReplicaState.FAILED, reason=verdict.reason)
+            return
+        moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None, booking=booking(model, verdict))
+    if not moved:
+        log.error("replica %s cannot go from %s to loading", replica.id, replica.state)
+    else:
+        services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+
+
+def _verdict(db: Any, model: Model, node_id: str) -> Verdict | None:
+    """Whether the model fits on the node now, which stays so until the transaction ends; None if the node is gone."""
+    node = nodes.lock(db, node_id)
+    there = replicas.every(db, node_id=node_id)
+    return examine(model, node, there, gpu=_uses_gpu(model), now=time.time()) if node else None
+
+
+def _uses_gpu(model: Model) -> bool:
+    return model.config.backend in catalog.gpu_backends()
 
 
 def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:
@@ -89,8 +158,20 @@ def advance(services: Services) -> None:
         model = known.get(replica.model_id)
         if model:
             job = stages[replica.id]
+            model = _learned(services, model, job)
             step = next_step(replica, job, has_file=bool(model.config.source), now=time.time())
             _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
+
+
+def _learned(services: Services, model: Model, job: Job | None) -> Model:
+    """The model with what a node has read in its file."""
+    record = (job.result or {}).get("facts") if job and not model.facts else None
+    facts = Facts.from_json(record) if isinstance(record, dict) else None
+    if facts is None:
+        return model
+    with services.db.transaction() as db:
+        models.learn(db, model.id, facts)
+    return model.model_copy(update={"facts": facts})
 
 
 def _take(services: Services, step: Step, replica: Replica, model: Model, reason: str) -> None:
@@ -104,12 +185,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
                        "name": model.name}  # fmt: skip
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
         case Step.LOAD:
-            with services.db.transaction() as db:
-                moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None)
-            if not moved:
-                log.error("replica %s cannot go from %s to loading", replica.id, replica.state)
-            else:
-                services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+            _load(services, replica, model)
         case Step.REMIND:
             task = names.START_REPLICA if replica.state is ReplicaState.LOADING else names.STOP_REPLICA
             with services.db.transaction() as db:

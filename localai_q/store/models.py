@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, select
+from sqlalchemy import Connection, Row, delete, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
-from localai_q.cluster.models import Model, ModelConfig
+from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.names import new_id
 from localai_q.store.tables import models
 
 
-def add(db: Connection, name: str, config: ModelConfig, *, is_default: bool = False) -> Model | None:
+def add(
+    db: Connection, name: str, config: ModelConfig, *, is_default: bool = False, facts: Facts | None = None
+) -> Model | None:
     """Register a model; None if the name is taken."""
     values = {"id": new_id(), "name": name, "backend": config.backend, "config": config.model_dump(mode="json"),
-              "is_default": is_default}  # fmt: skip
+              "is_default": is_default, "facts": asdict(facts) if facts else null()}  # fmt: skip
     row = db.execute(upsert(models).values(values).on_conflict_do_nothing().returning(models)).one_or_none()
     return _model(row) if row else None
 
@@ -34,6 +37,11 @@ def every(db: Connection) -> list[Model]:
     return [_model(row) for row in db.execute(select(models).order_by(models.c.name))]
 
 
+def learn(db: Connection, model_id: str, facts: Facts) -> None:
+    """Note what the header of the model's file says."""
+    db.execute(update(models).where(models.c.id == model_id).values(facts=asdict(facts)))
+
+
 def remove(db: Connection, model_id: str) -> None:
     db.execute(delete(models).where(models.c.id == model_id))
 
@@ -46,4 +54,5 @@ def _model(row: Row[Any]) -> Model:
         config=ModelConfig.model_validate(row.config),
         is_default=row.is_default,
         created=row.created_at.timestamp(),
+        facts=Facts.from_json(row.facts) if row.facts else None,
     )

@@ -30,6 +30,12 @@ def by_id(db: Connection, node_id: str) -> Node | None:
     return _node(row) if row else None
 
 
+def lock(db: Connection, node_id: str) -> Node | None:
+    """The node, which nobody else changes or books on until the transaction ends."""
+    row = db.execute(select(nodes).where(nodes.c.id == node_id).with_for_update()).one_or_none()
+    return _node(row) if row else None
+
+
 def every(db: Connection) -> list[Node]:
     return [_node(row) for row in db.execute(select(nodes).order_by(nodes.c.name))]
 

@@ -8,16 +8,22 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from localai_q.cluster.capacity import Booking
+from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import REPLICA_MOVES, ReplicaState, sources
 from localai_q.names import new_id
-from localai_q.store.tables import replicas
+from localai_q.store.tables import jobs, replicas
+
+USED_STEP = 10.0  # seconds between two notes that a replica was of use
 
 
-def place(db: Connection, *, model_id: str, node_id: str, number: int, revision: int, slots: int) -> Replica | None:
+def place(
+    db: Connection, *, model_id: str, node_id: str, number: int, revision: int, slots: int, booking: Booking
+) -> Replica | None:
     """Enter a replica as placed; None if there is one of that number already, so that two deciders cannot double it."""
     values = {"id": new_id(), "model_id": model_id, "node_id": node_id, "number": number, "revision": revision,
-              "slots": slots, "state": ReplicaState.PLACED}  # fmt: skip
+              "slots": slots, "state": ReplicaState.PLACED, **_booked(booking)}  # fmt: skip
     row = db.execute(upsert(replicas).values(values).on_conflict_do_nothing().returning(replicas)).one_or_none()
     return _replica(row) if row else None
 
@@ -41,9 +47,13 @@ def every(
     return [_replica(row) for row in db.execute(query)]
 
 
-def move(db: Connection, replica_id: str, target: ReplicaState, **values: Any) -> bool:
+def move(
+    db: Connection, replica_id: str, target: ReplicaState, *, booking: Booking | None = None, **values: Any
+) -> bool:
     """Change the replica's state if the move is allowed. False if it is not."""
     allowed = sources(REPLICA_MOVES, target)
+    if booking is not None:
+        values |= _booked(booking)
     if target is ReplicaState.FAILED:
         values["failures"] = replicas.c.failures + 1
     elif target is ReplicaState.READY:
@@ -59,6 +69,15 @@ def move(db: Connection, replica_id: str, target: ReplicaState, **values: Any) -
 def touch(db: Connection, replica_id: str) -> None:
     """Note that something was done for the replica, without a change of state."""
     db.execute(update(replicas).where(replicas.c.id == replica_id).values(changed_at=func.now()))
+
+
+def use(db: Connection, job_ids: Collection[str]) -> None:
+    """Note that the replicas that did these jobs were of use, unless that was noted a moment ago."""
+    noted = func.coalesce(replicas.c.used_at, "-infinity") > func.now() - func.make_interval(
+        0, 0, 0, 0, 0, 0, USED_STEP
+    )
+    did = (replicas.c.model_id == jobs.c.model_id) & (replicas.c.node_id == jobs.c.node_id)
+    db.execute(update(replicas).where(jobs.c.id.in_(list(job_ids)), did, ~noted).values(used_at=func.now()))
 
 
 def forget(db: Connection, replica_id: str) -> None:
@@ -78,4 +97,13 @@ def _replica(row: Row[Any]) -> Replica:
         job_id=row.job_id,
         failures=row.failures,
         changed=row.changed_at.timestamp(),
+        used=row.used_at.timestamp() if row.used_at else 0.0,
+        reserved=Memory(ram=row.reserved, vram=row.reserved_vram),
+        unseen=row.unseen,
+        context_size=row.context_size,
     )
+
+
+def _booked(booking: Booking) -> dict[str, int]:
+    return {"reserved": booking.memory.ram, "reserved_vram": booking.memory.vram, "unseen": booking.unseen,
+            "context_size": booking.context_size}  # fmt: skip

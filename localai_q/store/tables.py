@@ -60,6 +60,7 @@ models = Table(
     Column("backend", Text, nullable=False),
     Column("config", JSONB, nullable=False),  # `cluster.models.ModelConfig`
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
+    Column("facts", JSONB),  # `cluster.models.Facts`, once the file's header was read
     _created(),
 )
 
@@ -77,6 +78,13 @@ replicas = Table(
     Column("job_id", Text),  # the stage that is under way
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("used_at", DateTime(timezone=True)),  # written at most every 10 s
+    Column("reserved", BigInteger, nullable=False, server_default=text("0")),  # bytes of RAM that are booked for it
+    Column("reserved_vram", BigInteger, nullable=False, server_default=text("0")),  # bytes of GPU memory
+    Column(
+        "unseen", BigInteger, nullable=False, server_default=text("0")
+    ),  # of `reserved`: what its node never reports
+    Column("context_size", Integer, nullable=False, server_default=text("0")),  # cut to fit; 0: as the model has it
     _created(),
     UniqueConstraint("model_id", "node_id", "number"),
 )

@@ -119,6 +119,8 @@ def test_what_is_no_model_file_is_refused_in_one_line(cluster: Cluster, tmp_path
         (["--file", str(tmp_path / "missing.gguf")], "cannot read"),
         (["--backend", "xllamacpp"], "needs a file"),
         (["--backend", "nothing"], "no backend"),
+        (["--backend", "echo", "--selector", "zone"], "--selector needs key=value"),
+        (["--backend", "echo", "--min-replicas", "2"], "min_replicas (2) is above max_replicas (1)"),
     ]:
         line = cluster.cli("models", "add", "wrong", *arguments, code=1)
         assert words in line

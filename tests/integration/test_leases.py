@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from localai_q import names
 from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Refusal, Submission
 from localai_q.cluster.events import Delta, End, Usage, decode, encode
+from localai_q.cluster.fleet import Demand
 
 LINE = names.model_queue("m1")
 JOURNAL_MAX = 50
@@ -834,3 +835,26 @@ def test_a_job_that_redis_has_forgotten_does_not_stay_in_its_line(leases: Leases
         redis_client.zadd(names.leases_key(line), {"lost": 1})
         attempt()
         assert redis_client.exists(names.waiting_key(line), names.leases_key(line)) == 0
+
+
+class TestWhoWaitsAndWorks:
+    def test_a_line_tells_how_many_wait_how_many_too_long_and_the_longest(
+        self, leases: Leases, redis_client: redis.Redis
+    ) -> None:
+        for number in range(3):
+            submitted(leases, f"j{number}")
+        redis_client.zincrby(names.waiting_key(LINE), -7000, "j2")
+        other = names.model_queue("m2")
+        found = leases.demand([LINE, other])
+        assert (found[LINE].waiting, found[LINE].late) == (3, 1)
+        assert 7.0 <= found[LINE].longest < 8.0
+        assert found[other] == Demand()
+
+    def test_each_owner_is_told_with_how_many_jobs_it_works_on(self, leases: Leases) -> None:
+        for job_id, owner in (("j1", "r1.x"), ("j2", "r1.y"), ("j3", "r2.x"), ("j4", "")):
+            submitted(leases, job_id)
+            if owner:
+                claimed(leases, job_id, owner)
+        assert leases.owners([LINE, names.model_queue("m2")]) == {"r1": 2, "r2": 1}
+        assert leases.owners([]) == {}
+        assert leases.demand([]) == {}

@@ -5,6 +5,7 @@ import io
 
 import pytest
 from cluster_data import add_model, model_named
+from gguf_files import gguf
 
 from localai_q.cluster.models import ModelConfig
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
@@ -37,6 +38,27 @@ class TestRegistry:
         assert (found.revision, found.config.slots, found.config.options) == (1, 2, ("a:b",))
         (shown,) = models.listed(services)
         assert (shown["name"], shown["slots"], shown["replicas"]) == ("org/Name:tag", 2, [])
+
+    def test_the_header_of_an_uploaded_file_is_read(self, services: Services) -> None:
+        content = gguf()
+        sha256 = hashlib.sha256(content).hexdigest()
+        upload(services, content, sha256)
+        add_model(services, backend="xllamacpp", source=f"store:{sha256}", sha256=sha256)
+        facts = model_named(services, "m").facts
+        assert (facts.architecture, facts.file_size) == ("llama", len(content))
+
+    def test_an_uploaded_file_whose_header_is_damaged_is_refused(self, services: Services) -> None:
+        content = gguf()[:200]
+        sha256 = hashlib.sha256(content).hexdigest()
+        upload(services, content, sha256)
+        with pytest.raises(InvalidValue, match="ends within its header"):
+            add_model(services, backend="xllamacpp", source=f"store:{sha256}", sha256=sha256)
+        assert models.listed(services) == []
+
+    def test_of_a_file_in_another_format_nothing_is_known(self, services: Services) -> None:
+        upload(services)
+        add_model(services, backend="xllamacpp", source=f"store:{SHA}", sha256=SHA)
+        assert model_named(services, "m").facts is None
 
     def test_a_name_is_taken_once(self, services: Services) -> None:
         add_model(services)
@@ -104,7 +126,10 @@ class TestRegistry:
         assert [shown["name"] for shown in models.listed(services)] == ["m"]
 
     def test_what_a_model_config_may_say_is_checked(self) -> None:
-        for bad in ({"slots": 0}, {"context_size": 1}, {"backend": "../x"}, {"sha256": "zz"}, {"unknown": 1}):
+        for bad in ({"slots": 0}, {"context_size": 1}, {"backend": "../x"}, {"sha256": "zz"}, {"unknown": 1},
+                    {"memory": -1}, {"cache_type": "f8"}, {"idle_timeout": -1}, {"max_replicas": 0},
+                    {"selector": {"a b": "c"}}, {"selector": {"": "c"}}, {"min_replicas": 2},
+                    {"spread_all": True, "idle_timeout": 5}):  # fmt: skip
             with pytest.raises(ValueError, match="validation error"):
                 ModelConfig(**bad)
 

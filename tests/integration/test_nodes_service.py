@@ -8,6 +8,7 @@ from sqlalchemy import text
 
 from localai_q import names
 from localai_q.bus import presence
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import JobState, NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound
@@ -20,7 +21,7 @@ from localai_q.store import replicas
 def place(services: Services, node_name: str, model_id: str) -> Replica:
     with services.db.transaction() as db:
         found = replicas.place(db, model_id=model_id, node_id=node_named(services, node_name).id, number=1, revision=1,
-                               slots=4)  # fmt: skip
+                               slots=4, booking=Booking())  # fmt: skip
     assert found is not None
     return found
 
@@ -151,6 +152,12 @@ class TestReports:
         mine, other = place(services, "n1", model_id), place(services, "n2", model_id)
         answer = nodes.heartbeat(services, node, hardware={}, running=[mine.id, other.id, "stray"])
         assert answer["stop"] == sorted([other.id, "stray"])
+
+    def test_what_a_node_has_left_after_a_replica_stands_in_its_report_of_that(self, services: Services) -> None:
+        node, model_id = ready_node(services), add_model(services)
+        mine = place(services, "n1", model_id)
+        nodes.report_replica(services, node, mine.id, ReplicaState.GONE, "", {"ram_available": 7})
+        assert node_named(services, "n1").hardware == {"ram_available": 7}
 
     def test_hardware_is_kept_and_not_forgotten_by_an_empty_report(self, services: Services) -> None:
         node = ready_node(services)

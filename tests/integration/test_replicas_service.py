@@ -3,13 +3,20 @@
 The node's side is done by the test: it ends the stages' jobs as a node would, and reports as a node would.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+
 import pytest
-from cluster_data import add_model, claim, ready_node, rung
+from cluster_data import add_model, claim, model_named, node_named, ready_node, rung
 from sqlalchemy import text
 
 from localai_q import names
+from localai_q.bus.leases import Lease
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import End
 from localai_q.cluster.jobs import Keep
+from localai_q.cluster.memory import Memory
+from localai_q.cluster.models import Facts
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.stages import SILENT_LOAD
@@ -19,10 +26,15 @@ from localai_q.services import generations, jobs, models, nodes, replicas
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
+from localai_q.store import models as model_rows
+from localai_q.store import nodes as node_rows
 from localai_q.store import replicas as rows
 from localai_q.store.keys import ApiKey
 
 FILE = "file:/models/x.gguf"
+FACTS = Facts(architecture="llama", blocks=30, context_length=8192, embedding_length=576, heads=9, kv_heads=90,
+              key_length=64, value_length=64, vocabulary=49152, file_size=98362432, layer_bytes=66493440,
+              other_bytes=30083328)  # fmt: skip
 ADMIN = ApiKey(id="admin", name="admin", role="admin", hint="", created=0.0)
 
 
@@ -50,13 +62,13 @@ def older(services: Services, seconds: float) -> None:
         db.execute(text("UPDATE replicas SET changed_at = changed_at - make_interval(secs => :s)"), {"s": seconds})
 
 
-def stage(services: Services, node: Node, *, failed: str = "") -> dict:
+def stage(services: Services, node: Node, *, failed: str = "", result: dict | None = None) -> dict:
     """Do the one job that waits for the node, and have its end written down. Its request."""
     line = names.node_jobs_queue(node.id)
     (job_id,) = services.leases.waiting(line)
     lease = claim(services, job_id, line, node.id)
     error = to_record(GenerationFailed(failed)) if failed else None
-    end = End(state=JobState.FAILED if failed else JobState.DONE, error=error, result={})
+    end = End(state=JobState.FAILED if failed else JobState.DONE, error=error, result=result or {})
     assert services.leases.finish(lease, 1, end, node_id=node.id)
     jobs.apply_ends(services)
     return lease.request
@@ -268,3 +280,254 @@ def test_a_stage_ends_with_the_last_model_that_needs_it(services: Services, node
     models.remove(services, "b")
     assert error_of(services, stage_id)["message"] == "The model 'b' was removed."
     assert services.leases.waiting(names.node_jobs_queue(node.id)) == []
+
+
+GB = 10**9
+
+
+def has(services: Services, node: Node, ram: float, **hardware: object) -> None:
+    """Let the node report that it has so many GB free."""
+    told = {"ram_available": int(ram * GB), **hardware}
+    nodes.heartbeat(services, node_named(services, node.name), hardware=told, running=[])
+
+
+def of_model(services: Services, name: str) -> Replica | None:
+    model_id = model_named(services, name).id
+    return next((found for found in all_replicas(services) if found.model_id == model_id), None)
+
+
+def bring_up(services: Services, node: Node, name: str) -> Replica:
+    """Have a model asked for, loaded, and the one who asked served."""
+    job_id = ask(services, name)
+    replicas.reconcile(services)
+    stage(services, node)
+    replicas.reconcile(services)
+    found = of_model(services, name)
+    assert found
+    nodes.report_replica(services, node, found.id, ReplicaState.READY, "")
+    serve(services, job_id, found)
+    return found
+
+
+def serve(services: Services, job_id: str, by: Replica) -> None:
+    lease = services.leases.claim(job_id, names.model_queue(by.model_id), owner=f"{by.id}.1", node_id=by.node_id)
+    assert isinstance(lease, Lease)
+    end = End(state=JobState.DONE, result={})
+    assert services.leases.finish(lease, lease.last_index + 1, end, node_id=by.node_id)
+    jobs.apply_ends(services)
+
+
+class TestMemory:
+    def test_what_a_replica_takes_is_booked_and_shown(self, services: Services, node: Node) -> None:
+        has(services, node, 8)
+        add_model(services, memory=3 * GB)
+        ask(services)
+        replicas.reconcile(services)
+        assert only(services).reserved == Memory(ram=3 * GB)
+        (shown,) = models.listed(services)
+        assert shown["replicas"][0]["memory"] == {"ram": 3 * GB, "vram": 0}
+
+    def test_a_heartbeat_does_not_wipe_a_booking(self, services: Services, node: Node) -> None:
+        has(services, node, 5)
+        for name in ("a", "b"):
+            add_model(services, name, memory=3 * GB)
+            ask(services, name)
+        replicas.reconcile(services)
+        has(services, node, 5)
+        replicas.reconcile(services)
+        assert [found.model_id for found in all_replicas(services)] == [model_named(services, "a").id]
+
+    def test_two_who_place_at_once_never_book_the_same_bytes(self, services: Services, node: Node) -> None:
+        has(services, node, 5)
+        known = [model_named(services, name) for name in "abcd" if add_model(services, name, memory=3 * GB)]
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda model: replicas.place(services, model, node.id), known))
+        assert len(all_replicas(services)) == 1
+
+    def test_a_placement_waits_for_the_one_before_it_on_the_same_node(self, services: Services, node: Node) -> None:
+        has(services, node, 5)
+        add_model(services, "a", memory=3 * GB)
+        add_model(services, "b", memory=3 * GB)
+        a, b = model_named(services, "a"), model_named(services, "b")
+        with ThreadPoolExecutor(1) as pool:
+            with services.db.transaction() as db:
+                assert node_rows.lock(db, node.id)
+                second = pool.submit(replicas.place, services, b, node.id)
+                with pytest.raises(TimeoutError):
+                    second.result(0.3)
+                rows.place(db, model_id=a.id, node_id=node.id, number=1, revision=1, slots=1,
+                           booking=Booking(memory=Memory(ram=3 * GB)))  # fmt: skip
+            second.result(5)
+        assert only(services).model_id == a.id
+
+    def test_who_waits_for_what_fits_nowhere_is_told_the_numbers(self, services: Services, node: Node) -> None:
+        has(services, node, 1.2)
+        add_model(services, memory=3_100_000_000)
+        waiting = ask(services)
+        replicas.reconcile(services)
+        assert "n1: needs 3.1 GB, 1.2 GB free" in error_of(services, waiting)["message"]
+
+    def test_facts_that_a_node_has_read_are_kept_and_booked_before_the_load(
+        self, services: Services, node: Node
+    ) -> None:
+        has(services, node, 8)
+        add_model(services, source=FILE, sha256="a" * 64, size=1000)
+        ask(services)
+        replicas.reconcile(services)
+        assert only(services).reserved == Memory(ram=1200)
+        stage(services, node)
+        replicas.reconcile(services)
+        stage(services, node, result={"facts": asdict(FACTS)})
+        replicas.reconcile(services)
+        assert model_named(services, "m").facts == FACTS
+        assert only(services).state is ReplicaState.LOADING
+        assert only(services).reserved.ram > FACTS.tensor_bytes
+
+    def test_a_model_that_turns_out_too_large_is_not_loaded(self, services: Services, node: Node) -> None:
+        has(services, node, 0.5)
+        add_model(services, source=FILE, sha256="a" * 64, size=1000)
+        ask(services)
+        replicas.reconcile(services)
+        stage(services, node)
+        replicas.reconcile(services)
+        stage(services, node, result={"facts": asdict(FACTS)})
+        replicas.reconcile(services)
+        assert only(services).state is ReplicaState.FAILED
+        assert "500.0 MB free" in only(services).reason
+
+    def test_a_context_that_was_cut_is_what_the_node_is_told(self, services: Services, node: Node) -> None:
+        has(services, node, 1.2)
+        add_model(services, source=FILE, sha256="a" * 64, size=1000, fit_context=True, context_size=8192)
+        with services.db.transaction() as db:
+            model_rows.learn(db, model_named(services, "m").id, FACTS)
+        ask(services)
+        replicas.reconcile(services)
+        told = nodes.replica_spec(services, node, only(services).id)["model"]["context_size"]
+        assert 512 <= told < 8192
+        assert told % 256 == 0
+
+    def test_nonsense_from_a_node_is_no_fact(self, services: Services, node: Node) -> None:
+        add_model(services, source=FILE, sha256="a" * 64)
+        ask(services)
+        replicas.reconcile(services)
+        stage(services, node)
+        replicas.reconcile(services)
+        stage(services, node, result={"facts": {"blocks": -1}})
+        replicas.reconcile(services)
+        assert model_named(services, "m").facts is None
+        assert only(services).state is ReplicaState.LOADING
+
+
+class TestEviction:
+    @pytest.fixture
+    def full(self, services: Services, node: Node) -> Replica:
+        """The model `old` is loaded on the only node, which has no room for `new`."""
+        has(services, node, 100, budget=5 * GB)
+        for name in ("old", "new"):
+            add_model(services, name, memory=3 * GB)
+        found = bring_up(services, node, "old")
+        older(services, 31.0)
+        has(services, node, 100, budget=5 * GB)
+        return found
+
+    def test_an_idle_model_makes_room_and_the_other_comes_when_it_has_gone(
+        self, services: Services, node: Node, full: Replica
+    ) -> None:
+        waiting = ask(services, "new")
+        replicas.reconcile(services)
+        assert of_model(services, "old").state is ReplicaState.STOPPING
+        assert of_model(services, "old").reason.startswith("makes room for new")
+        replicas.reconcile(services)
+        assert of_model(services, "new") is None
+        nodes.report_replica(
+            services, node, full.id, ReplicaState.GONE, "", {"ram_available": 100 * GB, "budget": 5 * GB}
+        )
+        replicas.reconcile(services)
+        assert of_model(services, "new").node_id == node.id
+        assert services.leases.live([waiting])[waiting].state == "waiting"
+
+    def test_what_is_gone_has_left_its_memory_by_what_its_node_says(
+        self, services: Services, node: Node, full: Replica
+    ) -> None:
+        has(services, node, 1, budget=5 * GB)
+        ask(services, "new")
+        replicas.reconcile(services)
+        nodes.report_replica(
+            services, node, full.id, ReplicaState.GONE, "", {"ram_available": 4 * GB, "budget": 5 * GB}
+        )
+        replicas.reconcile(services)
+        assert of_model(services, "new") is not None
+
+    def test_a_model_at_work_is_waited_for(self, services: Services, node: Node, full: Replica) -> None:
+        line = names.model_queue(full.model_id)
+        running = services.leases.claim(ask(services, "old"), line, owner=f"{full.id}.1", node_id=node.id)
+        assert isinstance(running, Lease)
+        ask(services, "new")
+        replicas.reconcile(services)
+        assert of_model(services, "old").state is ReplicaState.READY
+        assert services.leases.finish(running, 1, End(state=JobState.DONE, result={}), node_id=node.id)
+        replicas.reconcile(services)
+        assert of_model(services, "old").state is ReplicaState.STOPPING
+
+    def test_what_has_got_work_since_it_was_decided_is_not_idle(
+        self, services: Services, node: Node, full: Replica
+    ) -> None:
+        assert replicas.is_idle(services, full.id)
+        job_id = ask(services, "old")
+        assert not replicas.is_idle(services, full.id)  # somebody waits
+        running = services.leases.claim(job_id, names.model_queue(full.model_id), owner=f"{full.id}.1", node_id=node.id)
+        assert not replicas.is_idle(services, full.id)  # it works
+        assert services.leases.finish(running, 1, End(state=JobState.DONE, result={}), node_id=node.id)
+        assert replicas.is_idle(services, full.id)
+
+    def test_a_pinned_model_stays(self, services: Services, node: Node, full: Replica) -> None:
+        with services.db.transaction() as db:
+            db.execute(text("UPDATE models SET config = config || '{\"pinned\": true}' WHERE name = 'old'"))
+        waiting = ask(services, "new")
+        replicas.reconcile(services)
+        assert of_model(services, "old").state is ReplicaState.READY
+        assert "needs 3.0 GB, 2.0 GB free" in error_of(services, waiting)["message"]
+
+    def test_use_is_noted_at_most_every_ten_seconds(self, services: Services, node: Node, full: Replica) -> None:
+        first = of_model(services, "old").used
+        assert first > 0
+        serve(services, ask(services, "old"), full)
+        assert of_model(services, "old").used == first
+        with services.db.transaction() as db:
+            db.execute(text("UPDATE replicas SET used_at = used_at - interval '11 s'"))
+        serve(services, ask(services, "old"), full)
+        assert of_model(services, "old").used > first
+
+
+class TestScaling:
+    def test_the_least_number_is_loaded_before_anybody_asks(self, services: Services, node: Node) -> None:
+        add_model(services, min_replicas=1)
+        replicas.reconcile(services)
+        assert only(services).state is ReplicaState.INSTALLING
+
+    def test_one_more_comes_when_many_wait_for_long(self, services: Services, node: Node) -> None:
+        add_model(services, max_replicas=2, slots=1)
+        bring_up(services, node, "m")
+        ready_node(services, "n2")
+        older(services, 6.0)
+        line = names.waiting_key(names.model_queue(model_named(services, "m").id))
+        job_id = ask(services)
+        replicas.reconcile(services)
+        assert len(all_replicas(services)) == 1
+        services.redis.zincrby(line, -6000, job_id)
+        replicas.reconcile(services)
+        assert len(all_replicas(services)) == 2
+        replicas.reconcile(services)
+        assert len(all_replicas(services)) == 2
+
+    def test_an_unused_replica_goes_after_its_time(self, services: Services, node: Node) -> None:
+        add_model(services, idle_timeout=60)
+        bring_up(services, node, "m")
+        replicas.reconcile(services)
+        assert only(services).state is ReplicaState.READY
+        older(services, 61.0)
+        with services.db.transaction() as db:
+            db.execute(text("UPDATE replicas SET used_at = used_at - interval '61 s'"))
+        replicas.reconcile(services)
+        assert only(services).state is ReplicaState.STOPPING
+        assert only(services).reason.startswith("unused for 61 s")

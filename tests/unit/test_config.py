@@ -154,3 +154,22 @@ def test_the_environment_of_a_child_is_ours_with_changes(monkeypatch: pytest.Mon
     made = child_environment(LOCALAI_REGISTRATION_TOKEN="", NEW="2")
     assert (made["LOCALAI_KEEP"], made["NEW"], made["EMPTY"]) == ("1", "2", "")
     assert "LOCALAI_REGISTRATION_TOKEN" not in made
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("", 1000), ("400", 400), ("50%", 500), ("12.5%", 125), ("100%", 1000), ("8GB", 1000), ("300b", 300)],
+)
+def test_a_budget_is_a_number_of_bytes_or_a_part_of_them(text: str, budget: int) -> None:
+    assert load_settings(vram_budget=text).budget_of(1000) == budget
+
+
+def test_units_of_a_budget() -> None:
+    amounts = {"8GB": 8 * 10**9, "7.5 GiB": int(7.5 * 2**30), "512MiB": 2**29, "1tb": 10**12}
+    assert {text: load_settings(vram_budget=text).budget_of(1 << 50) for text in amounts} == amounts
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "8 PB", "%", "1e9"])
+def test_a_budget_that_cannot_be_read_is_named(text: str) -> None:
+    with pytest.raises(StartupError, match="LOCALAI_VRAM_BUDGET"):
+        load_settings(vram_budget=text)

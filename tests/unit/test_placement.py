@@ -7,16 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from localai_q.cluster.capacity import BACKOFF_MOST, backoff, cooling, free
+from localai_q.cluster.eviction import PROTECTED
+from localai_q.cluster.fleet import Demand, Fleet
+from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import (
-    BACKOFF_MOST,
     GiveUp,
     Place,
     Retry,
     Stop,
-    backoff,
-    cooling,
     plan,
 )
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
@@ -37,6 +38,11 @@ def replica(state: ReplicaState, at: str = "n1", *, of: str = "m", age: float = 
     values = {"revision": 1, "failures": int(state is S.FAILED), "reason": "no memory", **values}
     identity = f"{of}-{at}"
     return Replica(id=identity, model_id=of, node_id=at, number=1, state=state, slots=1, changed=NOW - age, **values)
+
+
+def fleet(models, nodes, replicas, waiting) -> Fleet:
+    demand = {of: Demand(waiting=count) for of, count in waiting.items()}
+    return Fleet(models=models, nodes=nodes, replicas=replicas, demand=demand, now=NOW)
 
 
 def decided(actions) -> list[tuple]:
@@ -100,17 +106,17 @@ DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if s
     ],
 )  # fmt: skip
 def test_the_plan_by_its_rules(case, models, nodes, replicas, waiting, expected) -> None:
-    assert decided(plan(models, nodes, replicas, {"m": waiting}, NOW)) == expected, case
+    assert decided(plan(fleet(models, nodes, replicas, {"m": waiting}))) == expected, case
 
 
 def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
     models = [model(f"m{number}") for number in range(6)]
-    actions = plan(models, [N1, N2, N3], [], {m.id: 1 for m in models}, NOW)
+    actions = plan(fleet(models, [N1, N2, N3], [], {m.id: 1 for m in models}))
     assert Counter(action.node_id for action in actions) == {"n1": 2, "n2": 2, "n3": 2}
 
 
 def test_giving_up_tells_why_the_last_one_failed() -> None:
-    (action,) = plan([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}, NOW)
+    (action,) = plan(fleet([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}))
     assert action.reason == "no memory"
 
 
@@ -121,77 +127,162 @@ def test_the_back_off_doubles_up_to_its_most() -> None:
 
 identifiers = st.sampled_from(["m1", "m2", "m3"])
 node_names = st.sampled_from(["n1", "n2", "n3", "n4"])
-model_sets = st.lists(
-    st.builds(model, identifiers, spread=st.booleans(), revision=st.integers(1, 2)),
-    unique_by=lambda m: m.id,
-    max_size=3,
-)
-node_sets = st.lists(
-    st.builds(node, node_names, st.sampled_from(list(NodeState))), unique_by=lambda n: n.id, max_size=4
-)
+zones = st.sampled_from(["", "a"])
+
+
+@st.composite
+def models_of_all_kinds(draw) -> Model:
+    least = draw(st.integers(0, 2))
+    spread = draw(st.booleans())
+    zone = draw(zones)
+    config = ModelConfig(
+        backend="echo", spread_all=spread, memory=draw(st.integers(1, 9)), min_replicas=least,
+        max_replicas=draw(st.integers(max(least, 1), 3)), pinned=draw(st.booleans()),
+        idle_timeout=0 if spread else draw(st.sampled_from([0, 60])), selector={"zone": zone} if zone else {},
+    )  # fmt: skip
+    return Model(id=draw(identifiers), name="m", revision=draw(st.integers(1, 2)), config=config)
+
+
+@st.composite
+def nodes_of_all_kinds(draw) -> Node:
+    name, zone = draw(node_names), draw(zones)
+    hardware = {"ram_available": draw(st.integers(0, 20)), "budget": draw(st.integers(0, 20))}
+    return Node(id=name, name=name, state=draw(st.sampled_from([NodeState.READY, NodeState.READY, *NodeState])),
+                approved=True, secret_hash="", labels={"zone": zone} if zone else {}, hardware=hardware,
+                last_heartbeat=NOW - draw(st.integers(0, 100)))  # fmt: skip
+
+
+model_sets = st.lists(models_of_all_kinds(), unique_by=lambda m: m.id, max_size=3)
+node_sets = st.lists(nodes_of_all_kinds(), unique_by=lambda n: n.id, max_size=4)
 replica_sets = st.lists(
     st.builds(
-        lambda state, at, of, age, failures, revision: replica(
-            state, at, of=of, age=age, failures=failures, revision=revision
+        lambda state, at, of, age, failures, revision, memory: replica(
+            state, at, of=of, age=age, failures=failures, revision=revision, reserved=Memory(ram=memory)
         ),
-        st.sampled_from([state for state in ReplicaState if state is not S.GONE]),
+        st.sampled_from([state for state in ReplicaState if state is not S.GONE] + [S.READY] * 4),
         node_names,
         identifiers,
         st.floats(0, 400),
         st.integers(0, 12),
         st.integers(1, 2),
+        st.integers(0, 9),
     ),
     unique_by=lambda r: r.id,
     max_size=8,
 )
-clusters = st.tuples(model_sets, node_sets, replica_sets, st.dictionaries(identifiers, st.integers(0, 3)))
+demands = st.dictionaries(
+    identifiers,
+    st.builds(lambda waiting, longest: Demand(waiting=waiting, late=waiting, longest=longest), st.integers(0, 3),
+              st.floats(0, 60)),
+)  # fmt: skip
 
 
-@settings(max_examples=400, deadline=None)
-@given(clusters)
-def test_what_holds_for_any_cluster(cluster) -> None:
-    models, nodes, replicas, waiting = cluster
-    actions = plan(models, nodes, replicas, waiting, NOW)
-    assert actions == plan(models, nodes, replicas, waiting, NOW)
-    by_id = {r.id: r for r in replicas}
-    ready = {n.id for n in nodes if n.state is NodeState.READY}
+@st.composite
+def fleets(draw) -> Fleet:
+    replicas = draw(replica_sets)
+    busy = draw(st.sets(st.sampled_from([r.id for r in replicas]))) if replicas else set()
+    return Fleet(models=draw(model_sets), nodes=draw(node_sets), replicas=replicas, demand=draw(demands),
+                 busy=dict.fromkeys(busy, 1), now=NOW)  # fmt: skip
+
+
+def carried_out(cluster: Fleet, actions) -> list[Replica]:
+    """The replicas once the actions were taken."""
+    now = {r.id: r for r in cluster.replicas}
+    models = {m.id: m for m in cluster.models}
+    for action in actions:
+        match action:
+            case Place(model_id=of, node_id=at):
+                made = replica(S.PLACED, at, of=of, reserved=Memory(ram=models[of].config.memory))
+                now[made.id] = made
+            case Retry(replica_id=found):
+                reserved = Memory(ram=models[now[found].model_id].config.memory)
+                now[found] = replace(now[found], state=S.PLACED, reserved=reserved)
+            case Stop(replica_id=found):
+                now[found] = replace(now[found], state=S.STOPPING)
+    return list(now.values())
+
+
+fuzz = settings(max_examples=400, deadline=None)
+
+
+@fuzz
+@given(fleets())
+def test_what_holds_for_any_cluster(cluster: Fleet) -> None:
+    actions = plan(cluster)
+    assert actions == plan(cluster)
+    by_id = {r.id: r for r in cluster.replicas}
+    nodes, models = {n.id: n for n in cluster.nodes}, {m.id: m for m in cluster.models}
+    ready = {n.id for n in cluster.nodes if n.state is NodeState.READY}
 
     places = [(a.model_id, a.node_id) for a in actions if isinstance(a, Place)]
     assert len(places) == len(set(places))
-    assert not set(places) & {(r.model_id, r.node_id) for r in replicas}
-    assert {at for _, at in places} <= ready
+    assert not set(places) & {(r.model_id, r.node_id) for r in cluster.replicas}
+    for of, at in places:
+        assert at in ready
+        assert models[of].config.selector.items() <= nodes[at].labels.items()
 
     retried = [by_id[a.replica_id] for a in actions if isinstance(a, Retry)]
     assert all(r.state is S.FAILED and r.node_id in ready and not cooling(r, NOW) for r in retried)
     assert len({r.id for r in retried}) == len(retried)
 
-    stopped = [by_id[a.replica_id] for a in actions if isinstance(a, Stop)]
-    assert all(r.state is S.READY for r in stopped)
+    # No byte is promised twice.
+    after = carried_out(cluster, actions)
+    for at in {at for _, at in places} | {r.node_id for r in retried}:
+        assert free(nodes[at], [r for r in after if r.node_id == at]).ram >= 0
 
     # Nobody is told to give up while something serves or comes up, or is about to.
     acted = {m for m, _ in places} | {r.model_id for r in retried}
     for action in actions:
         if isinstance(action, GiveUp):
-            own = [r for r in replicas if r.model_id == action.model_id]
-            assert waiting[action.model_id] > 0
+            own = [r for r in cluster.replicas if r.model_id == action.model_id]
+            assert cluster.demand[action.model_id].waiting > 0
             assert action.model_id not in acted
             assert not [r for r in own if r.state is S.READY or r.state in COMING_UP]
-            assert any(r.state is S.FAILED for r in own)
+            assert ready or any(r.state is S.FAILED for r in own)
 
 
-@settings(max_examples=200, deadline=None)
-@given(clusters)
-def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster) -> None:
-    models, nodes, replicas, waiting = cluster
-    now = {r.id: r for r in replicas}
-    for action in plan(models, nodes, replicas, waiting, NOW):
-        match action:
-            case Place(model_id=of, node_id=at):
-                made = replica(S.PLACED, at, of=of)
-                now[made.id] = made
-            case Retry(replica_id=found):
-                now[found] = replace(now[found], state=S.PLACED)
-            case Stop(replica_id=found):
-                now[found] = replace(now[found], state=S.STOPPING)
-    again = plan(models, nodes, list(now.values()), {}, NOW)
-    assert [action for action in again if not isinstance(action, GiveUp)] == []
+@fuzz
+@given(fleets())
+def test_what_is_stopped_in_any_cluster_may_be(cluster: Fleet) -> None:
+    by_id, models = {r.id: r for r in cluster.replicas}, {m.id: m for m in cluster.models}
+    actions = plan(cluster)
+    after = carried_out(cluster, actions)
+    stops = [a for a in actions if isinstance(a, Stop)]
+    assert len({a.replica_id for a in stops}) == len(stops)
+    for action in stops:
+        stopped = by_id[action.replica_id]
+        config = models[stopped.model_id].config
+        assert stopped.state is S.READY
+        if "was changed" in action.reason:
+            continue
+        assert not cluster.busy.get(stopped.id)
+        assert not cluster.demand.get(stopped.model_id, Demand()).waiting
+        left = [r for r in after if r.model_id == stopped.model_id and (r.state is S.READY or r.state in COMING_UP)]
+        assert len(left) >= config.min_replicas
+        if "makes room" in action.reason:
+            assert not config.pinned
+            assert NOW - stopped.changed >= PROTECTED
+        else:
+            assert NOW - stopped.changed >= config.idle_timeout > 0
+
+
+@fuzz
+@given(fleets())
+def test_of_every_node_that_was_not_chosen_it_is_said_why(cluster: Fleet) -> None:
+    actions = plan(cluster)
+    for action in actions:
+        if isinstance(action, Place):
+            chosen = {a.node_id for a in actions if isinstance(a, Place) and a.model_id == action.model_id}
+            assert set(action.passed_over) | chosen == {n.id for n in cluster.nodes}
+            assert all(action.passed_over.values())
+        elif isinstance(action, GiveUp):
+            failed = {r.node_id for r in cluster.replicas if r.state is S.FAILED and r.model_id == action.model_id}
+            assert all(f"{n.name}: " in action.reason for n in cluster.nodes if n.id not in failed)
+
+
+@fuzz
+@given(fleets())
+def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster: Fleet) -> None:
+    after = carried_out(cluster, plan(cluster))
+    again = plan(replace(cluster, replicas=after, demand={}))
+    assert [action for action in again if isinstance(action, Place | Retry)] == []

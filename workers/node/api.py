@@ -64,8 +64,10 @@ class NodeApi:
         """Report; returns `{"state", "stop": [replica ids]}`."""
         return self._call("POST", "heartbeat", {"hardware": hardware, "running": running})
 
-    def report(self, replica_id: str, state: str, reason: str) -> None:
-        self._call("POST", f"replicas/{replica_id}", {"state": state, "reason": reason[:4000]})
+    def report(self, replica_id: str, state: str, reason: str, hardware: dict[str, Any]) -> None:
+        """Say what became of a replica, and what this machine has now."""
+        body = {"state": state, "reason": reason[:4000], "hardware": hardware}
+        self._call("POST", f"replicas/{replica_id}", body)
 
     def replica(self, replica_id: str) -> dict[str, Any]:
         """The spec of one of this node's replicas; `NotFound` when it should not run."""

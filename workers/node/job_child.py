@@ -10,10 +10,12 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from localai_q import gguf
 from localai_q.cluster.events import Progress
 from localai_q.config import settings
 from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
@@ -50,7 +52,21 @@ def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
     api = NodeApi(order.spec.api_url, order.spec.node_id, order.spec.secret)
     request = order.request
     path = fetch(request["source"], request.get("sha256"), order.spec.models, report, open_store=api.open_file)
-    return {"sha256": path.name, "size": path.stat().st_size}
+    return described(path)
+
+
+def described(path: Path) -> dict[str, Any]:
+    """A fetched file as the result of its job: what it is and what it says of its memory."""
+    return {"sha256": path.name, "size": path.stat().st_size, "facts": facts_of(path)}
+
+
+def facts_of(path: Path) -> dict[str, Any] | None:
+    """What the header says; None of a file in another format, or damaged: that is for the engine to refuse."""
+    try:
+        return asdict(gguf.read_facts(path))
+    except InvalidValue as error:
+        log.info("%s: %s", path, error.message)
+        return None
 
 
 KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
@@ -70,7 +86,7 @@ def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None
 def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
     """The result of `fetch_model`, if there is nothing left to do."""
     path = spec.models / "blobs" / str(request.get("sha256"))
-    return {"sha256": path.name, "size": path.stat().st_size} if path.is_file() else None
+    return described(path) if path.is_file() else None
 
 
 PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {

@@ -84,7 +84,7 @@ class Node:
     def _heartbeats(self) -> None:
         while not self._stopping.is_set():
             try:
-                answer = self._api.heartbeat(hardware.read(self.models), list(self.children.running()))
+                answer = self._api.heartbeat(self._hardware(), list(self.children.running()))
                 for replica_id in answer.get("stop", []):
                     self.children.stop_replica(replica_id)
             except (LocalAIError, OSError) as error:
@@ -95,13 +95,16 @@ class Node:
         """Say what became of a replica, as often as it takes."""
         for _ in range(REPORT_TRIES):
             try:
-                return self._api.report(replica_id, state, reason)
+                return self._api.report(replica_id, state, reason, self._hardware())
             except NotFound:
                 return None
             except LocalAIError as error:
                 log.warning("replica %s is %s, which cannot be reported yet: %s", replica_id, state, error.message)
                 time.sleep(1.0)
         return None
+
+    def _hardware(self) -> dict[str, Any]:
+        return hardware.read(self.models, self._cfg.budget_of)
 
     def _spec(self, replica: ReplicaSpec | None) -> ChildSpec:
         shared = {name: self._answer[name] for name in ("redis_url", "lease", "journal_ttl", "journal_max")}
@@ -147,7 +150,7 @@ def prepare(worker: Any, conf: Any) -> None:
     identity = api.Identity(cfg.node_home / "identity.json")
     hold_home(cfg.node_home)
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    found = hardware.read(cfg.models_path or cfg.node_home / "models")
+    found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
     answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
     node = Node(cfg, answer, identity.secret)
     consume(worker, conf, answer["redis_url"], names.node_queue(node.id))

@@ -80,6 +80,8 @@ def model_options(spec: ReplicaSpec) -> backend_pb2.ModelOptions:
         NGPULayers=model.gpu_layers,
         Embeddings=model.embeddings,
         Reranking=model.rerank,
+        CacheTypeKey=model.cache_type,
+        CacheTypeValue=model.cache_type,
         Options=[f"parallel:{model.slots}", *model.options],
     )
 

@@ -1,0 +1,79 @@
+"""Which replicas make room for a model that somebody waits for. Pure.
+
+Those of one node whose end makes the model fit there: the fewest, and among equals the least recently used. None that
+works, that somebody waits for, that is pinned, that has only just become ready, or that its model's `min_replicas`
+needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from localai_q.cluster.capacity import Verdict
+from localai_q.cluster.fleet import Board
+from localai_q.cluster.memory import Memory
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.scaling import last_used
+from localai_q.cluster.states import COMING_UP, ReplicaState
+
+PROTECTED = 30.0  # seconds after becoming ready
+
+
+def choose(board: Board, crowded: Iterable[Verdict]) -> tuple[Verdict, list[Replica]] | None:
+    """The node on which the model is to go, and what is to be stopped there; None if nothing may be."""
+    found = [(verdict, victims) for verdict in crowded if (victims := _victims(board, verdict))]
+    return min(found, key=lambda pair: _cost(*pair), default=None)
+
+
+def is_leaving(board: Board, verdict: Verdict) -> bool:
+    """Whether the model fits on the node once what is being stopped there has gone."""
+    return _fits(verdict, [each for each in board.there(verdict.node.id) if each.state is ReplicaState.STOPPING])
+
+
+def may_fit(board: Board, verdict: Verdict) -> bool:
+    """Whether the model would fit on the node if all that may ever make room for it did."""
+    return _fits(verdict, [each for each in board.there(verdict.node.id) if _may_leave(board, each)])
+
+
+def _victims(board: Board, verdict: Verdict) -> list[Replica]:
+    there = board.there(verdict.node.id)
+    leaving = [replica for replica in there if replica.state is ReplicaState.STOPPING]
+    idle = sorted((replica for replica in there if _is_idle(board, replica)), key=last_used)
+    chosen: list[Replica] = []
+    while not _fits(verdict, leaving + chosen):
+        if len(chosen) == len(idle):
+            return []
+        chosen.append(idle[len(chosen)])
+    for replica in reversed(chosen):  # the last used one stays if it can
+        rest = [other for other in chosen if other is not replica]
+        if _fits(verdict, leaving + rest):
+            chosen = rest
+    return chosen
+
+
+def _fits(verdict: Verdict, gone: Sequence[Replica]) -> bool:
+    freed = sum((replica.reserved for replica in gone), start=Memory())
+    return verdict.need is not None and verdict.need.memory.within(verdict.free + freed)
+
+
+def _cost(verdict: Verdict, victims: Sequence[Replica]) -> tuple[int, float, str]:
+    return len(victims), max(map(last_used, victims)), verdict.node.name
+
+
+def _is_idle(board: Board, replica: Replica) -> bool:
+    return (
+        replica.state is ReplicaState.READY
+        and _may_leave(board, replica)
+        and not board.busy(replica.id)
+        and not board.demand(replica.model_id).waiting
+        and board.now - replica.changed >= PROTECTED
+    )
+
+
+def _may_leave(board: Board, replica: Replica) -> bool:
+    if replica.state is ReplicaState.STOPPING:
+        return True
+    model = board.models.get(replica.model_id)
+    if model is None or model.config.pinned or replica.state not in (*COMING_UP, ReplicaState.READY):
+        return False
+    return len(board.alive(model.id)) > model.config.min_replicas

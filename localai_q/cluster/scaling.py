@@ -1,0 +1,59 @@
+"""How many replicas a model should have. Pure.
+
+As many as `min_replicas`, and one more than none when somebody waits. One more than there are when too many wait for too
+long; one less when a replica was not used for `idle_timeout`. Where a model is to be on every node, as many as there are
+nodes.
+"""
+
+from __future__ import annotations
+
+from localai_q.cluster.capacity import matches
+from localai_q.cluster.fleet import PATIENCE, Board
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Replica
+from localai_q.cluster.states import ReplicaState
+
+PRESSURE = 0.5  # jobs that wait too long, for each slot, from which on a model gets one more replica
+
+
+def last_used(replica: Replica) -> float:
+    """When a ready replica was last of use, in seconds since the epoch; one that was not yet, when it became ready."""
+    return max(replica.used, replica.changed)
+
+
+def wanted(board: Board, model: Model) -> tuple[int, str]:
+    """How many replicas the model should have, and why."""
+    config, demand = model.config, board.demand(model.id)
+    if config.spread_all:
+        matching = sum(node.id in board.ready and matches(model, node) for node in board.nodes.values())
+        return matching, "one on every ready node"
+    alive = board.alive(model.id)
+    if _is_short(board, model, alive) and len(alive) < config.max_replicas:
+        return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"
+    if demand.waiting and not config.min_replicas:
+        return 1, f"{demand.waiting} waiting, none loaded"
+    return config.min_replicas, f"min_replicas is {config.min_replicas}"
+
+
+def superfluous(board: Board, model: Model) -> Replica | None:
+    """A replica that should go because it was not used for long."""
+    timeout, alive = model.config.idle_timeout, board.alive(model.id)
+    if not timeout or board.demand(model.id).waiting or len(alive) <= model.config.min_replicas:
+        return None
+    idle = [
+        replica
+        for replica in alive
+        if replica.state is ReplicaState.READY
+        and not board.busy(replica.id)
+        and board.now - last_used(replica) >= timeout
+    ]
+    return min(idle, key=last_used, default=None)
+
+
+def _is_short(board: Board, model: Model, alive: list[Replica]) -> bool:
+    """Whether the replicas, which all had time to show what they do, leave too many waiting."""
+    settled = [
+        replica for replica in alive if replica.state is ReplicaState.READY and board.now - replica.changed >= PATIENCE
+    ]
+    slots = sum(replica.slots for replica in settled)
+    return bool(settled) and len(settled) == len(alive) and board.demand(model.id).late >= PRESSURE * slots

@@ -1,0 +1,211 @@
+"""Reads from the header of a GGUF file what its memory depends on. The values of the tensors are the engine's.
+
+The backend `xllamacpp` has a reader of its own: a backend imports nothing of ours, and asks other things of the header.
+
+A header is other people's data: it is read once, front to back, within `LONGEST_HEADER`; what it claims is compared with
+what is there before memory is given to it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from localai_q.cluster.models import Facts
+from localai_q.errors import InvalidValue
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+ALIGNMENT = 32  # bytes, where the header does not say
+LONGEST_HEADER = 256 << 20  # bytes; vocabularies are a few MiB
+LONGEST_STRING = 1 << 20  # bytes of a string that is kept
+LONGEST_ARRAY = 1 << 16  # numbers of an array that is kept
+MOST_DIMENSIONS = 8
+LARGEST = 1 << 31  # of a number that the memory depends on
+STRING, ARRAY = 8, 9
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+U32, U64 = 4, 10
+
+
+@dataclass(frozen=True)
+class _Array:
+    """An array of which not more is kept than is asked for later."""
+
+    length: int
+    numbers: tuple[float, ...]
+
+
+_Value = int | float | str | _Array
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether the file begins as GGUF files do.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def read_facts(path: Path) -> Facts:
+    """What the header of a GGUF file says.
+
+    Raises:
+        InvalidValue: it is no whole GGUF header; the message says where it goes wrong.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        header = _Header(file, min(size, LONGEST_HEADER))
+        if header.take(len(MAGIC)) != MAGIC:
+            raise _damaged("it does not begin with 'GGUF'")
+        version = header.number(U32)
+        if version not in VERSIONS:
+            raise _damaged(f"GGUF version {version} is not known")
+        tensor_count, pair_count = int(header.number(U64)), int(header.number(U64))
+        pairs = dict(header.pair() for _ in range(header.counted(pair_count, "properties")))
+        tensors = [header.tensor() for _ in range(header.counted(tensor_count, "tensors"))]
+        return _facts(pairs, _sizes(tensors, header.at, _number(pairs, "general.alignment", ALIGNMENT), size), size)
+
+
+def _damaged(why: str) -> InvalidValue:
+    return InvalidValue(f"The file is no usable GGUF file: {why}.", param="source")
+
+
+class _Header:
+    """The header as it is read: every length is compared with the bytes that are left."""
+
+    def __init__(self, file: BinaryIO, end: int) -> None:
+        self._file = file
+        self._end = end
+        self.at = 0
+
+    def take(self, count: int) -> bytes:
+        self._need(count)
+        self.at += count
+        return self._file.read(count)
+
+    def skip(self, count: int) -> None:
+        self._need(count)
+        self.at += count
+        self._file.seek(count, os.SEEK_CUR)
+
+    def number(self, kind: int) -> int | float:
+        form = SCALARS.get(kind)
+        if form is None:
+            raise _damaged(f"it uses the unknown type {kind}")
+        found: int | float = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return found
+
+    def counted(self, count: int, what: str) -> int:
+        """The count, if so many things of a byte or more can follow."""
+        if count > self._end - self.at:
+            raise _damaged(f"it claims {count} {what}")
+        return count
+
+    def text(self) -> str:
+        length = int(self.number(U64))
+        if length > LONGEST_STRING:
+            self.skip(length)
+            return ""
+        return self.take(length).decode("utf-8", "replace")
+
+    def pair(self) -> tuple[str, _Value]:
+        name = self.text()
+        return name, self._value(int(self.number(U32)))
+
+    def tensor(self) -> tuple[str, int]:
+        """The name and the offset of a tensor."""
+        name = self.text()
+        dimensions = int(self.number(U32))
+        if dimensions > MOST_DIMENSIONS:
+            raise _damaged(f"it claims a tensor of {dimensions} dimensions")
+        self.skip(dimensions * 8 + 4)  # with the type; the offsets tell how long it is
+        return name, int(self.number(U64))
+
+    def _value(self, kind: int) -> _Value:
+        if kind == STRING:
+            return self.text()
+        return self._array() if kind == ARRAY else self.number(kind)
+
+    def _array(self) -> _Array:
+        kind, length = int(self.number(U32)), int(self.number(U64))
+        self.counted(length, "items of an array")
+        if kind == STRING:
+            for _ in range(length):
+                self.skip(int(self.number(U64)))
+            return _Array(length, ())
+        if kind not in SCALARS:
+            raise _damaged(f"it uses the unknown type {kind} in an array")
+        if length > LONGEST_ARRAY:
+            self.skip(length * struct.calcsize(SCALARS[kind]))
+            return _Array(length, ())
+        return _Array(length, tuple(self.number(kind) for _ in range(length)))
+
+    def _need(self, count: int) -> None:
+        if count > self._end - self.at:
+            raise _damaged("it ends within its header")
+
+
+def _sizes(tensors: list[tuple[str, int]], header: int, alignment: int, size: int) -> dict[str, int]:
+    """The bytes of each tensor: up to the next one, or to the file's end."""
+    if not tensors:
+        raise _damaged("it has no tensors")
+    if not alignment:
+        raise _damaged("general.alignment cannot be 0")
+    begin = -(-header // alignment) * alignment
+    ordered = sorted(tensors, key=lambda tensor: tensor[1])
+    if begin + ordered[-1][1] > size:
+        raise _damaged("it ends before its tensors do")
+    ends = [*(offset for _, offset in ordered[1:]), size - begin]
+    return {name: end - offset for (name, offset), end in zip(ordered, ends, strict=True)}
+
+
+def _facts(pairs: dict[str, _Value], sizes: dict[str, int], file_size: int) -> Facts:
+    architecture = pairs.get("general.architecture")
+    if not isinstance(architecture, str) or not architecture:
+        raise _damaged("it does not say its architecture")
+
+    def told(name: str, default: int = 0) -> int:
+        return _number(pairs, f"{architecture}.{name}", default)
+
+    blocks, embedding, heads = told("block_count"), told("embedding_length"), told("attention.head_count")
+    each = embedding // heads if heads else 0
+    kv = pairs.get(f"{architecture}.attention.head_count_kv")
+    kv_heads = int(sum(kv.numbers)) if isinstance(kv, _Array) else told("attention.head_count_kv", heads) * blocks
+    layers = sum(size for name, size in sizes.items() if name.startswith("blk."))
+    tokens = pairs.get("tokenizer.ggml.tokens")
+    return Facts(
+        architecture=architecture[:100],
+        blocks=blocks,
+        context_length=told("context_length"),
+        embedding_length=embedding,
+        heads=heads,
+        kv_heads=_bounded("attention.head_count_kv", kv_heads),
+        key_length=told("attention.key_length", each),
+        value_length=told("attention.value_length", each),
+        vocabulary=_bounded("vocabulary", tokens.length) if isinstance(tokens, _Array) else told("vocab_size"),
+        file_size=file_size,
+        layer_bytes=layers,
+        other_bytes=sum(sizes.values()) - layers,
+    )
+
+
+def _number(pairs: dict[str, _Value], name: str, default: int) -> int:
+    """A whole number, or the largest of an array of them, which a model has that says it for each layer."""
+    value = pairs.get(name, default)
+    found = max(value.numbers, default=0) if isinstance(value, _Array) else value
+    if isinstance(found, str) or found != found:
+        raise _damaged(f"{name} is no number")
+    return _bounded(name, found)
+
+
+def _bounded(name: str, value: float) -> int:
+    if not 0 <= value < LARGEST:
+        raise _damaged(f"{name} cannot be {value}")
+    return int(value)

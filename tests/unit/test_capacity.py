@@ -1,0 +1,140 @@
+"""What a node has left, and the words in which a model is refused a place there."""
+
+from dataclasses import replace
+
+import pytest
+
+from localai_q.cluster.capacity import UNLIMITED, booking, examine, free, human, weigh
+from localai_q.cluster.memory import Memory
+from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.states import NodeState, ReplicaState
+
+NOW = 10_000.0
+GB = 10**9
+S = ReplicaState
+FACTS = Facts(architecture="llama", blocks=30, context_length=8192, embedding_length=576, heads=9, kv_heads=90,
+              key_length=64, value_length=64, vocabulary=49152, file_size=98362432, layer_bytes=66493440,
+              other_bytes=30083328)  # fmt: skip
+
+
+def node(*, ram: float = 8, state: NodeState = NodeState.READY, heard: float = NOW, labels=None, **hardware) -> Node:
+    """A node of so many GB."""
+    hardware = {"ram_available": int(ram * GB), **hardware}
+    return Node(id="n", name="n", state=state, approved=True, secret_hash="", hardware=hardware, last_heartbeat=heard,
+                labels=labels or {})  # fmt: skip
+
+
+def gpu(vram: float) -> dict:
+    return {"vram_free": int(vram * GB), "vram_total": 80 * GB}
+
+
+def replica(state: ReplicaState, ram: float = 2, *, of: str = "o", changed: float = NOW - 60, **values) -> Replica:
+    return Replica(id=f"{of}{state}", model_id=of, node_id="n", number=1, revision=1, state=state, slots=1,
+                   changed=changed, reserved=Memory(ram=int(ram * GB)), **values)  # fmt: skip
+
+
+def model(facts: Facts | None = None, **config) -> Model:
+    return Model(id="m", name="m", revision=1, config=ModelConfig(**{"backend": "echo", **config}), facts=facts)
+
+
+def refused(at: Node, of: Model, *there: Replica, uses_gpu: bool = False) -> str:
+    return examine(of, at, there, gpu=uses_gpu, now=NOW).reason
+
+
+class TestFree:
+    @pytest.mark.parametrize("state", [S.PLACED, S.INSTALLING, S.STAGING, S.LOADING])
+    def test_what_is_on_its_way_is_booked(self, state: ReplicaState) -> None:
+        assert free(node(), [replica(state)]) == Memory(ram=6 * GB)
+
+    def test_a_ready_replica_is_booked_until_its_node_has_reported_since(self) -> None:
+        ready = replica(S.READY, changed=NOW)
+        assert free(node(heard=NOW), [ready]).ram == 6 * GB
+        assert free(node(heard=NOW + 1), [ready]).ram == 8 * GB
+
+    def test_of_a_reported_replica_only_what_its_node_does_not_see_stays_booked(self) -> None:
+        assert free(node(heard=NOW), [replica(S.READY, unseen=GB // 2)]).ram == 7.5 * GB
+
+    @pytest.mark.parametrize("state", [S.FAILED, S.GONE])
+    def test_what_has_no_process_holds_nothing(self, state: ReplicaState) -> None:
+        assert free(node(budget=8 * GB), [replica(state)]).ram == 8 * GB
+
+    def test_a_budget_is_kept_by_all_together(self) -> None:
+        there = [replica(S.READY), replica(S.STOPPING), replica(S.LOADING)]
+        assert free(node(ram=100, budget=7 * GB), there).ram == 1 * GB
+
+    def test_on_a_node_with_gpus_the_budget_is_of_their_memory(self) -> None:
+        found = free(node(budget=10 * GB, gpus=[gpu(8), gpu(8)]), [])
+        assert found == Memory(ram=8 * GB, vram=10 * GB)
+
+    def test_a_node_that_says_nothing_or_nonsense_is_taken_to_have_room(self) -> None:
+        for hardware in ({}, {"ram_available": "x", "gpus": 5, "budget": -1}, {"ram_available": float("nan")}):
+            assert free(replace(node(), hardware=hardware), []).ram == UNLIMITED
+
+
+class TestExamine:
+    def test_what_fits_has_no_reason_against_it(self) -> None:
+        assert refused(node(), model(memory=8 * GB)) == ""
+
+    @pytest.mark.parametrize("state", [state for state in NodeState if state is not NodeState.READY])
+    def test_a_node_that_takes_nothing_says_so(self, state: NodeState) -> None:
+        assert refused(node(state=state), model()) == state
+
+    def test_too_little_memory_is_told_in_numbers(self) -> None:
+        verdict = examine(model(memory=3_100_000_000), node(ram=1.2), [], gpu=False, now=NOW)
+        assert verdict.reason == "needs 3.1 GB, 1.2 GB free (as configured)"
+        assert verdict.crowded
+
+    def test_a_model_on_gpus_needs_their_memory(self) -> None:
+        assert refused(node(gpus=[gpu(2)]), model(memory=3 * GB), uses_gpu=True) == (
+            "needs 3.0 GB of GPU memory, 2.0 GB free (as configured)"
+        )
+        assert refused(node(gpus=[gpu(2), gpu(2)]), model(memory=3 * GB), uses_gpu=True) == ""
+
+    def test_a_backend_that_uses_no_gpu_takes_ram_beside_them(self) -> None:
+        assert refused(node(gpus=[gpu(1)]), model(memory=3 * GB)) == ""
+
+    def test_labels_must_all_be_there(self) -> None:
+        asks = model(selector={"zone": "a", "disk": "fast"})
+        assert refused(node(labels={"zone": "a", "disk": "slow"}), asks) == "lacks the label disk=fast"
+        assert refused(node(labels={"zone": "a", "disk": "fast", "more": "x"}), asks) == ""
+
+    def test_a_node_takes_one_replica_of_a_model(self) -> None:
+        assert refused(node(), model(), replica(S.READY, of="m")) == "has a replica that is ready"
+
+    def test_one_that_failed_may_be_tried_again_after_its_back_off(self) -> None:
+        failed = replica(S.FAILED, of="m", failures=1, reason="no network", changed=NOW)
+        assert refused(node(), model(), failed) == "failed: no network"
+        assert refused(node(), model(), replace(failed, changed=NOW - 2)) == ""
+
+    def test_the_file_needs_room_on_the_disk_unless_it_lies_there(self) -> None:
+        big = {"source": "file:/x", "sha256": "a" * 64, "size": 3 * GB}
+        assert refused(node(disk_free=GB), model(**big)) == "needs 3.1 GB of disk, 1.0 GB free"
+        assert refused(node(disk_free=GB, files=["a" * 64]), model(**big)) == ""
+        assert refused(node(disk_free=4 * GB), model(**{**big, "source": "pypi:a==1#b"})) == (
+            "needs 6.1 GB of disk, 4.0 GB free"
+        )
+
+    def test_a_context_is_cut_to_what_fits_and_booked_so(self) -> None:
+        small = node(ram=1.2)
+        of = model(FACTS, backend="xllamacpp", context_size=8192)
+        assert "needs 1.6 GB" in refused(small, of)
+        cut = of.model_copy(update={"config": of.config.model_copy(update={"fit_context": True})})
+        verdict = examine(cut, small, [], gpu=False, now=NOW)
+        assert verdict.reason == ""
+        assert 512 <= booking(cut, verdict).context_size < 8192
+        assert booking(cut, examine(cut, node(), [], gpu=False, now=NOW)).context_size == 0
+
+    def test_of_what_nothing_is_known_nothing_is_booked(self) -> None:
+        verdict = weigh(model(), node(ram=0), [], gpu=False)
+        assert (verdict.reason, booking(model(), verdict).memory) == ("", Memory())
+
+
+def test_bytes_in_words() -> None:
+    assert [human(n) for n in (0, 999, 1500, 3_100_000_000, 2 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "3.1 GB",
+        "2.0 TB",
+    ]
