@@ -53,6 +53,16 @@ def report(node_id: str, replica_id: str) -> dict[str, Any]:
     return {}
 
 
+@routes.post("/drain")
+def drain(node_id: str) -> dict[str, Any]:
+    return nodes.drain(web().services, g.node)
+
+
+@routes.post("/resume")
+def resume(node_id: str) -> dict[str, Any]:
+    return nodes.resume(web().services, g.node)
+
+
 @routes.post("/deregister")
 def deregister(node_id: str) -> dict[str, Any]:
     nodes.deregister(web().services, g.node)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from localai_q.errors import StartupError
 
 ALIVE = "alive"  # what a child says to be heard of; no state
 ALIVE_EVERY = 3.0  # seconds
+FINISH = signal.SIGUSR2  # to a replica that is ready: end once what is at work has ended; SIGTERM gives it little time
 
 
 class ModelSpec(ModelConfig):

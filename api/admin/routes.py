@@ -17,7 +17,7 @@ from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
 from localai_q.cluster.models import ModelConfig, ModelName
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
-from localai_q.services import jobs, keys, models, nodes
+from localai_q.services import fleet, jobs, keys, models, nodes
 
 routes = Blueprint("admin", __name__)
 
@@ -49,13 +49,40 @@ def metrics() -> Response:
 
 @routes.get("/api/nodes")
 def list_nodes() -> dict[str, Any]:
-    return {"nodes": nodes.listed(web().services)}
+    return {"nodes": fleet.listed(web().services)}
+
+
+@routes.get("/api/nodes/models")
+def list_loaded_models() -> dict[str, Any]:
+    """Which node has which model."""
+    return {"models": fleet.loaded_models(web().services)}
+
+
+@routes.get("/api/nodes/<node>")
+def show_node(node: str) -> dict[str, Any]:
+    """By id or by name, as everywhere below."""
+    return fleet.show(web().services, node)
+
+
+@routes.delete("/api/nodes/<node>")
+def remove_node(node: str) -> dict[str, Any]:
+    """Only one that is not at work, unless `force=true`."""
+    return nodes.remove(web().services, node, force=_flag("force"))
 
 
 @routes.post("/api/nodes/<node>/approve")
 def approve_node(node: str) -> dict[str, Any]:
-    """By id or by name."""
     return nodes.approve(web().services, node)
+
+
+@routes.post("/api/nodes/<node>/drain")
+def drain_node(node: str) -> dict[str, Any]:
+    return nodes.drain(web().services, nodes.named(web().services, node))
+
+
+@routes.post("/api/nodes/<node>/resume")
+def resume_node(node: str) -> dict[str, Any]:
+    return nodes.resume(web().services, nodes.named(web().services, node))
 
 
 @routes.get("/api/jobs")
@@ -122,6 +149,13 @@ def _listed(name: str, allowed: Collection[str]) -> list[str]:
     if not set(found) <= set(allowed):
         raise InvalidValue(f"'{name}' needs one or more of {', '.join(allowed)}, with commas between them.", param=name)
     return found
+
+
+def _flag(name: str) -> bool:
+    given = request.args.get(name, "false")
+    if given not in ("true", "false"):
+        raise InvalidValue(f"'{name}' needs true or false.", param=name)
+    return given == "true"
 
 
 def _limit(text: str) -> int:

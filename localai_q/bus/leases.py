@@ -9,6 +9,7 @@ of Redis can lose the last claim, and then its number is given out again. Times 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -236,10 +237,26 @@ class Leases:
 
         `owner` is what its processes had in common: the part of their names before the point.
         """
-        held = self._redis.zrange(names.leases_key(line), 0, -1)
-        owners = {job_id: str(self._redis.hget(names.job_key(job_id), "owner")) for job_id in held}
-        dead = {job_id: name for job_id, name in owners.items() if name.partition(".")[0] == owner}
+        dead = {job_id: name for job_id, name in self._owners(line).items() if name.partition(".")[0] == owner}
         return [job_id for job_id, name in dead.items() if self._requeue(job_id, line, name)]
+
+    def held_by_owner(self, lines: Sequence[str]) -> dict[str, int]:
+        """How many jobs of these lines each owner holds, by the part of its name before the point."""
+        with broker_errors():
+            owners = [name.partition(".")[0] for line in lines for name in self._owners(line).values()]
+        return dict(Counter(owners))
+
+    def held(self, line: str) -> int:
+        """How many jobs of a line somebody works on."""
+        with broker_errors():
+            return int(self._redis.zcard(names.leases_key(line)))
+
+    def _owners(self, line: str) -> dict[str, str]:
+        job_ids = self._redis.zrange(names.leases_key(line), 0, -1)
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.hget(names.job_key(job_id), "owner")
+        return dict(zip(job_ids, map(str, pipe.execute() if job_ids else []), strict=True))
 
     def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> bool:
         keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]

@@ -20,6 +20,17 @@ class Node:
     version: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
     last_heartbeat: float | None = None  # seconds since the epoch
+    drain: bool = False  # it is to be empty and to stay so, whatever its state is at the moment
+
+    @property
+    def serving_state(self) -> NodeState:
+        """The state of an approved node that reports."""
+        return NodeState.DRAINING if self.drain else NodeState.READY
+
+    @property
+    def at_work(self) -> bool:
+        """Whether others may count on it."""
+        return self.state in (NodeState.READY, NodeState.UNHEALTHY, NodeState.DRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)

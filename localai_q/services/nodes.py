@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hmac
 import logging
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from localai_q import names
 from localai_q.bus import presence
-from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
@@ -54,7 +52,7 @@ def register(
         if node.approved:
             # A node registers when its process starts: nothing of an earlier process is left.
             gone = _clear(services, db, node, "was started anew")
-            nodes.move(db, node.id, NodeState.READY)
+            nodes.move(db, node.id, node.serving_state)
             node = _existing(db, node.id)
     answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
     if node.approved:
@@ -97,7 +95,7 @@ def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], runni
     with services.db.transaction() as db:
         nodes.heard_of(db, node.id, hardware=hardware)
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
-            nodes.move(db, node.id, NodeState.READY)
+            nodes.move(db, node.id, node.serving_state)
             node = _existing(db, node.id)
         known = {replica.id for replica in replicas.every(db, node_id=node.id)}
     return {"state": node.state, "stop": sorted(set(running) - known)}
@@ -145,27 +143,84 @@ def deregister(services: Services, node: Node) -> None:
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
+def named(services: Services, id_or_name: str) -> Node:
+    """The node of this id or name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    with services.db.transaction() as db:
+        node = nodes.by_id(db, id_or_name) or nodes.by_name(db, id_or_name)
+    if node is None:
+        raise NotFound(f"There is no node '{id_or_name}'. 'localai-q nodes list' shows them.")
+    return node
+
+
 def approve(services: Services, id_or_name: str) -> dict[str, Any]:
     """Let a pending node in.
 
     Raises:
         NotFound: there is none of that id or name.
     """
+    node = named(services, id_or_name)
     with services.db.transaction() as db:
-        node = nodes.by_id(db, id_or_name) or nodes.by_name(db, id_or_name)
-        if node is None:
-            raise NotFound(f"There is no node '{id_or_name}'. 'localai-q nodes list' shows them.")
         nodes.approve(db, node.id)
     return {"id": node.id, "name": node.name, "approved": True}
 
 
-def listed(services: Services) -> list[dict[str, Any]]:
-    """Every node with its replicas."""
+def drain(services: Services, node: Node) -> dict[str, Any]:
+    """Have a node finish what it holds and take nothing new, until `resume`. Returns its id, name and state.
+
+    Raises:
+        Conflict: it is not in yet.
+    """
+    return _set_drain(services, node, wanted=True)
+
+
+def resume(services: Services, node: Node) -> dict[str, Any]:
+    """Let a node that was drained take work again. Returns its id, name and state.
+
+    Raises:
+        Conflict: it is not in yet; only `approve` lets it in.
+    """
+    return _set_drain(services, node, wanted=False)
+
+
+def _set_drain(services: Services, node: Node, *, wanted: bool) -> dict[str, Any]:
+    if not node.approved or node.state is NodeState.PENDING:
+        raise Conflict(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
     with services.db.transaction() as db:
-        found = nodes.every(db)
-        every = replicas.every(db)
-        by_id = {model.id: model for model in models.every(db)}
-    return [_shown(node, [r for r in every if r.node_id == node.id], by_id) for node in found]
+        nodes.set_drain(db, node.id, wanted)
+        node = _existing(db, node.id)
+        if node.state is not NodeState.OFFLINE:
+            nodes.move(db, node.id, node.serving_state)
+        node = _existing(db, node.id)
+    log.info("node %s is to %s", node.name, "drain" if wanted else "work", extra={"action": "drain"})
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "state": node.state}
+
+
+def remove(services: Services, id_or_name: str, *, force: bool) -> dict[str, Any]:
+    """Forget a node: its secret is worth nothing any more, its name is free. `force`: even if it is at work.
+
+    Raises:
+        NotFound: there is none of that id or name.
+        Conflict: it is at work.
+    """
+    node = named(services, id_or_name)
+    if node.at_work and not force:
+        raise Conflict(
+            f"Node '{node.name}' is {node.state}: drain it first (localai-q nodes drain {node.name}), or force it, which "
+            "ends what it does."
+        )
+    with services.db.transaction() as db:
+        gone = _clear(services, db, node, "was deleted")
+        nodes.remove(db, node.id)
+    log.warning("node %s was deleted", node.name)
+    _bereave(services, gone)
+    services.redis.delete(names.node_queue(node.id), names.node_jobs_queue(node.id))
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "removed": True}
 
 
 def watch_health(services: Services) -> None:
@@ -214,11 +269,3 @@ def _existing(db: Any, node_id: str) -> Node:
     node = nodes.by_id(db, node_id)
     assert node is not None
     return node
-
-
-def _shown(node: Node, own: list[Replica], by_id: dict[str, Model]) -> dict[str, Any]:
-    record = asdict(node)
-    record.pop("secret_hash")
-    shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
-              "reason": r.reason} for r in own if r.model_id in by_id]  # fmt: skip
-    return {**record, "replicas": shown}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.nodes import Node
@@ -48,6 +48,15 @@ def approve(db: Connection, node_id: str) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(approved=True))
 
 
+def set_drain(db: Connection, node_id: str, wanted: bool) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(drain=wanted))
+
+
+def remove(db: Connection, node_id: str) -> None:
+    """Forget the node and its replicas."""
+    db.execute(delete(nodes).where(nodes.c.id == node_id))
+
+
 def move(db: Connection, node_id: str, target: NodeState) -> bool:
     """Change the node's state if the move is allowed. False if it is not."""
     allowed = sources(NODE_MOVES, target)
@@ -73,4 +82,5 @@ def _node(row: Row[Any]) -> Node:
         version=row.version,
         hardware=row.hardware,
         last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,
+        drain=row.drain,
     )

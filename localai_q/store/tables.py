@@ -48,6 +48,7 @@ nodes = Table(
     Column("version", Text, nullable=False, server_default=""),
     Column("hardware", JSONB, nullable=False, server_default=text("'{}'")),
     Column("last_heartbeat", DateTime(timezone=True)),
+    Column("drain", Boolean, nullable=False, server_default=text("false")),  # it is to be empty, and to stay so
     _created(),
 )
 

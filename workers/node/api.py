@@ -18,7 +18,7 @@ import httpx
 
 from localai_q import __version__
 from localai_q.config import write_private
-from localai_q.errors import LocalAIError, NotFound, StartupError, Unavailable
+from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError, Unavailable
 from workers.node.installer import certificates
 
 log = logging.getLogger(__name__)
@@ -90,8 +90,13 @@ class NodeApi:
             response = self._http.request(method, f"/api/node/{self._id}/{path}", json=body)
         if response.status_code >= httpx.codes.BAD_REQUEST:
             _raise(response)
-        answer: dict[str, Any] = response.json() if response.content else {}
-        return answer
+        try:
+            answer: Any = response.json() if response.is_success else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Unavailable(f"something else than the API answers at {response.url} ({response.status_code})")
+        return dict(answer)
 
 
 def register(url: str, token: str, name: str, identity: Identity, hardware: dict[str, Any]) -> dict[str, Any]:
@@ -147,6 +152,8 @@ def _errors() -> Iterator[None]:
 
 
 def _raise(response: httpx.Response) -> None:
+    if response.status_code == httpx.codes.FORBIDDEN and _error(response).get("code") == Forbidden.code:
+        raise Forbidden(_message(response))
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotFound(_message(response))
     if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
@@ -155,7 +162,14 @@ def _raise(response: httpx.Response) -> None:
 
 
 def _message(response: httpx.Response) -> str:
+    return str(_error(response).get("message") or f"HTTP {response.status_code}")
+
+
+def _error(response: httpx.Response) -> dict[str, Any]:
+    """The API's own error; empty if somebody else has answered."""
     try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
+        error: dict[str, Any] = response.json()["error"]
+        error.get("message")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return error
