@@ -14,6 +14,7 @@ from api.bodies import parse
 from api.metrics import CONTENT_TYPE
 from api.web import web
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
+from localai_q.cluster.labels import Labels
 from localai_q.cluster.models import ModelConfig, ModelName
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
@@ -37,6 +38,14 @@ class NewKey(BaseModel):
 
     name: str = Field(min_length=1, max_length=100)
     role: Literal["admin", "user"] = "user"
+
+
+class ReplicaLimit(BaseModel):
+    """How many replicas of one model a node may have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: int = Field(ge=1, le=64, strict=True)
 
 
 @routes.get("/metrics")
@@ -83,6 +92,44 @@ def drain_node(node: str) -> dict[str, Any]:
 @routes.post("/api/nodes/<node>/resume")
 def resume_node(node: str) -> dict[str, Any]:
     return nodes.resume(web().services, nodes.named(web().services, node))
+
+
+@routes.get("/api/nodes/<node>/labels")
+def node_labels(node: str) -> dict[str, Any]:
+    return fleet.labels(web().services, node)
+
+
+@routes.put("/api/nodes/<node>/labels")
+def replace_labels(node: str) -> dict[str, Any]:
+    """The body is the labels that the node is to have been given."""
+    return fleet.give_labels(web().services, node, parse(Labels, request.get_data()).root, keep=False)
+
+
+@routes.patch("/api/nodes/<node>/labels")
+def add_labels(node: str) -> dict[str, Any]:
+    return fleet.give_labels(web().services, node, parse(Labels, request.get_data()).root, keep=True)
+
+
+@routes.delete("/api/nodes/<node>/labels")
+def remove_labels(node: str) -> dict[str, Any]:
+    return fleet.give_labels(web().services, node, {}, keep=False)
+
+
+@routes.delete("/api/nodes/<node>/labels/<path:key>")
+def remove_label(node: str, key: str) -> dict[str, Any]:
+    return fleet.take_label(web().services, node, key)
+
+
+@routes.put("/api/nodes/<node>/max-replicas-per-model")
+def limit_replicas(node: str) -> dict[str, Any]:
+    body = parse(ReplicaLimit, request.get_data())
+    return fleet.limit_replicas(web().services, node, body.value)
+
+
+@routes.delete("/api/nodes/<node>/max-replicas-per-model")
+def unlimit_replicas(node: str) -> dict[str, Any]:
+    """Back to one."""
+    return fleet.limit_replicas(web().services, node, 1)
 
 
 @routes.get("/api/jobs")

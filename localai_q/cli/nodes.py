@@ -9,6 +9,7 @@ from rich.filesize import decimal
 
 from localai_q.cli.client import connect
 from localai_q.cli.show import AsJson, rows, text, when
+from localai_q.errors import InvalidValue
 
 app = typer.Typer(no_args_is_help=True, help="List nodes, let new ones in, empty them for maintenance, delete them.")
 
@@ -20,7 +21,7 @@ def list_nodes(as_json: AsJson = False) -> None:
     """Show every node and what it runs."""
     found = connect().call("GET", "/api/nodes")["nodes"]
     shown = found if as_json else [_shown(node) for node in found]
-    rows(shown, ["name", "state", "remains", "cpus", "ram_free", "gpus", "runs", "seen"], as_json=as_json,
+    rows(shown, ["name", "state", "remains", "labels", "cpus", "ram_free", "gpus", "runs", "seen"], as_json=as_json,
          empty="No nodes yet: 'localai-q up' prints the line with which a machine joins.")  # fmt: skip
 
 
@@ -62,6 +63,37 @@ def delete_node(
     print(f"Deleted {made['name']}.")
 
 
+@app.command("label")
+def label_node(
+    node: NodeArgument,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="KEY=VALUE gives a label, KEY- takes it back; none: show them.")
+    ] = None,
+) -> None:
+    """Give a node labels, take them back, or show all it has.
+
+    A node has some by what it is: node.name, node.os, node.arch, gpu.vendor, gpu.vram. One that you give goes before
+    these, and stays when the node registers again.
+
+    Examples:
+
+        localai-q nodes label attic zone=home tier=slow
+
+        localai-q nodes label attic tier-
+    """
+    api = connect()
+    wanted = [change.partition("=") for change in changes or []]
+    if unclear := [key for key, sign, _ in wanted if not sign and not key.endswith("-")]:
+        raise InvalidValue(f"'{unclear[0]}' is no change of a label: write {unclear[0]}=VALUE, or {unclear[0]}-")
+    if given := {key: value for key, sign, value in wanted if sign}:
+        api.call("PATCH", "/api/nodes/{}/labels", node, json=given)
+    for key in [key.removesuffix("-") for key, sign, _ in wanted if not sign]:
+        api.call("DELETE", "/api/nodes/{}/labels/{}", node, key)
+    found = api.call("GET", "/api/nodes/{}/labels", node)
+    for key, value in found["labels"].items():
+        print(f"{key}={value}" + ("" if key in found["given"] else "  (found by itself)"))
+
+
 @app.command("show")
 def show_node(node: NodeArgument, as_json: AsJson = False) -> None:
     """Show one node: its machine, and every copy of a model on it with what that works on."""
@@ -84,14 +116,17 @@ def _shown(node: dict[str, Any]) -> dict[str, Any]:
         "gpus": ", ".join(gpu["name"] for gpu in hardware.get("gpus", [])),
         "runs": ", ".join(f"{replica['model']}: {replica['state']}" for replica in node["replicas"]),
         "remains": _remains(node["remains"]),
+        "labels": ", ".join(f"{key}={value}" for key, value in node["given_labels"].items()),
         "seen": when(node["last_heartbeat"]),
     }
 
 
 def _facts(node: dict[str, Any]) -> dict[str, Any]:
     shown = _shown(node)
-    names = ("name", "id", "state", "remains", "version", "cpus", "ram_free", "gpus", "seen")
-    return {name.replace("_", " "): shown[name] for name in names}
+    facts = ("name", "id", "state", "remains", "version", "cpus", "ram_free", "gpus", "seen")
+    labels = ", ".join(f"{key}={value}" for key, value in node["labels"].items())
+    most = f"{node['max_replicas_per_model']} of one model"
+    return {**{name.replace("_", " "): shown[name] for name in facts}, "labels": labels, "copies": most}
 
 
 def _remains(remains: dict[str, Any] | None) -> str | None:

@@ -1,16 +1,17 @@
-"""All nodes, as an admin sees them: what each runs, and what a draining one still has to finish."""
+"""Nodes as an admin sees them, and what he says of them: labels and limits."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from localai_q import names
+from localai_q.cluster.labels import MOST_LABELS, found_labels
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState
-from localai_q.errors import Unavailable
+from localai_q.errors import InvalidValue, NotFound, Unavailable
 from localai_q.services import nodes as node_services
 from localai_q.services.wiring import Services
 from localai_q.store import models, nodes, replicas
@@ -39,6 +40,71 @@ def loaded_models(services: Services) -> list[dict[str, Any]]:
          **{name: value for name, value in replica.items() if name != "model"}}
         for node in listed(services) for replica in node["replicas"]
     ]  # fmt: skip
+
+
+def labels(services: Services, id_or_name: str) -> dict[str, Any]:
+    """A node's `labels`, and what they are made of: those `found` by itself, and over these those `given` by an admin.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    return _labels_of(node_services.named(services, id_or_name))
+
+
+def give_labels(services: Services, id_or_name: str, new: dict[str, str], *, keep: bool) -> dict[str, Any]:
+    """Give a node these labels, instead of those it was given or, with `keep`, besides them. Answers like `labels`.
+
+    Raises:
+        NotFound: there is no such node.
+        InvalidValue: it would have too many.
+    """
+    return _relabel(services, id_or_name, lambda given: {**(given if keep else {}), **new})
+
+
+def take_label(services: Services, id_or_name: str, key: str) -> dict[str, Any]:
+    """Take a label back that a node was given. Answers like `labels`.
+
+    Raises:
+        NotFound: there is no such node, or it was not given that label.
+    """
+
+    def without(given: dict[str, str]) -> dict[str, str]:
+        if key not in given:
+            raise NotFound(f"Nobody gave node '{id_or_name}' a label '{key}'.")
+        return {name: value for name, value in given.items() if name != key}
+
+    return _relabel(services, id_or_name, without)
+
+
+def limit_replicas(services: Services, id_or_name: str, value: int) -> dict[str, Any]:
+    """How many replicas of one model the node may have.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    node = node_services.named(services, id_or_name)
+    with services.db.transaction() as db:
+        nodes.set_max_replicas(db, node.id, value)
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "max_replicas_per_model": value}
+
+
+def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
+    node_id = node_services.named(services, id_or_name).id
+    with services.db.transaction() as db:
+        node = nodes.held(db, node_id)
+        if node is None:
+            raise NotFound(f"Node '{id_or_name}' was deleted.")
+        given = change(node.given_labels)
+        if len(given) > MOST_LABELS:
+            raise InvalidValue(f"A node can be given {MOST_LABELS} labels.", param="labels")
+        nodes.set_labels(db, node_id, given)
+    services.redis.publish(names.WAKE_CHANNEL, node_id)
+    return labels(services, node_id)
+
+
+def _labels_of(node: Node) -> dict[str, Any]:
+    return {"labels": node.labels, "found": found_labels(node.name, node.hardware), "given": node.given_labels}
 
 
 def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from localai_q import names
 from localai_q.bus import presence
+from localai_q.cluster.hardware import refreshed
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
@@ -38,16 +39,18 @@ def register(
     """
     expected = services.settings.registration_token
     if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+        log.warning("node %r asked to join with a wrong token", name)
         raise Forbidden("The registration token is wrong. 'localai-q up' prints the right one when it starts.")
     with services.db.transaction() as db:
         node = nodes.by_name(db, name) or nodes.add(db, name, secret_hash)
         if node is None or not hmac.compare_digest(node.secret_hash, secret_hash):
+            log.warning("a machine asked to join under the name of node %r without its secret", name)
             raise Conflict(
                 f"The name '{name}' belongs to another node. Give this one a name of its own with LOCALAI_NODE_NAME."
             )
         if services.settings.auto_approve and not node.approved:
             nodes.approve(db, node.id)
-        nodes.heard_of(db, node.id, hardware=hardware, version=version)
+        nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware), version=version)
         node = _existing(db, node.id)
         if node.approved:
             # A node registers when its process starts: nothing of an earlier process is left.
@@ -93,7 +96,8 @@ def authenticate(services: Services, node_id: str, secret: str) -> Node:
 def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
     """A node reports. It is told which of its replicas should not be there."""
     with services.db.transaction() as db:
-        nodes.heard_of(db, node.id, hardware=hardware)
+        node = _existing(db, node.id)
+        nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware))
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, node.serving_state)
             node = _existing(db, node.id)
@@ -267,5 +271,6 @@ def _shared_settings(services: Services) -> dict[str, Any]:
 
 def _existing(db: Any, node_id: str) -> Node:
     node = nodes.by_id(db, node_id)
-    assert node is not None
+    if node is None:
+        raise NotFound("This node was deleted a moment ago.")
     return node
