@@ -208,13 +208,13 @@ class Leases:
         epoch = self._run["restore"](keys=keys, args=args)
         return replace(lease, epoch=epoch) if epoch else None
 
-    def abort(self, job_id: str, line: str, end: End, *, force: bool = False) -> str | None:
-        """End a job that nobody owns, or ask its owner to.
+    def abort(self, job_id: str, line: str, end: End, *, force: bool = False, by: str = CONTROL) -> str | None:
+        """End a job that nobody owns, or ask its owner to. `by`: under whose name the end is kept.
 
         Returns "ended", "asked" or None, when there was nothing to end.
         """
-        keys = [*self._job_keys(job_id, line), names.ends_key(CONTROL), names.NODES_WITH_ENDS]
-        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", CONTROL]
+        keys = [*self._job_keys(job_id, line), names.ends_key(by), names.NODES_WITH_ENDS]
+        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", by]
         with broker_errors():
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]

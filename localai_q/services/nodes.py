@@ -13,7 +13,7 @@ from localai_q.cluster.hardware import refreshed
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
-from localai_q.services import jobs
+from localai_q.services import jobs, node_users
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -61,7 +61,10 @@ def register(
     if node.approved:
         _bereave(services, gone)
         services.redis.publish(names.WAKE_CHANNEL, node.id)
-        answer |= {"redis_url": redis_url_for(services, host), **_shared_settings(services)}
+        url = redis_url_for(services, host)
+        if node_users.admit(services, node):
+            url = as_user(url, names.node_user(node.id))
+        answer |= {"redis_url": url, **_shared_settings(services)}
     return answer
 
 
@@ -76,6 +79,12 @@ def redis_url_for(services: Services, host: str) -> str:
     userinfo, at, _ = parts.netloc.rpartition("@")
     address = f"[{host}]" if ":" in host else host
     return urlunsplit(parts._replace(netloc=f"{userinfo}{at}{address}:{parts.port or 6379}"))
+
+
+def as_user(url: str, user: str) -> str:
+    """The URL for this user instead, whose password is left to him to fill in."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
 
 
 def authenticate(services: Services, node_id: str, secret: str) -> Node:
@@ -221,6 +230,7 @@ def remove(services: Services, id_or_name: str, *, force: bool) -> dict[str, Any
         gone = _clear(services, db, node, "was deleted")
         nodes.remove(db, node.id)
     log.warning("node %s was deleted", node.name)
+    node_users.dismiss(services, node)
     _bereave(services, gone)
     services.redis.delete(names.node_queue(node.id), names.node_jobs_queue(node.id))
     services.redis.publish(names.WAKE_CHANNEL, node.id)

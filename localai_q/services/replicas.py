@@ -16,6 +16,7 @@ from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
 from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.services import jobs as job_services
+from localai_q.services import node_users
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
 
@@ -132,6 +133,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
                        "name": model.name}  # fmt: skip
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
         case Step.LOAD:
+            node_users.extend(services, replica.node_id)
             with services.db.transaction() as db:
                 moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None)
             if not moved:

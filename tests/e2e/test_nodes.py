@@ -304,3 +304,18 @@ def test_a_node_may_not_speak_for_another(cluster: Cluster) -> None:
     began = time.time()
     assert httpx.post(own, json={"running": []}, headers=headers).status_code == 200
     assert cluster.node("alpha")["last_heartbeat"] >= began - 1
+
+
+def test_a_node_is_on_redis_as_itself_and_lacks_nothing_there(calm: Cluster) -> None:
+    user = f"node-{calm.ready['node_ids'][0]}"
+    calm.say("to have worked")
+    with calm.redis() as client:
+        users = {connection["user"] for connection in client.client_list()}
+        denied = [entry for entry in client.acl_log() if entry["reason"] in ("command", "key", "channel")]
+    assert user in users
+    assert not denied, denied
+    password = re.search(":([^:@]+)@", calm.state()["redis_url"])[1]
+    for process in processes_of(calm.home / "worker"):
+        assert password not in " ".join(process.environ().values()), process
+    for path in (calm.home / "worker").rglob("*.json"):
+        assert password not in path.read_text(), path

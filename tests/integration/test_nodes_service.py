@@ -69,7 +69,9 @@ class TestRegistration:
         answer = join(services, host="10.0.0.5")
         port = services.settings.redis_url.rpartition(":")[2]
         assert answer["state"] == NodeState.READY
-        assert answer["redis_url"] == f"redis://:tests@10.0.0.5:{port}"
+        assert answer["redis_url"] == f"redis://node-{answer['id']}@10.0.0.5:{port}", (
+            "and its own secret is the password"
+        )
         assert answer["lease"] == services.settings.lease
         assert answer["heartbeat"] == services.settings.heartbeat
         assert {"journal_ttl", "journal_max"} <= answer.keys()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx
 
@@ -119,6 +119,15 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
                 say_at = time.monotonic() + REMIND
             pending = bool(answer)
             time.sleep(POLL if answer else POLL / 4)
+
+
+def with_secret(redis_url: str, secret: str) -> str:
+    """The URL of Redis with this node's secret, where that is the password of the user whom it names."""
+    parts = urlsplit(redis_url)
+    if not parts.username or parts.password:
+        return redis_url
+    address = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:{quote(secret, safe='')}@{address}"))
 
 
 def _client(url: str, **more: Any) -> httpx.Client:

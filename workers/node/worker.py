@@ -19,7 +19,7 @@ from typing import Any
 from celery import signals
 
 from localai_q import names
-from localai_q.celery import app
+from localai_q.celery import app, use_broker
 from localai_q.config import Settings, settings
 from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError
 from localai_q.gallery import catalog
@@ -164,8 +164,10 @@ def prepare(worker: Any, conf: Any) -> None:
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
     found = hardware.read(cfg.models_path or cfg.node_home / "models")
     answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
+    answer["redis_url"] = api.with_secret(answer["redis_url"], identity.secret)
     node = Node(cfg, answer, identity.secret)
-    consume(worker, conf, answer["redis_url"], names.node_queue(node.id))
+    use_broker(conf, answer["redis_url"], node.id)
+    consume(names.node_queue(node.id), conf)
     conf.worker_concurrency = CONCURRENCY
     worker.hostname = f"node@{node.name}"
     register_tasks(node)
@@ -211,9 +213,8 @@ def socket_folder(home: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="localai_q-"))
 
 
-def consume(worker: Any, conf: Any, redis_url: str, queue: str) -> None:
-    """Have the worker consume this queue of this broker. `task_queues` would come too late here."""
-    conf.broker_url = redis_url
+def consume(queue: str, conf: Any) -> None:
+    """Have the worker consume this queue. `task_queues` would come too late here."""
     conf.task_default_queue = queue
     app.amqp.queues.select([queue])
 

@@ -15,7 +15,7 @@ from localai_q.bus.connection import client
 from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Leases
 from localai_q.bus.probe import Probe
-from localai_q.celery import app
+from localai_q.celery import app, use_broker
 from localai_q.config import settings
 from localai_q.errors import StartupError
 from localai_q.processes import watch_parent
@@ -35,7 +35,7 @@ def prepare(worker: Any, conf: Any) -> None:
     assert spec.replica is not None
     watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     status = StatusPipe(spec.status_fd)
-    conf.broker_url = spec.redis_url
+    use_broker(conf, spec.redis_url, spec.node_id)
     conf.worker_concurrency = spec.replica.model.slots
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)

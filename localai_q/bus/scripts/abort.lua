@@ -1,5 +1,5 @@
 -- Somebody who does not own a job ends it, if nobody does; else asks the owner to.
--- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends of control, 6 nodes with ends.
+-- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends under that name, 6 nodes with ends.
 -- ARGV 1 id, 2 end event, 3 expiry of job and journal (ms), 4 'force' ends the job even while it is owned, 5 name under
 -- which the end is kept.
 -- Returns {1} ended now; {2, node} its owner on that node was asked to cancel; {0} there is nothing to end.
@@ -12,7 +12,8 @@ end
 local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])
-if job[2] then redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
+-- A node that ends a job after another node's death may not call that one, which is of no use either.
+if job[2] then redis.pcall('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
 if lease and tonumber(lease) > now and ARGV[4] ~= 'force' then
   redis.call('HSET', KEYS[1], 'cancel', '1')
   return {2, job[2]}
