@@ -190,6 +190,24 @@ def test_a_node_is_drained_while_it_streams_stays_so_and_is_deleted(calm: Cluste
     assert calm.node("drained") is None
 
 
+def test_streams_end_whole_when_redis_is_killed_and_forgets_every_user(calm: Cluster) -> None:
+    def stream(_: int) -> str:
+        chunks = calm.say("[[echo tokens=60 delay_ms=150]]", stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    [valkey] = calm.pids("valkey-server")
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(stream, number) for number in range(4)]
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 4, 10, "four at work")
+        os.kill(valkey, signal.SIGKILL)
+        ends = [each.result(60) for each in streams]
+    assert ends == [" ".join(map(str, range(60)))] * 4
+    assert calm.pids("valkey-server") not in ([], [valkey])
+    calm.until_serving("echo", 30)
+    calm.until_serving("echo-one", 30)
+    assert calm.say("as before").choices[0].message.content == "as before"
+
+
 def test_what_a_killed_node_has_started_dies_within_two_seconds(calm: Cluster, join: Callable[..., Joiner]) -> None:
     gamma = join("gamma", **printed_settings(calm))
     until(lambda: state_of(calm, "gamma") == "pending", 30, "gamma's registration")
