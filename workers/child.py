@@ -45,7 +45,7 @@ class ReplicaSpec(BaseModel):
 
 
 class ChildSpec(BaseModel):
-    """What a node tells a child. It holds the broker's password, so its file is private."""
+    """What a node tells a child. It holds the node's secret, so its file is private."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -69,7 +69,7 @@ def write_spec(path: Path, spec: ChildSpec) -> None:
 
 
 def read_spec() -> ChildSpec:
-    """The spec that this process was started with; its file goes, for it holds the broker's password.
+    """The spec that this process was started with; its file goes, for it holds the node's secret.
 
     Raises:
         StartupError: it was not started by a node.

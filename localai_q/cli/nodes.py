@@ -90,7 +90,7 @@ def label_node(
     for key in [key.removesuffix("-") for key, sign, _ in wanted if not sign]:
         api.call("DELETE", "/api/nodes/{}/labels/{}", node, key)
     found = api.call("GET", "/api/nodes/{}/labels", node)
-    for key, value in found["labels"].items():
+    for key, value in sorted(found["labels"].items()):
         print(f"{key}={value}" + ("" if key in found["given"] else "  (found by itself)"))
 
 
@@ -116,7 +116,7 @@ def _shown(node: dict[str, Any]) -> dict[str, Any]:
         "gpus": ", ".join(gpu["name"] for gpu in hardware.get("gpus", [])),
         "runs": ", ".join(f"{replica['model']}: {replica['state']}" for replica in node["replicas"]),
         "remains": _remains(node["remains"]),
-        "labels": ", ".join(f"{key}={value}" for key, value in node["given_labels"].items()),
+        "labels": _pairs(node["given_labels"]),
         "seen": when(node["last_heartbeat"]),
     }
 
@@ -124,7 +124,7 @@ def _shown(node: dict[str, Any]) -> dict[str, Any]:
 def _facts(node: dict[str, Any]) -> dict[str, Any]:
     shown = _shown(node)
     facts = ("name", "id", "state", "remains", "version", "cpus", "ram_free", "gpus", "seen")
-    labels = ", ".join(f"{key}={value}" for key, value in node["labels"].items())
+    labels = _pairs(node["labels"])
     most = f"{node['max_replicas_per_model']} of one model"
     return {**{name.replace("_", " "): shown[name] for name in facts}, "labels": labels, "copies": most}
 
@@ -135,3 +135,7 @@ def _remains(remains: dict[str, Any] | None) -> str | None:
         return None
     jobs = "?" if remains["in_flight"] is None else remains["in_flight"]
     return f"{remains['replicas']} copies, {jobs} at work"
+
+
+def _pairs(labels: dict[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in sorted(labels.items()))

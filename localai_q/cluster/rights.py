@@ -1,7 +1,8 @@
 """What a node may do on Redis: the rules of the user that it is there. Pure.
 
 It reaches the queues, lines and channels that are its own or of models that it has a replica of. Journals and hashes of
-jobs bear no node's name, since a job may move from one node to another: whoever knows a job's id reaches these.
+jobs bear no node's name, since a job may move from one node to another: whoever knows a job's id reaches these, and
+whoever knows a web process's id its announcements. Nothing is granted by which a node could list such ids.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ COMMANDS = tuple(
         "hello auth ping select client|setinfo client|setname",  # connections
         "brpop lpush rpush llen ltrim expire multi exec watch unwatch discard",  # queues, by kombu and by us
         "sadd srem smembers zadd zrem zrange zrangebyscore zrevrangebyscore",
-        "evalsha script|load script|exists subscribe unsubscribe psubscribe punsubscribe publish",
+        "evalsha script|load script|exists subscribe unsubscribe publish",
         "hset hget hmget hgetall hdel hincrby zscore zcard xadd xrange xrevrange",  # within our scripts
         "get set del exists pexpire pexpireat time",
     )

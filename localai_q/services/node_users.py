@@ -18,8 +18,8 @@ def admit(services: Services, node: Node) -> bool:
     """Make the user of a node that begins anew. False: this Redis lets us make none, so nodes share ours."""
     try:
         users.make(services.redis, node.id, node.secret_hash, _rights(node, []))
-    except users.NotAllowed as error:
-        _complain(str(error))
+    except users.NotAllowed:
+        _complain()
         return False
     return True
 
@@ -32,25 +32,25 @@ def extend(services: Services, node_id: str) -> None:
     if node is not None:
         try:
             users.extend(services.redis, node.id, node.secret_hash, _rights(node, own))
-        except users.NotAllowed as error:
-            _complain(str(error))
+        except users.NotAllowed:
+            _complain()
 
 
 def dismiss(services: Services, node: Node) -> None:
     """A node is in no more: its user goes."""
     try:
         users.remove(services.redis, node.id)
-    except users.NotAllowed as error:
-        _complain(str(error))
+    except users.NotAllowed:
+        _complain()
 
 
 def restore(services: Services) -> None:
     """Make the users that Redis has lost, and remove those of nodes that are in no more."""
-    with services.db.transaction() as db:
-        found = [node for node in nodes.every(db) if node.approved]
-        every = replicas.every(db)
     try:
-        known = users.known(services.redis)
+        known = users.known(services.redis)  # before the rows are read: who comes in meanwhile is no stranger
+        with services.db.transaction() as db:
+            found = [node for node in nodes.every(db) if node.approved]
+            every = replicas.every(db)
         for node in found:
             needed = _rights(node, [replica for replica in every if replica.node_id == node.id])
             if not known.get(node.id, frozenset()) >= {*needed, f"#{node.secret_hash}"}:
@@ -58,8 +58,8 @@ def restore(services: Services) -> None:
                 users.extend(services.redis, node.id, node.secret_hash, needed)
         for node_id in known.keys() - {node.id for node in found}:
             users.remove(services.redis, node_id)
-    except users.NotAllowed as error:
-        _complain(str(error))
+    except users.NotAllowed:
+        _complain()
 
 
 def _rights(node: Node, own: list[Replica]) -> frozenset[str]:
@@ -67,9 +67,9 @@ def _rights(node: Node, own: list[Replica]) -> frozenset[str]:
 
 
 @cache
-def _complain(why: str) -> None:
+def _complain() -> None:
+    """Say it once in the life of this process."""
     log.error(
-        "EVERY NODE REACHES REDIS WITH THE CLUSTER'S OWN PASSWORD, because this Redis does not let us make a user for "
-        "each (%s): allow the user of LOCALAI_REDIS_URL 'ACL', or admit only machines that you trust with every request",
-        why,
+        "EVERY NODE REACHES REDIS WITH THE CLUSTER'S OWN PASSWORD, because this Redis does not let us make a user for each: "
+        "allow the command ACL to the user of LOCALAI_REDIS_URL, or admit only machines that you trust with every request"
     )
