@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 
 import redis
-from flask import Flask, Response, g, jsonify, request
+from flask import Flask, Response, current_app, g, jsonify, request
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
-from localai_q.config import settings
 from localai_q.errors import BodyTooLarge, InvalidRequest, LocalAIError, MethodNotAllowed, NotFound, Unavailable
 
 log = logging.getLogger(__name__)
@@ -48,8 +47,11 @@ def _http(error: HTTPException) -> Response:
             return response
         case 413:
             assert isinstance(error, RequestEntityTooLarge)
-            most = settings().max_body
-            return respond(BodyTooLarge(f"The body is larger than LOCALAI_Q_MAX_BODY allows ({most} bytes)."))
+            most = request.max_content_length
+            setting = (
+                "LOCALAI_Q_MAX_BODY allows" if most == current_app.config["MAX_CONTENT_LENGTH"] else "allowed here"
+            )
+            return respond(BodyTooLarge(f"The body is larger than {setting} ({most} bytes)."))
     return respond(InvalidRequest(error.description or "The request cannot be read."))
 
 

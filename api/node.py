@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flask import Blueprint, Response, g, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.bodies import parse
 from api.web import web
+from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.states import ReplicaState
 from localai_q.services import models, nodes
 
+log = logging.getLogger(__name__)
+
 routes = Blueprint("node", __name__, url_prefix="/api/node/<id:node_id>")
+
+LARGEST_REPORT = 256 << 10  # bytes
+REFUSED = (400, 401, 403, 413)
 
 
 class Heartbeat(BaseModel):
@@ -21,8 +28,8 @@ class Heartbeat(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    hardware: dict[str, Any] = Field(default_factory=dict)
-    running: list[str] = Field(default_factory=list, max_length=10_000)  # replica ids
+    hardware: Hardware = Field(default_factory=Hardware)
+    running: list[Annotated[str, Field(max_length=64)]] = Field(default_factory=list, max_length=1000)  # replica ids
 
 
 class ReplicaReport(BaseModel):
@@ -32,13 +39,28 @@ class ReplicaReport(BaseModel):
 
     state: Literal["ready", "failed", "gone", "loading"]
     reason: str = Field("", max_length=8000)
-    hardware: dict[str, Any] = Field(default_factory=dict)
+    hardware: Hardware = Field(default_factory=Hardware)
+
+
+@routes.before_request
+def bound() -> None:
+    """Reports are short."""
+    request.max_content_length = LARGEST_REPORT
+
+
+@routes.after_request
+def log_refusal(response: Response) -> Response:
+    """A node that is refused is one to look at: broken, outdated, or not what it says it is."""
+    if response.status_code in REFUSED:
+        error = (response.get_json(silent=True) or {}).get("error", {})
+        log.warning("refused %s, called from %s: %s", request.path, request.remote_addr, error.get("message"))
+    return response
 
 
 @routes.post("/heartbeat")
 def heartbeat(node_id: str) -> dict[str, Any]:
     body = parse(Heartbeat, request.get_data())
-    return nodes.heartbeat(web().services, g.node, hardware=body.hardware, running=body.running)
+    return nodes.heartbeat(web().services, g.node, hardware=body.hardware.told(), running=body.running)
 
 
 @routes.get("/replicas/<id:replica_id>")
@@ -51,8 +73,18 @@ def replica(node_id: str, replica_id: str) -> dict[str, Any]:
 def report(node_id: str, replica_id: str) -> dict[str, Any]:
     body = parse(ReplicaReport, request.get_data())
     state = ReplicaState(body.state)
-    nodes.report_replica(web().services, g.node, replica_id, state, body.reason, body.hardware)
+    nodes.report_replica(web().services, g.node, replica_id, state, body.reason, body.hardware.told())
     return {}
+
+
+@routes.post("/drain")
+def drain(node_id: str) -> dict[str, Any]:
+    return nodes.drain(web().services, g.node)
+
+
+@routes.post("/resume")
+def resume(node_id: str) -> dict[str, Any]:
+    return nodes.resume(web().services, g.node)
 
 
 @routes.post("/deregister")

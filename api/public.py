@@ -9,8 +9,10 @@ from flask import Blueprint, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.bodies import parse
+from api.node import LARGEST_REPORT
 from api.web import web
 from localai_q import __version__
+from localai_q.cluster.hardware import Hardware
 from localai_q.errors import InvalidValue
 from localai_q.services import nodes, status
 
@@ -26,7 +28,7 @@ class Registration(BaseModel):
     token: str = Field(max_length=256)
     secret_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
     version: str = Field("", max_length=64)
-    hardware: dict[str, Any] = Field(default_factory=dict)
+    hardware: Hardware = Field(default_factory=Hardware)
 
 
 @routes.get("/healthz")
@@ -46,8 +48,10 @@ def readyz() -> tuple[dict[str, Any], int]:
 @routes.post("/api/node/register")
 def register() -> tuple[dict[str, Any], int]:
     """A machine asks to join (LocalAI's `/api/node/register`)."""
+    request.max_content_length = LARGEST_REPORT
     body = parse(Registration, request.get_data())
-    return nodes.register(web().services, **body.model_dump(), host=_host(request.headers.get("Host", ""))), 201
+    told = {**body.model_dump(), "hardware": body.hardware.told()}
+    return nodes.register(web().services, **told, host=_host(request.headers.get("Host", ""))), 201
 
 
 def _host(header: str) -> str:

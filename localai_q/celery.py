@@ -38,6 +38,17 @@ def role_of(queues: str | list[str] | None) -> str:
     return "jobs" if listed[0].startswith("node.") else "replica"
 
 
+def use_broker(conf: Any, redis_url: str, node_id: str) -> None:
+    """Have a worker of a node talk to this Redis, with keys of that node's own for what kombu has to remember."""
+    conf.broker_url = redis_url
+    conf.broker_transport_options = {
+        **broker_options(),
+        "unacked_key": names.unacked_key(node_id),
+        "unacked_index_key": names.unacked_index_key(node_id),
+        "unacked_mutex_key": names.unacked_mutex_key(node_id),
+    }
+
+
 def broker_options() -> dict[str, Any]:
     """kombu's options for Redis: strict first-in-first-out per queue, and sockets that notice a dead broker."""
     return {

@@ -20,6 +20,7 @@ CONTROL_QUEUE = "control"
 # Channels.
 ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
 WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
+EVENTS_CHANNELS = "/*.celeryev/*"  # a pattern: Celery's events, by number of the database and kind of event
 
 NODES_WITH_ENDS = "ends"  # set of owners that have a hash of ends
 SERVED_SINCE = "served-since"  # seconds since the epoch: the web has been there without a break
@@ -87,6 +88,35 @@ def web_missed_key(watcher: str) -> str:
 def dead_letters(queue: str) -> str:
     """List of what lay on a queue and was no message of ours, the newest first."""
     return f"dead:{queue}"
+
+
+def keys_of_queue(queue: str) -> list[str]:
+    """Every key that a consumer of this queue needs: ours, and those in which kombu keeps what is bound to it."""
+    return [queue, waiting_key(queue), leases_key(queue), dead_letters(queue), f"_kombu.binding.{queue}",
+            f"_kombu.binding_permanent.{queue}"]  # fmt: skip
+
+
+def unacked_key(node_id: str) -> str:
+    """Where kombu keeps what the processes of this node have taken and not acknowledged; the next two belong to it."""
+    return f"unacked.{node_id}"
+
+
+def unacked_index_key(node_id: str) -> str:
+    return f"unacked-index.{node_id}"
+
+
+def unacked_mutex_key(node_id: str) -> str:
+    return f"unacked-mutex.{node_id}"
+
+
+def node_user(node_id: str) -> str:
+    """The user that this node is on Redis."""
+    return f"node-{node_id}"
+
+
+def web_channel(watcher: str) -> str:
+    """Events of the jobs that this web process waits for; the scripts publish here."""
+    return f"web:{watcher}"
 
 
 def cancel_channel(node_id: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from localai_q.errors import StartupError
 
 ALIVE = "alive"  # what a child says to be heard of; no state
 ALIVE_EVERY = 3.0  # seconds
+FINISH = signal.SIGUSR2  # to a replica that is ready: end once what is at work has ended; SIGTERM gives it little time
 
 
 class ModelSpec(ModelConfig):
@@ -43,7 +45,7 @@ class ReplicaSpec(BaseModel):
 
 
 class ChildSpec(BaseModel):
-    """What a node tells a child. It holds the broker's password, so its file is private."""
+    """What a node tells a child. It holds the node's secret, so its file is private."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -67,7 +69,7 @@ def write_spec(path: Path, spec: ChildSpec) -> None:
 
 
 def read_spec() -> ChildSpec:
-    """The spec that this process was started with; its file goes, for it holds the broker's password.
+    """The spec that this process was started with; its file goes, for it holds the node's secret.
 
     Raises:
         StartupError: it was not started by a node.

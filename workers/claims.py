@@ -110,7 +110,8 @@ class Claims:
         answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id)
         if isinstance(answer, Refusal):
             if answer.why == "cancelled":  # its owner died after it was asked to stop, and nobody else would end it
-                self._leases.abort(job_id, line, End(state=JobState.CANCELLED, error=to_record(Cancelled())))
+                end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+                self._leases.abort(job_id, line, end, by=self._node_id)
             return answer
         held = Held(self, answer)
         with self._lock:

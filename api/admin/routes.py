@@ -14,10 +14,11 @@ from api.bodies import parse
 from api.metrics import CONTENT_TYPE
 from api.web import web
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
+from localai_q.cluster.labels import Labels
 from localai_q.cluster.models import ModelConfig, ModelName
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
-from localai_q.services import jobs, keys, models, nodes
+from localai_q.services import fleet, jobs, keys, models, nodes
 
 routes = Blueprint("admin", __name__)
 
@@ -39,6 +40,14 @@ class NewKey(BaseModel):
     role: Literal["admin", "user"] = "user"
 
 
+class ReplicaLimit(BaseModel):
+    """How many replicas of one model a node may have."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    value: int = Field(ge=1, le=64, strict=True)
+
+
 @routes.get("/metrics")
 def metrics() -> Response:
     """Prometheus' text format."""
@@ -49,13 +58,78 @@ def metrics() -> Response:
 
 @routes.get("/api/nodes")
 def list_nodes() -> dict[str, Any]:
-    return {"nodes": nodes.listed(web().services)}
+    return {"nodes": fleet.listed(web().services)}
+
+
+@routes.get("/api/nodes/models")
+def list_loaded_models() -> dict[str, Any]:
+    """Which node has which model."""
+    return {"models": fleet.loaded_models(web().services)}
+
+
+@routes.get("/api/nodes/<node>")
+def show_node(node: str) -> dict[str, Any]:
+    """By id or by name, as everywhere below."""
+    return fleet.show(web().services, node)
+
+
+@routes.delete("/api/nodes/<node>")
+def remove_node(node: str) -> dict[str, Any]:
+    """Only one that is not at work, unless `force=true`."""
+    return nodes.remove(web().services, node, force=_flag("force"))
 
 
 @routes.post("/api/nodes/<node>/approve")
 def approve_node(node: str) -> dict[str, Any]:
-    """By id or by name."""
     return nodes.approve(web().services, node)
+
+
+@routes.post("/api/nodes/<node>/drain")
+def drain_node(node: str) -> dict[str, Any]:
+    return nodes.drain(web().services, nodes.named(web().services, node))
+
+
+@routes.post("/api/nodes/<node>/resume")
+def resume_node(node: str) -> dict[str, Any]:
+    return nodes.resume(web().services, nodes.named(web().services, node))
+
+
+@routes.get("/api/nodes/<node>/labels")
+def node_labels(node: str) -> dict[str, Any]:
+    return fleet.labels(web().services, node)
+
+
+@routes.put("/api/nodes/<node>/labels")
+def replace_labels(node: str) -> dict[str, Any]:
+    """The body is the labels that the node is to have been given."""
+    return fleet.give_labels(web().services, node, parse(Labels, request.get_data()).root, keep=False)
+
+
+@routes.patch("/api/nodes/<node>/labels")
+def add_labels(node: str) -> dict[str, Any]:
+    return fleet.give_labels(web().services, node, parse(Labels, request.get_data()).root, keep=True)
+
+
+@routes.delete("/api/nodes/<node>/labels")
+def remove_labels(node: str) -> dict[str, Any]:
+    return fleet.give_labels(web().services, node, {}, keep=False)
+
+
+@routes.delete("/api/nodes/<node>/labels/<path:key>")
+def remove_label(node: str, key: str) -> dict[str, Any]:
+    return fleet.take_label(web().services, node, key)
+
+
+@routes.put("/api/nodes/<node>/max-replicas-per-model")
+def limit_replicas(node: str) -> dict[str, Any]:
+    body = parse(ReplicaLimit, request.get_data())
+    return fleet.limit_replicas(web().services, node, body.value)
+
+
+@routes.delete("/api/nodes/<node>/max-replicas-per-model")
+def unlimit_replicas(node: str) -> dict[str, Any]:
+    """Back to one."""
+    return fleet.limit_replicas(web().services, node, 1)
 
 
 @routes.get("/api/jobs")
@@ -122,6 +196,13 @@ def _listed(name: str, allowed: Collection[str]) -> list[str]:
     if not set(found) <= set(allowed):
         raise InvalidValue(f"'{name}' needs one or more of {', '.join(allowed)}, with commas between them.", param=name)
     return found
+
+
+def _flag(name: str) -> bool:
+    given = request.args.get(name, "false")
+    if given not in ("true", "false"):
+        raise InvalidValue(f"'{name}' needs true or false.", param=name)
+    return given == "true"
 
 
 def _limit(text: str) -> int:

@@ -210,13 +210,13 @@ class Leases:
         epoch = self._run["restore"](keys=keys, args=args)
         return replace(lease, epoch=epoch) if epoch else None
 
-    def abort(self, job_id: str, line: str, end: End, *, force: bool = False) -> str | None:
-        """End a job that nobody owns, or ask its owner to.
+    def abort(self, job_id: str, line: str, end: End, *, force: bool = False, by: str = CONTROL) -> str | None:
+        """End a job that nobody owns, or ask its owner to. `by`: under whose name the end is kept.
 
         Returns "ended", "asked" or None, when there was nothing to end.
         """
-        keys = [*self._job_keys(job_id, line), names.ends_key(CONTROL), names.NODES_WITH_ENDS]
-        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", CONTROL]
+        keys = [*self._job_keys(job_id, line), names.ends_key(by), names.NODES_WITH_ENDS]
+        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", by]
         with broker_errors():
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]
@@ -239,10 +239,14 @@ class Leases:
 
         `owner` is what its processes had in common: the part of their names before the point.
         """
-        held = self._redis.zrange(names.leases_key(line), 0, -1)
-        owners = {job_id: str(self._redis.hget(names.job_key(job_id), "owner")) for job_id in held}
-        dead = {job_id: name for job_id, name in owners.items() if name.partition(".")[0] == owner}
+        held = self._owners([line])
+        dead = {job_id: name for job_id, name in held.items() if name.partition(".")[0] == owner}
         return {job_id: deaths for job_id, name in dead.items() if (deaths := self._requeue(job_id, line, name))}
+
+    def held(self, line: str) -> int:
+        """How many jobs of a line somebody works on."""
+        with broker_errors():
+            return int(self._redis.zcard(names.leases_key(line)))
 
     def _requeue(self, job_id: str, line: str, dead_owner: str = "") -> int:
         keys = [names.job_key(job_id), names.waiting_key(line), names.leases_key(line)]
@@ -283,15 +287,19 @@ class Leases:
 
     def owners(self, lines: Sequence[str]) -> Counter[str]:
         """How many jobs of these lines each owner works on. `requeue_of` says what an owner is."""
+        with broker_errors():
+            return Counter(name.partition(".")[0] for name in self._owners(lines).values())
+
+    def _owners(self, lines: Sequence[str]) -> dict[str, str]:
+        """Whose the jobs of these lines are that somebody works on."""
         pipe = self._redis.pipeline(transaction=False)
         for line in lines:
             pipe.zrange(names.leases_key(line), 0, -1)
-        with broker_errors():
-            held = [job_id for job_ids in pipe.execute() for job_id in job_ids]
-            for job_id in held:
-                pipe.hget(names.job_key(job_id), "owner")
-            found = pipe.execute()
-        return Counter(str(name).partition(".")[0] for name in found if name)
+        held = [job_id for job_ids in pipe.execute() for job_id in job_ids] if lines else []
+        for job_id in held:
+            pipe.hget(names.job_key(job_id), "owner")
+        found = pipe.execute() if held else []
+        return {job_id: name for job_id, name in zip(held, found, strict=True) if name}
 
     def live(self, job_ids: Sequence[str]) -> dict[str, LiveState]:
         """What Redis knows of these jobs; those it does not know are left out."""

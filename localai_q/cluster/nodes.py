@@ -20,8 +20,21 @@ class Node:
     secret_hash: str
     version: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, str] = field(default_factory=dict)  # those that it has by what it is, under those it was given
+    given_labels: dict[str, str] = field(default_factory=dict)  # by an admin
+    max_replicas_per_model: int = 1
     last_heartbeat: float | None = None  # seconds since the epoch
-    labels: dict[str, str] = field(default_factory=dict)
+    drain: bool = False  # it is to be empty and to stay so, whatever its state is at the moment
+
+    @property
+    def serving_state(self) -> NodeState:
+        """The state of an approved node that reports."""
+        return NodeState.DRAINING if self.drain else NodeState.READY
+
+    @property
+    def at_work(self) -> bool:
+        """Whether others may count on it."""
+        return self.state in (NodeState.READY, NodeState.UNHEALTHY, NodeState.DRAINING)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
     NodeState.UNHEALTHY: frozenset({NodeState.READY, NodeState.DRAINING, NodeState.OFFLINE}),
     NodeState.DRAINING: frozenset({NodeState.DRAINED, NodeState.READY, NodeState.OFFLINE}),
     NodeState.DRAINED: frozenset({NodeState.READY, NodeState.OFFLINE}),
-    NodeState.OFFLINE: frozenset({NodeState.READY}),
+    NodeState.OFFLINE: frozenset({NodeState.READY, NodeState.DRAINING}),
 }
 
 COMING_UP = (ReplicaState.PLACED, ReplicaState.INSTALLING, ReplicaState.STAGING, ReplicaState.LOADING)

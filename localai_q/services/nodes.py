@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import hmac
 import logging
-from dataclasses import asdict
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from localai_q import names
 from localai_q.bus import presence
-from localai_q.cluster.models import Model
+from localai_q.cluster.hardware import refreshed
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
-from localai_q.services import jobs
+from localai_q.services import jobs, node_users
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -40,27 +39,32 @@ def register(
     """
     expected = services.settings.registration_token
     if not expected or not hmac.compare_digest(token.encode(), expected.encode()):
+        log.warning("node %r asked to join with a wrong token", name)
         raise Forbidden("The registration token is wrong. 'localai-q up' prints the right one when it starts.")
     with services.db.transaction() as db:
         node = nodes.by_name(db, name) or nodes.add(db, name, secret_hash)
         if node is None or not hmac.compare_digest(node.secret_hash, secret_hash):
+            log.warning("a machine asked to join under the name of node %r without its secret", name)
             raise Conflict(
                 f"The name '{name}' belongs to another node. Give this one a name of its own with LOCALAI_NODE_NAME."
             )
         if services.settings.auto_approve and not node.approved:
             nodes.approve(db, node.id)
-        nodes.heard_of(db, node.id, hardware=hardware, version=version)
+        nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware), version=version)
         node = _existing(db, node.id)
         if node.approved:
             # A node registers when its process starts: nothing of an earlier process is left.
             gone = _clear(services, db, node, "was started anew")
-            nodes.move(db, node.id, NodeState.READY)
+            nodes.move(db, node.id, node.serving_state)
             node = _existing(db, node.id)
     answer: dict[str, Any] = {"id": node.id, "name": node.name, "state": node.state}
     if node.approved:
         _bereave(services, gone, f"its node '{node.name}' was started anew")
         services.redis.publish(names.WAKE_CHANNEL, node.id)
-        answer |= {"redis_url": redis_url_for(services, host), **_shared_settings(services)}
+        url = redis_url_for(services, host)
+        if node_users.admit(services, node):
+            url = as_user(url, names.node_user(node.id))
+        answer |= {"redis_url": url, **_shared_settings(services)}
     return answer
 
 
@@ -75,6 +79,12 @@ def redis_url_for(services: Services, host: str) -> str:
     userinfo, at, _ = parts.netloc.rpartition("@")
     address = f"[{host}]" if ":" in host else host
     return urlunsplit(parts._replace(netloc=f"{userinfo}{at}{address}:{parts.port or 6379}"))
+
+
+def as_user(url: str, user: str) -> str:
+    """The URL for this user instead, whose password is left to him to fill in."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=f"{user}@{parts.netloc.rpartition('@')[2]}"))
 
 
 def authenticate(services: Services, node_id: str, secret: str) -> Node:
@@ -95,9 +105,10 @@ def authenticate(services: Services, node_id: str, secret: str) -> Node:
 def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
     """A node reports. It is told which of its replicas should not be there."""
     with services.db.transaction() as db:
-        nodes.heard_of(db, node.id, hardware=hardware)
+        node = _existing(db, node.id)
+        nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware))
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
-            nodes.move(db, node.id, NodeState.READY)
+            nodes.move(db, node.id, node.serving_state)
             node = _existing(db, node.id)
         known = {replica.id for replica in replicas.every(db, node_id=node.id)}
     return {"state": node.state, "stop": sorted(set(running) - known)}
@@ -121,7 +132,7 @@ def report_replica(
         if replica is None or replica.node_id != node.id:
             raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
         if hardware:
-            nodes.heard_of(db, node.id, hardware=hardware)
+            nodes.heard_of(db, node.id, hardware=refreshed(_existing(db, node.id).hardware, hardware))
         if state is ReplicaState.GONE:
             replicas.forget(db, replica_id)
         elif not replicas.move(db, replica_id, state, reason=reason):
@@ -155,27 +166,85 @@ def deregister(services: Services, node: Node) -> None:
     services.redis.publish(names.WAKE_CHANNEL, node.id)
 
 
+def named(services: Services, id_or_name: str) -> Node:
+    """The node of this id or name.
+
+    Raises:
+        NotFound: there is none.
+    """
+    with services.db.transaction() as db:
+        node = nodes.by_id(db, id_or_name) or nodes.by_name(db, id_or_name)
+    if node is None:
+        raise NotFound(f"There is no node '{id_or_name}'. 'localai-q nodes list' shows them.")
+    return node
+
+
 def approve(services: Services, id_or_name: str) -> dict[str, Any]:
     """Let a pending node in.
 
     Raises:
         NotFound: there is none of that id or name.
     """
+    node = named(services, id_or_name)
     with services.db.transaction() as db:
-        node = nodes.by_id(db, id_or_name) or nodes.by_name(db, id_or_name)
-        if node is None:
-            raise NotFound(f"There is no node '{id_or_name}'. 'localai-q nodes list' shows them.")
         nodes.approve(db, node.id)
     return {"id": node.id, "name": node.name, "approved": True}
 
 
-def listed(services: Services) -> list[dict[str, Any]]:
-    """Every node with its replicas."""
+def drain(services: Services, node: Node) -> dict[str, Any]:
+    """Have a node finish what it holds and take nothing new, until `resume`. Returns its id, name and state.
+
+    Raises:
+        Conflict: it is not in yet.
+    """
+    return _set_drain(services, node, wanted=True)
+
+
+def resume(services: Services, node: Node) -> dict[str, Any]:
+    """Let a node that was drained take work again. Returns its id, name and state.
+
+    Raises:
+        Conflict: it is not in yet; only `approve` lets it in.
+    """
+    return _set_drain(services, node, wanted=False)
+
+
+def _set_drain(services: Services, node: Node, *, wanted: bool) -> dict[str, Any]:
+    if not node.approved or node.state is NodeState.PENDING:
+        raise Conflict(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
     with services.db.transaction() as db:
-        found = nodes.every(db)
-        every = replicas.every(db)
-        by_id = {model.id: model for model in models.every(db)}
-    return [_shown(node, [r for r in every if r.node_id == node.id], by_id) for node in found]
+        nodes.set_drain(db, node.id, wanted)
+        node = _existing(db, node.id)
+        if node.state is not NodeState.OFFLINE:
+            nodes.move(db, node.id, node.serving_state)
+        node = _existing(db, node.id)
+    log.info("node %s is to %s", node.name, "drain" if wanted else "work", extra={"action": "drain"})
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "state": node.state}
+
+
+def remove(services: Services, id_or_name: str, *, force: bool) -> dict[str, Any]:
+    """Forget a node: its secret is worth nothing any more, its name is free. `force`: even if it is at work.
+
+    Raises:
+        NotFound: there is none of that id or name.
+        Conflict: it is at work.
+    """
+    node = named(services, id_or_name)
+    if node.at_work and not force:
+        raise Conflict(
+            f"Node '{node.name}' is {node.state}: drain it first (localai-q nodes drain {node.name}), or force it, which "
+            "ends what it does."
+        )
+    with services.db.transaction() as db:
+        gone = _clear(services, db, node, "was deleted")
+        nodes.remove(db, node.id)
+    log.warning("node %s was deleted", node.name)
+    node_users.dismiss(services, node)
+    _bereave(services, gone, f"its node '{node.name}' was deleted")
+    services.redis.delete(names.node_queue(node.id), names.node_jobs_queue(node.id))
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "removed": True}
 
 
 def watch_health(services: Services) -> None:
@@ -222,13 +291,6 @@ def _shared_settings(services: Services) -> dict[str, Any]:
 
 def _existing(db: Any, node_id: str) -> Node:
     node = nodes.by_id(db, node_id)
-    assert node is not None
+    if node is None:
+        raise NotFound("This node was deleted a moment ago.")
     return node
-
-
-def _shown(node: Node, own: list[Replica], by_id: dict[str, Model]) -> dict[str, Any]:
-    record = asdict(node)
-    record.pop("secret_hash")
-    shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
-              "reason": r.reason, "memory": asdict(r.reserved)} for r in own if r.model_id in by_id]  # fmt: skip
-    return {**record, "replicas": shown}

@@ -8,6 +8,7 @@ from typing import Any
 
 from localai_q import names
 from localai_q.cluster.capacity import Verdict, booking, examine, weigh
+from localai_q.cluster.draining import Drained, Drop, plan_drains
 from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
@@ -15,10 +16,11 @@ from localai_q.cluster.models import Facts, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
 from localai_q.cluster.stages import Step, next_step
-from localai_q.cluster.states import COMING_UP, JobState, ReplicaState
-from localai_q.errors import ModelNotFound, ModelUnavailable, to_record
+from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
+from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
+from localai_q.services import node_users
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
 
@@ -29,6 +31,7 @@ MOVING = (*COMING_UP, ReplicaState.STOPPING)
 
 def reconcile(services: Services) -> None:
     """Bring what is there closer to what should be."""
+    drain_nodes(services)
     with services.db.transaction() as db:
         known = models.every(db)
         where = nodes.every(db)
@@ -48,6 +51,32 @@ def reconcile(services: Services) -> None:
         log.info("%s", action, extra={"action": "placement"})
         _act(services, action, {model.id: model for model in known})
     advance(services)
+
+
+def drain_nodes(services: Services) -> None:
+    """Empty the nodes that are draining a step further."""
+    with services.db.transaction() as db:
+        actions = plan_drains(nodes.every(db), replicas.every(db))
+    for action in actions:
+        log.info("%s", action, extra={"action": "drain"})
+        match action:
+            case Stop():
+                stop(services, action.replica_id, action.reason)
+            case Drop():
+                _drop(services, action)
+            case Drained():
+                with services.db.transaction() as db:
+                    nodes.move(db, action.node_id, NodeState.DRAINED)
+
+
+def _drop(services: Services, action: Drop) -> None:
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, action.replica_id)
+        if replica is None:
+            return
+        replicas.forget(db, replica.id)
+        stage = jobs.by_id(db, replica.job_id) if replica.job_id else None
+        job_services.end_at_once(services, db, [stage] if stage else [], Unavailable(f"Not needed: {action.reason}."))
 
 
 def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
@@ -185,6 +214,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
                        "name": model.name}  # fmt: skip
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
         case Step.LOAD:
+            node_users.extend(services, replica.node_id)
             _load(services, replica, model)
         case Step.REMIND:
             task = names.START_REPLICA if replica.state is ReplicaState.LOADING else names.STOP_REPLICA

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, Row, func, select, update
+from sqlalchemy import Connection, Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
+from localai_q.cluster.labels import found_labels
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import NODE_MOVES, NodeState, sources
 from localai_q.names import new_id
@@ -54,6 +55,29 @@ def approve(db: Connection, node_id: str) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(approved=True))
 
 
+def held(db: Connection, node_id: str) -> Node | None:
+    """The node, which until the transaction ends nobody else changes."""
+    row = db.execute(select(nodes).where(nodes.c.id == node_id).with_for_update()).one_or_none()
+    return _node(row) if row else None
+
+
+def set_labels(db: Connection, node_id: str, labels: dict[str, str]) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(labels=labels))
+
+
+def set_max_replicas(db: Connection, node_id: str, value: int) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(max_replicas_per_model=value))
+
+
+def set_drain(db: Connection, node_id: str, wanted: bool) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(drain=wanted))
+
+
+def remove(db: Connection, node_id: str) -> None:
+    """Forget the node and its replicas."""
+    db.execute(delete(nodes).where(nodes.c.id == node_id))
+
+
 def move(db: Connection, node_id: str, target: NodeState) -> bool:
     """Change the node's state if the move is allowed. False if it is not."""
     allowed = sources(NODE_MOVES, target)
@@ -79,4 +103,8 @@ def _node(row: Row[Any]) -> Node:
         version=row.version,
         hardware=row.hardware,
         last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,
+        drain=row.drain,
+        labels={**found_labels(row.name, row.hardware), **row.labels},
+        given_labels=row.labels,
+        max_replicas_per_model=row.max_replicas_per_model,
     )

@@ -48,6 +48,9 @@ nodes = Table(
     Column("version", Text, nullable=False, server_default=""),
     Column("hardware", JSONB, nullable=False, server_default=text("'{}'")),
     Column("last_heartbeat", DateTime(timezone=True)),
+    Column("drain", Boolean, nullable=False, server_default=text("false")),  # it is to be empty, and to stay so
+    Column("labels", JSONB, nullable=False, server_default=text("'{}'")),  # that an admin has given
+    Column("max_replicas_per_model", Integer, nullable=False, server_default=text("1")),
     _created(),
 )
 

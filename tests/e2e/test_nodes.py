@@ -144,6 +144,70 @@ def test_a_second_node_joins_works_and_leaves_while_the_first_serves(
     until(lambda: state_of(calm, "beta") == "offline", 10, "beta's second goodbye")
 
 
+def test_a_node_is_drained_while_it_streams_stays_so_and_is_deleted(calm: Cluster, join: Callable[..., Joiner]) -> None:
+    settings = printed_settings(calm)
+    delta = join("drained", **settings)
+    until(lambda: state_of(calm, "drained") == "pending", 30, "its registration")
+    calm.cli("nodes", "approve", "drained")
+    until(lambda: replica_states(calm, "drained").get("echo") == "ready", 90, "its echo replica")
+
+    def stream(_: int) -> str:
+        return "".join(
+            chunk.choices[0].delta.content or "" for chunk in calm.say("[[echo tokens=80 delay_ms=100]]", stream=True)
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(stream, number) for number in range(8)]
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, 10, "eight at work")
+        calm.cli("nodes", "drain", "drained")
+        until(lambda: replica_states(calm, "drained").get("echo") == "stopping", 10, "the stop of its replica")
+        remains = calm.node("drained")["remains"]
+        assert remains["in_flight"] == 4, remains
+        assert "4 at work" in calm.cli("nodes", "list")
+        assert "stopping" in calm.cli("nodes", "show", "drained")
+        ends = [each.result(40) for each in streams]
+    assert ends == [" ".join(map(str, range(80)))] * 8, "it ends what it has, however long that takes"
+    until(lambda: state_of(calm, "drained") == "drained", 20, "the end of what it held")
+    assert replica_states(calm, "drained") == {}
+    for number in range(4):
+        answer = calm.say(f"goes on {number}")
+        assert calm.ended_job(answer.id.removeprefix("chatcmpl-"))["node"] == "alpha"
+
+    # It stays drained when it is started again, and works again when it is told to.
+    delta.term()
+    until(lambda: state_of(calm, "drained") == "offline", 10, "its goodbye")
+    again = join("drained", **settings)
+    until(lambda: state_of(calm, "drained") == "drained", 20, "its return")
+    calm.cli("nodes", "resume", "drained")
+    until(lambda: replica_states(calm, "drained").get("echo") == "ready", 60, "its replica's return")
+
+    # What is deleted ends.
+    assert "drain" in calm.cli("nodes", "delete", "drained", code=1)
+    calm.cli("nodes", "delete", "drained", "--force")
+    again.process.wait(30)
+    assert again.log().count("was removed from the cluster") == 1
+    assert not processes_of(again.home)
+    assert calm.node("drained") is None
+
+
+def test_streams_end_whole_when_redis_is_killed_and_forgets_every_user(calm: Cluster) -> None:
+    def stream(_: int) -> str:
+        chunks = calm.say("[[echo tokens=60 delay_ms=150]]", stream=True)
+        return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+    [valkey] = calm.pids("valkey-server")
+    with ThreadPoolExecutor(4) as pool:
+        streams = [pool.submit(stream, number) for number in range(4)]
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 4, 10, "four at work")
+        os.kill(valkey, signal.SIGKILL)
+        ends = [each.result(60) for each in streams]
+    assert ends == [" ".join(map(str, range(60)))] * 4
+    assert calm.pids("valkey-server") not in ([], [valkey])
+    calm.until_serving("echo", 30)
+    calm.until_serving("echo-one", 30)
+    assert calm.say("as before").choices[0].message.content == "as before"
+
+
 def test_what_a_killed_node_has_started_dies_within_two_seconds(calm: Cluster, join: Callable[..., Joiner]) -> None:
     gamma = join("gamma", **printed_settings(calm))
     until(lambda: state_of(calm, "gamma") == "pending", 30, "gamma's registration")
@@ -258,3 +322,18 @@ def test_a_node_may_not_speak_for_another(cluster: Cluster) -> None:
     began = time.time()
     assert httpx.post(own, json={"running": []}, headers=headers).status_code == 200
     assert cluster.node("alpha")["last_heartbeat"] >= began - 1
+
+
+def test_a_node_is_on_redis_as_itself_and_lacks_nothing_there(calm: Cluster) -> None:
+    user = f"node-{calm.ready['node_ids'][0]}"
+    calm.say("to have worked")
+    with calm.redis() as client:
+        users = {connection["user"] for connection in client.client_list()}
+        denied = [entry for entry in client.acl_log() if entry["reason"] in ("command", "key", "channel")]
+    assert user in users
+    assert not denied, denied
+    password = re.search(":([^:@]+)@", calm.state()["redis_url"])[1]
+    for process in processes_of(calm.home / "worker"):
+        assert password not in " ".join(process.environ().values()), process
+    for path in (calm.home / "worker").rglob("*.json"):
+        assert password not in path.read_text(), path

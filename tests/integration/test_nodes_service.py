@@ -12,7 +12,7 @@ from localai_q.cluster.capacity import Booking
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import JobState, NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound
-from localai_q.services import jobs, nodes
+from localai_q.services import fleet, jobs, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas
@@ -70,7 +70,9 @@ class TestRegistration:
         answer = join(services, host="10.0.0.5")
         port = services.settings.redis_url.rpartition(":")[2]
         assert answer["state"] == NodeState.READY
-        assert answer["redis_url"] == f"redis://:tests@10.0.0.5:{port}"
+        assert answer["redis_url"] == f"redis://node-{answer['id']}@10.0.0.5:{port}", (
+            "and its own secret is the password"
+        )
         assert answer["lease"] == services.settings.lease
         assert answer["heartbeat"] == services.settings.heartbeat
         assert {"journal_ttl", "journal_max"} <= answer.keys()
@@ -90,7 +92,7 @@ class TestRegistration:
     def test_a_wrong_token_is_refused_and_leaves_no_node(self, services: Services, token: str) -> None:
         with pytest.raises(Forbidden, match="registration token"):
             join(services, token=token)
-        assert nodes.listed(services) == []
+        assert fleet.listed(services) == []
 
     def test_without_a_token_of_its_own_a_cluster_lets_nobody_in(self, services: Services) -> None:
         closed = services.settings.model_copy(update={"registration_token": ""})
@@ -286,6 +288,6 @@ def test_the_jobs_of_a_node_end_with_its_process(services: Services, how: str) -
 def test_a_list_of_nodes_shows_replicas_and_no_secret(services: Services) -> None:
     ready_node(services)
     place(services, "n1", add_model(services))
-    (shown,) = nodes.listed(services)
+    (shown,) = fleet.listed(services)
     assert "secret_hash" not in shown
     assert [(each["model"], each["state"]) for each in shown["replicas"]] == [("m", ReplicaState.PLACED)]

@@ -191,3 +191,31 @@ def test_a_piped_table_has_whole_ids_on_one_line_each(web: Web) -> None:
     assert code == 0, err
     assert any(made.id in line and name in line for line in out.splitlines())
     assert all(key["id"] for key in json.loads(web.cli("keys", "list", "--json")[1]))
+
+
+def test_nodes_are_labelled_shown_drained_and_deleted_by_the_command_line(web: Web) -> None:
+    ready_node(web.services, "attic")
+
+    def said(*arguments: str, code: int = 0) -> str:
+        found, out, err = web.cli("nodes", *arguments)
+        assert found == code, err
+        return out if code == 0 else err
+
+    assert said("label", "attic", "zone=home", "tier=slow").splitlines() == [
+        "node.name=attic  (found by itself)", "tier=slow", "zone=home"
+    ]  # fmt: skip
+    assert "tier" not in said("label", "attic", "tier-")
+    assert "zone=home" in said("list")
+    assert "write zone=VALUE, or zone-" in said("label", "attic", "zone", code=1)
+    assert "Invalid value" in said("label", "attic", "zone=a,b", code=1)
+    assert "attic is draining" in said("drain", "attic")
+    shown = said("show", "attic")
+    assert "0 copies, 0 at work" in shown
+    assert "node.name=attic, zone=home" in shown
+    assert json.loads(web.cli("nodes", "show", "attic", "--json")[1])[0]["state"] == "draining"
+    assert "drain it first" in said("delete", "attic", code=1)
+    assert "attic is ready" in said("resume", "attic")
+    assert "Deleted attic" in said("delete", "attic", "--force")
+    assert "There is no node 'attic'" in said("show", "attic", code=1)
+    for command in ("drain", "resume", "delete", "label", "show"):
+        assert "name or id" in said(command, "--help")

@@ -51,7 +51,7 @@ def test_a_pattern_that_grants_what_belongs_to_one_id_grants_nothing_of_another(
 @given(ids)
 def test_a_name_is_its_kind_and_its_id_and_nothing_that_a_pattern_gives_a_meaning(one) -> None:
     for maker in OF_IDS:
-        assert one in re.split(r"[.:]", maker(one))
+        assert one in re.split(r"[.:-]", maker(one))
         assert re.fullmatch(r"[a-z0-9.:-]+", maker(one))
 
 

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 import httpx
 
 from localai_q import __version__
 from localai_q.config import write_private
-from localai_q.errors import LocalAIError, NotFound, StartupError, Unavailable
+from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError, Unavailable
 from workers.node.installer import certificates
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,13 @@ class NodeApi:
             response = self._http.request(method, f"/api/node/{self._id}/{path}", json=body)
         if response.status_code >= httpx.codes.BAD_REQUEST:
             _raise(response)
-        answer: dict[str, Any] = response.json() if response.content else {}
-        return answer
+        try:
+            answer: Any = response.json() if response.is_success else None
+        except ValueError:
+            answer = None
+        if not isinstance(answer, dict):
+            raise Unavailable(f"something else than the API answers at {response.url} ({response.status_code})")
+        return dict(answer)
 
 
 def register(url: str, token: str, name: str, identity: Identity, hardware: dict[str, Any]) -> dict[str, Any]:
@@ -116,6 +121,15 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
                 say_at = time.monotonic() + REMIND
             pending = bool(answer)
             time.sleep(POLL if answer else POLL / 4)
+
+
+def with_secret(redis_url: str, secret: str) -> str:
+    """The URL of Redis with this node's secret, where that is the password of the user whom it names."""
+    parts = urlsplit(redis_url)
+    if not parts.username or parts.password:
+        return redis_url
+    address = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{parts.username}:{quote(secret, safe='')}@{address}"))
 
 
 def _client(url: str, **more: Any) -> httpx.Client:
@@ -149,6 +163,8 @@ def _errors() -> Iterator[None]:
 
 
 def _raise(response: httpx.Response) -> None:
+    if response.status_code == httpx.codes.FORBIDDEN and _error(response).get("code") == Forbidden.code:
+        raise Forbidden(_message(response))
     if response.status_code == httpx.codes.NOT_FOUND:
         raise NotFound(_message(response))
     if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
@@ -157,7 +173,14 @@ def _raise(response: httpx.Response) -> None:
 
 
 def _message(response: httpx.Response) -> str:
+    return str(_error(response).get("message") or f"HTTP {response.status_code}")
+
+
+def _error(response: httpx.Response) -> dict[str, Any]:
+    """The API's own error; empty if somebody else has answered."""
     try:
-        return str(response.json()["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"HTTP {response.status_code}"
+        error: dict[str, Any] = response.json()["error"]
+        error.get("message")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return error

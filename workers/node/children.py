@@ -22,7 +22,7 @@ from pathlib import Path
 from localai_q import names
 from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
-from workers.child import ALIVE, ChildSpec, read_statuses, write_spec
+from workers.child import ALIVE, FINISH, ChildSpec, read_statuses, write_spec
 from workers.node import leftovers
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ LAST_LINES = 8
 RESTART = 1.0  # seconds before the jobs worker is started again
 LOOK = 1.0  # seconds between two looks for replicas that hang
 SILENCE = 30.0  # seconds after which a ready replica that says nothing counts as hanging
-LAST_PATIENCE = 5.0  # seconds that a stopped replica has to end, once its jobs had theirs
+LAST_PATIENCE = 5.0  # seconds that a replica which was stopped while it loaded has to end, beyond those for jobs
 
 Process = subprocess.Popen[bytes]
 Report = Callable[[str, str, str], None]  # replica id, state, reason
@@ -111,7 +111,7 @@ class Children:
                 self._report(replica_id, known.state, known.reason)
 
     def stop_replica(self, replica_id: str) -> None:
-        """Have a replica finish what it holds and end; one that does not is killed."""
+        """Have a replica finish what it holds and end; one that hangs is killed."""
         with self._lock:
             child = self._replicas.get(replica_id)
             if child is None:
@@ -120,6 +120,9 @@ class Children:
             if child.stopping:
                 return
             child.stopping = True
+        if child.state == "ready":
+            child.process.send_signal(FINISH)
+            return
         child.process.terminate()
         killer = threading.Timer(self._drain_timeout + LAST_PATIENCE, kill_group, (child.process,))
         killer.daemon = True
@@ -204,11 +207,11 @@ class Children:
                 self._report(found, "ready", "")
 
     def _watch_silence(self) -> None:
-        """Kill every ready replica of which nothing is heard; its end is reported as that of any other."""
+        """Kill every replica that has been ready and of which nothing is heard; its end is reported as any other's."""
         while True:
             time.sleep(LOOK)
             with self._lock:
-                ready = [child for child in self._replicas.values() if child.state == "ready" and not child.stopping]
+                ready = [child for child in self._replicas.values() if child.state == "ready"]
             for child in ready:
                 child.silent += LOOK
                 if child.silent > SILENCE:

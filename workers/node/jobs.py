@@ -17,7 +17,7 @@ from localai_q import names
 from localai_q.bus.connection import client
 from localai_q.bus.leases import Leases, Refusal
 from localai_q.bus.probe import Probe
-from localai_q.celery import app
+from localai_q.celery import app, use_broker
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
@@ -100,7 +100,7 @@ def prepare(worker: Any, conf: Any) -> None:
     """Make the worker the one that does its node's jobs."""
     spec = read_spec()
     watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    conf.broker_url = spec.redis_url
+    use_broker(conf, spec.redis_url, spec.node_id)
     conf.worker_concurrency = CONCURRENCY
     folder = settings().child_spec
     assert folder is not None

@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import re
+import signal
 import tempfile
 import threading
 import time
@@ -18,9 +19,9 @@ from typing import Any
 from celery import signals
 
 from localai_q import names
-from localai_q.celery import app
+from localai_q.celery import app, use_broker
 from localai_q.config import Settings, settings
-from localai_q.errors import LocalAIError, NotFound, StartupError
+from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError
 from localai_q.gallery import catalog
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
 from workers.node import api, hardware
@@ -50,6 +51,7 @@ class Node:
         self._secret = secret
         self._api = api.NodeApi(cfg.api_of_node, self.id, secret)
         self._stopping = threading.Event()
+        self._member = True
         self.children = Children(self.home, self._report, drain_timeout=cfg.drain_timeout)
 
     def start(self) -> None:
@@ -76,6 +78,8 @@ class Node:
         """End the children and leave the cluster."""
         self._stopping.set()
         self.children.stop_all(self._cfg.drain_timeout + 1.0)
+        if not self._member:
+            return
         try:
             self._api.deregister()
         except LocalAIError as error:
@@ -87,9 +91,20 @@ class Node:
                 answer = self._api.heartbeat(self._hardware(), list(self.children.running()))
                 for replica_id in answer.get("stop", []):
                     self.children.stop_replica(replica_id)
+            except Forbidden:
+                self._removed()
             except (LocalAIError, OSError) as error:
                 log.warning("heartbeat: %s", error)
+            except Exception:
+                log.exception("heartbeat: it is tried again")
             self._stopping.wait(float(self._answer["heartbeat"]))
+
+    def _removed(self) -> None:
+        """The API knows this node no more: end, as on SIGTERM."""
+        self._stopping.set()
+        log.error("this node was removed from the cluster and ends; start it again to have it ask to join anew")
+        self._member = False
+        os.kill(os.getpid(), signal.SIGTERM)
 
     def _report(self, replica_id: str, state: str, reason: str) -> None:
         """Say what became of a replica, as often as it takes."""
@@ -152,8 +167,10 @@ def prepare(worker: Any, conf: Any) -> None:
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
     found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
     answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
+    answer["redis_url"] = api.with_secret(answer["redis_url"], identity.secret)
     node = Node(cfg, answer, identity.secret)
-    consume(worker, conf, answer["redis_url"], names.node_queue(node.id))
+    use_broker(conf, answer["redis_url"], node.id)
+    consume(names.node_queue(node.id), conf)
     conf.worker_concurrency = CONCURRENCY
     worker.hostname = f"node@{node.name}"
     register_tasks(node)
@@ -199,9 +216,8 @@ def socket_folder(home: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="localai_q-"))
 
 
-def consume(worker: Any, conf: Any, redis_url: str, queue: str) -> None:
-    """Have the worker consume this queue of this broker. `task_queues` would come too late here."""
-    conf.broker_url = redis_url
+def consume(queue: str, conf: Any) -> None:
+    """Have the worker consume this queue. `task_queues` would come too late here."""
     conf.task_default_queue = queue
     app.amqp.queues.select([queue])
 

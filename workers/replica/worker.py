@@ -15,11 +15,11 @@ from localai_q.bus.connection import client
 from localai_q.bus.doorbells import Doorbells
 from localai_q.bus.leases import Leases
 from localai_q.bus.probe import Probe
-from localai_q.celery import app
+from localai_q.celery import app, use_broker
 from localai_q.config import settings
 from localai_q.errors import StartupError
 from localai_q.processes import watch_parent
-from workers.child import ChildSpec, ReplicaSpec, StatusPipe, read_spec
+from workers.child import FINISH, ChildSpec, ReplicaSpec, StatusPipe, read_spec
 from workers.claims import Claims
 from workers.replica.backend import Backend
 from workers.replica.runner import Runner
@@ -35,7 +35,7 @@ def prepare(worker: Any, conf: Any) -> None:
     assert spec.replica is not None
     watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     status = StatusPipe(spec.status_fd)
-    conf.broker_url = spec.redis_url
+    use_broker(conf, spec.redis_url, spec.node_id)
     conf.worker_concurrency = spec.replica.model.slots
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -55,10 +55,12 @@ def prepare(worker: Any, conf: Any) -> None:
     def run_generation(job_id: str) -> None:
         runner.run(job_id)
 
+    ending = Ending(runner, drain_timeout)
+    signals.worker_ready.connect(lambda **_: signal.signal(FINISH, ending.finish), weak=False)
     signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
     signals.worker_ready.connect(lambda **_: probe.start(lambda reason: status.say("failed", reason)), weak=False)
     signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
-    signals.worker_shutting_down.connect(lambda **_: drain(runner, drain_timeout), weak=False)
+    signals.worker_shutting_down.connect(lambda **_: ending.begin(), weak=False)
     signals.worker_shutdown.connect(lambda **_: backend.stop(), weak=False)
 
 
@@ -71,12 +73,32 @@ def make_runner(spec: ChildSpec, replica: ReplicaSpec, backend: Backend) -> Runn
     return Runner(claims, backend, Doorbells(app), identity=replica.model.name, line=line)
 
 
-def drain(runner: Runner, patience: float) -> None:
-    """Let running jobs finish for so many seconds, then give them back to their line."""
-    runner.draining = True
-    timer = threading.Timer(patience, runner.give_back_all)
-    timer.daemon = True
-    timer.start()
+class Ending:
+    """The end of this process: it takes nothing more, and lets running jobs finish.
+
+    Args:
+        patience: seconds that they have after a SIGTERM, before they are given back to their line. `FINISH` sets no limit.
+    """
+
+    def __init__(self, runner: Runner, patience: float) -> None:
+        self._runner = runner
+        self._patience = patience
+        self._unhurried = False
+
+    def finish(self, *_: Any) -> None:
+        """As the handler of `FINISH`: end by way of Celery's own shutdown."""
+        self._unhurried = True
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def begin(self) -> None:
+        """Celery shuts down; called once more for each further SIGTERM, which is in a hurry."""
+        self._runner.draining = True
+        if self._unhurried:
+            self._unhurried = False
+            return
+        timer = threading.Timer(self._patience, self._runner.give_back_all)
+        timer.daemon = True
+        timer.start()
 
 
 def _end_worker(status: StatusPipe, reason: str) -> None:

@@ -1,5 +1,5 @@
 -- Somebody who does not own a job ends it, if nobody does; else asks the owner to.
--- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends of control, 6 nodes with ends.
+-- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends under that name, 6 nodes with ends.
 -- ARGV 1 id, 2 end event, 3 expiry of job and journal (ms), 4 'force' ends the job even while it is owned, 5 name under
 -- which the end is kept.
 -- Returns {1} ended now; {2, node} its owner on that node was asked to cancel; {0} there is nothing to end.
@@ -34,6 +34,7 @@ redis.call('PEXPIRE', KEYS[2], ARGV[3])
 for web in string.gmatch(job[3], '%S+') do
   redis.call('PUBLISH', 'web:' .. web, ARGV[1] .. ' ' .. id .. ' ' .. ARGV[2])
 end
-if job[2] then redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
+-- A node that ends a job after another node's death may not call that one, which is of no use either.
+if job[2] then redis.pcall('PUBLISH', 'cancel:' .. job[2], ARGV[1]) end
 redis.call('PUBLISH', 'ends', ARGV[5])
 return {1}

@@ -1,0 +1,47 @@
+"""How a draining node becomes empty. Pure.
+
+What has not come up yet is dropped, what has is stopped, which lets it finish what it holds. A node without replicas is
+drained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.placement import Stop
+from localai_q.cluster.states import NodeState, ReplicaState
+
+RUNNING = (ReplicaState.LOADING, ReplicaState.READY)  # there is a process
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Forget a replica that has no process, and end the stage that is under way for it."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drained:
+    """Nothing is left on the node."""
+
+    node_id: str
+
+
+def plan_drains(nodes: Sequence[Node], replicas: Sequence[Replica]) -> list[Stop | Drop | Drained]:
+    """What to do now for the nodes that are draining."""
+    actions: list[Stop | Drop | Drained] = []
+    for node in nodes:
+        if node.state is NodeState.DRAINING:
+            own = [replica for replica in replicas if replica.node_id == node.id]
+            actions += [_end(replica, node) for replica in own if replica.state is not ReplicaState.STOPPING]
+            actions += [] if own else [Drained(node_id=node.id)]
+    return actions
+
+
+def _end(replica: Replica, node: Node) -> Stop | Drop:
+    kind = Stop if replica.state in RUNNING else Drop
+    return kind(replica_id=replica.id, reason=f"node {node.name} is draining")

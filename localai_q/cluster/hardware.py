@@ -1,0 +1,76 @@
+"""What a machine may say of its hardware, and what of that is believed. Pure.
+
+A number that could not be read is left out or 0 where it cannot be 0; then the one that was known before stays.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MOST_GPUS = 64
+MOST_FILES = 2000
+FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total": "vram_free"}
+
+Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Word = Annotated[str, Field(max_length=32)]
+
+
+class _Reading(BaseModel):
+    """Numbers of the right type and size; what is not known here is dropped, for a node may be newer than its API."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        for total, free in FREE_OF.items():
+            all_of_it, part = getattr(self, total, None), getattr(self, free, None)
+            if all_of_it and part and part > all_of_it:
+                raise ValueError(f"{free} is more than {total}")
+        return self
+
+
+class Gpu(_Reading):
+    """A device that computes."""
+
+    index: int = Field(ge=0, lt=1024)
+    name: str = Field("", max_length=128)
+    vendor: Word = ""
+    vram_total: Bytes = 0
+    vram_free: Bytes = 0
+
+
+class Hardware(_Reading):
+    """A machine, as its node reads it. What is None could not be read."""
+
+    cpus: int | None = Field(None, ge=0, le=1 << 16)
+    ram_total: Bytes | None = None
+    ram_available: Bytes | None = None
+    disk_total: Bytes | None = None  # of the models' folder
+    disk_free: Bytes | None = None
+    files: list[Sha256] | None = Field(None, max_length=MOST_FILES)  # models that lie here
+    budget: Bytes | None = None  # how much models may take
+    gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)
+    os: Word | None = None
+    arch: Word | None = None
+
+    def told(self) -> dict[str, Any]:
+        """What was read."""
+        return self.model_dump(exclude_none=True)
+
+
+def refreshed(known: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+    """What is known of a machine after it has told this. A reading that failed changes nothing."""
+    new = _read(told)
+    before = {gpu["index"]: gpu for gpu in known.get("gpus") or []}
+    gpus = [{**before.get(gpu["index"], {}), **_read(gpu)} for gpu in new.get("gpus") or []]
+    return {**known, **new, "gpus": gpus or known.get("gpus", [])} if before or "gpus" in new else {**known, **new}
+
+
+def _read(told: dict[str, Any]) -> dict[str, Any]:
+    """The part that was read: no machine has nothing."""
+    failed = {total for total in FREE_OF if told.get(total) == 0} | ({"cpus"} if told.get("cpus") == 0 else set())
+    failed |= {FREE_OF[total] for total in failed & FREE_OF.keys()}
+    return {name: value for name, value in told.items() if name not in failed}

@@ -1,0 +1,138 @@
+"""Nodes as an admin sees them, and what he says of them: labels and limits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from localai_q import names
+from localai_q.cluster.labels import MOST_LABELS, found_labels
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.states import NodeState
+from localai_q.errors import InvalidValue, NotFound, Unavailable
+from localai_q.services import nodes as node_services
+from localai_q.services.wiring import Services
+from localai_q.store import models, nodes, replicas
+
+
+def listed(services: Services) -> list[dict[str, Any]]:
+    """Every node with its replicas. What they hold is None while Redis cannot tell."""
+    with services.db.transaction() as db:
+        found = nodes.every(db)
+    return _shown(services, found)
+
+
+def show(services: Services, id_or_name: str) -> dict[str, Any]:
+    """One node, as `listed` shows it.
+
+    Raises:
+        NotFound: there is none of that id or name.
+    """
+    return _shown(services, [node_services.named(services, id_or_name)])[0]
+
+
+def loaded_models(services: Services) -> list[dict[str, Any]]:
+    """Which node has which model in which state, one record for each replica."""
+    return [
+        {"model": replica["model"], "node": node["name"], "node_id": node["id"],
+         **{name: value for name, value in replica.items() if name != "model"}}
+        for node in listed(services) for replica in node["replicas"]
+    ]  # fmt: skip
+
+
+def labels(services: Services, id_or_name: str) -> dict[str, Any]:
+    """A node's `labels`, and what they are made of: those `found` by itself, and over these those `given` by an admin.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    return _labels_of(node_services.named(services, id_or_name))
+
+
+def give_labels(services: Services, id_or_name: str, new: dict[str, str], *, keep: bool) -> dict[str, Any]:
+    """Give a node these labels, instead of those it was given or, with `keep`, besides them. Answers like `labels`.
+
+    Raises:
+        NotFound: there is no such node.
+        InvalidValue: it would have too many.
+    """
+    return _relabel(services, id_or_name, lambda given: {**(given if keep else {}), **new})
+
+
+def take_label(services: Services, id_or_name: str, key: str) -> dict[str, Any]:
+    """Take a label back that a node was given. Answers like `labels`.
+
+    Raises:
+        NotFound: there is no such node, or it was not given that label.
+    """
+
+    def without(given: dict[str, str]) -> dict[str, str]:
+        if key not in given:
+            raise NotFound(f"Nobody gave node '{id_or_name}' a label '{key}'.")
+        return {name: value for name, value in given.items() if name != key}
+
+    return _relabel(services, id_or_name, without)
+
+
+def limit_replicas(services: Services, id_or_name: str, value: int) -> dict[str, Any]:
+    """How many replicas of one model the node may have.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    node = node_services.named(services, id_or_name)
+    with services.db.transaction() as db:
+        nodes.set_max_replicas(db, node.id, value)
+    services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"id": node.id, "name": node.name, "max_replicas_per_model": value}
+
+
+def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
+    node_id = node_services.named(services, id_or_name).id
+    with services.db.transaction() as db:
+        node = nodes.held(db, node_id)
+        if node is None:
+            raise NotFound(f"Node '{id_or_name}' was deleted.")
+        given = change(node.given_labels)
+        if len(given) > MOST_LABELS:
+            raise InvalidValue(f"A node can be given {MOST_LABELS} labels.", param="labels")
+        nodes.set_labels(db, node_id, given)
+    services.redis.publish(names.WAKE_CHANNEL, node_id)
+    return labels(services, node_id)
+
+
+def _labels_of(node: Node) -> dict[str, Any]:
+    return {"labels": node.labels, "found": found_labels(node.name, node.hardware), "given": node.given_labels}
+
+
+def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
+    with services.db.transaction() as db:
+        every = replicas.every(db)
+        by_id = {model.id: model for model in models.every(db)}
+    held = _held(services, every, found)
+    return [
+        _one(node, [r for r in every if r.node_id == node.id and r.model_id in by_id], by_id, held) for node in found
+    ]
+
+
+def _one(node: Node, own: list[Replica], by_id: Mapping[str, Model], held: Mapping[str, int] | None) -> dict[str, Any]:
+    record = asdict(node)
+    record.pop("secret_hash")
+    shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
+              "in_flight": held.get(r.id, 0) if held is not None else None, "reason": r.reason,
+              "memory": asdict(r.reserved)} for r in own]  # fmt: skip
+    in_flight = sum(held.get(owner, 0) for owner in (node.id, *(r.id for r in own))) if held is not None else None
+    remains = {"replicas": len(own), "in_flight": in_flight} if node.state is NodeState.DRAINING else None
+    return {**record, "in_flight": in_flight, "remains": remains, "replicas": shown}
+
+
+def _held(services: Services, every: list[Replica], found: list[Node]) -> dict[str, int] | None:
+    """How many jobs each replica holds, and each node of its own, by id."""
+    try:
+        generations = services.leases.owners(sorted({names.model_queue(replica.model_id) for replica in every}))
+        own = {node.id: services.leases.held(names.node_jobs_queue(node.id)) for node in found}
+    except Unavailable:
+        return None
+    return {**generations, **own}

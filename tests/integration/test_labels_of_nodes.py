@@ -1,0 +1,63 @@
+"""What an admin says of a node stays, whatever the node says of itself."""
+
+import pytest
+from cluster_data import join, node_named, ready_node
+
+from localai_q.cluster.labels import MOST_LABELS
+from localai_q.cluster.nodes import Node
+from localai_q.errors import InvalidValue, NotFound
+from localai_q.services import fleet, nodes
+from localai_q.services.wiring import Services
+
+
+@pytest.fixture
+def node(services: Services) -> Node:
+    return ready_node(services)
+
+
+def test_labels_are_replaced_added_and_taken_back(services: Services, node: Node) -> None:
+    assert fleet.give_labels(services, "n1", {"a": "1", "b": "2"}, keep=False)["given"] == {"a": "1", "b": "2"}
+    assert fleet.give_labels(services, node.id, {"b": "3", "c": "4"}, keep=True)["given"] == {
+        "a": "1",
+        "b": "3",
+        "c": "4",
+    }
+    assert fleet.take_label(services, "n1", "a")["given"] == {"b": "3", "c": "4"}
+    assert fleet.give_labels(services, "n1", {"d": ""}, keep=False)["given"] == {"d": ""}
+    assert fleet.labels(services, "n1") == {
+        "labels": {"node.name": "n1", "d": ""}, "found": {"node.name": "n1"}, "given": {"d": ""}
+    }  # fmt: skip
+
+
+def test_what_an_admin_gives_goes_before_what_was_found_and_survives_a_new_registration(
+    services: Services, node: Node
+) -> None:
+    fleet.give_labels(services, "n1", {"node.os": "plan9", "zone": "attic"}, keep=True)
+    fleet.limit_replicas(services, "n1", 3)
+    nodes.heartbeat(services, node, hardware={"os": "linux", "arch": "arm64"}, running=[])
+    nodes.deregister(services, node)
+    join(services)
+    found = node_named(services, "n1")
+    assert found.labels == {"node.name": "n1", "node.os": "plan9", "node.arch": "arm64", "zone": "attic"}
+    assert found.max_replicas_per_model == 3
+    (shown,) = fleet.listed(services)
+    assert (shown["labels"], shown["given_labels"]) == (found.labels, {"node.os": "plan9", "zone": "attic"})
+    assert fleet.take_label(services, "n1", "node.os")["labels"]["node.os"] == "linux"
+
+
+def test_too_many_labels_are_refused_and_change_nothing(services: Services, node: Node) -> None:
+    fleet.give_labels(services, "n1", {f"k{n}": "" for n in range(MOST_LABELS)}, keep=False)
+    with pytest.raises(InvalidValue, match=str(MOST_LABELS)):
+        fleet.give_labels(services, "n1", {"one": "more"}, keep=True)
+    assert len(node_named(services, "n1").given_labels) == MOST_LABELS
+
+
+def test_what_is_not_there_cannot_be_changed(services: Services, node: Node) -> None:
+    for act in (
+        lambda: fleet.take_label(services, "n1", "node.name"),
+        lambda: fleet.labels(services, "n2"),
+        lambda: fleet.give_labels(services, "n2", {}, keep=False),
+        lambda: fleet.limit_replicas(services, "n2", 1),
+    ):
+        with pytest.raises(NotFound):
+            act()
