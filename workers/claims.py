@@ -49,6 +49,7 @@ class Held:
         self.pending: list[Event] = []
         self.unsure: list[Event] = []  # may have been written when the connection broke: tried again just as it was
         self.written: list[Event] = []
+        self.has_hole = False  # the journal was full, and something is missing from it
         self._claims = claims
         self._on_cancel: Callable[[], object] | None = None
 
@@ -119,7 +120,7 @@ class Claims:
         return held
 
     def enqueue(self, held: Held, event: Event) -> None:
-        if held.why == "journal":
+        if held.has_hole:
             return
         with self._lock:
             first = not held.written and not held.pending
@@ -137,7 +138,7 @@ class Claims:
             self._write([held])
             if held.unsure:
                 return Append.LOST
-            true = _cut_off() if held.why == "journal" and end.state == JobState.DONE else end
+            true = _cut_off() if held.has_hole and end.state == JobState.DONE else end
             return self._leases.finish(held.lease, held.index, true, node_id=self._node_id)
 
         for _ in range(FINISH_TRIES):
@@ -234,6 +235,7 @@ class Claims:
             case Append.LOST:
                 self._put_back(held, events)
             case Append.JOURNAL_FULL:
+                held.has_hole = True
                 held.cancel("journal")
                 self._take(held)  # what comes behind a hole would make a wrong text
         self._heed(held, answer)

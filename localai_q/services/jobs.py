@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 UNCLAIMED = 2.0  # seconds a job may wait with a silent doorbell before it is rung again
 LOST = 5.0  # seconds after which a job that Redis does not know has been lost by it
 REBUILT = 100  # attempts for each second of its age that a job gets which Redis lost: more than any old owner can hold
+CANCELLED = {"asked": "cancelling", "ended": "cancelled"}
 EVER = 365 * 24 * 3600.0
 SHORTEST = 0.001  # seconds to a deadline that has passed, for 0 means that there is none
 ANY_LENGTH = 1 << 40  # of a line, for jobs that were accepted already and for those of nodes
@@ -81,15 +82,15 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
     kept = services.leases.kept(job_id)
     if kept and (asker.role == "admin" or kept.key_id == asker.id):
         end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
-        became = services.leases.abort(job_id, kept.line, end)
-        if became is None and isinstance(ended := journal.latest(services.redis, [job_id]).get(job_id), End):
+        if became := services.leases.abort(job_id, kept.line, end):
+            return CANCELLED[became]
+        if isinstance(ended := journal.latest(services.redis, [job_id]).get(job_id), End):
             return ended.state
-    else:
-        job = _existing(services, job_id, asker)
-        if job.state is not JobState.OPEN:
-            return job.state
-        became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
-    return "cancelling" if became == "asked" else "cancelled"
+    job = _existing(services, job_id, asker)
+    if job.state is not JobState.OPEN:
+        return job.state
+    became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    return CANCELLED[became] if became else _existing(services, job_id, asker).state
 
 
 def abort(
@@ -101,9 +102,12 @@ def abort(
     """
     end = End(state=state, error=to_record(error))
     became = services.leases.abort(job.id, job.line, end, force=force)
-    if became is None and job.id not in services.leases.live([job.id]) and _bring_back(services, job):
-        became = services.leases.abort(job.id, job.line, end, force=True)
-    return became
+    if became or job.id in _unwritten(services):
+        return became
+    live = services.leases.live([job.id]).get(job.id)
+    if live is None and not _bring_back(services, job):
+        return None
+    return services.leases.abort(job.id, job.line, end, force=True)
 
 
 def end_at_once(services: Services, db: Any, found: Iterable[Job], error: LocalAIError) -> None:
@@ -227,7 +231,7 @@ def _take_up_again(services: Services, deaths: Mapping[str, int], line: str, why
         log.warning("the owner of job %s has died: %s", job_id, why, extra={"action": "requeue"})
         if count >= DEATHS and not line.startswith("node."):
             poison = GenerationFailed(f"{count} replicas died while they worked on this request. The last: {why}")
-            services.leases.abort(job_id, line, End(state=JobState.FAILED, error=to_record(poison)))
+            services.leases.abort(job_id, line, End(state=JobState.FAILED, error=to_record(poison)), force=True)
         else:
             services.doorbells.ring(_task_of(line), job_id, queue=line)
 
