@@ -40,14 +40,6 @@ class NewKey(BaseModel):
     role: Literal["admin", "user"] = "user"
 
 
-class ReplicaLimit(BaseModel):
-    """How many replicas of one model a node may have."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    value: int = Field(ge=1, le=64, strict=True)
-
-
 @routes.get("/metrics")
 def metrics() -> Response:
     """Prometheus' text format."""
@@ -118,18 +110,6 @@ def remove_labels(node: str) -> dict[str, Any]:
 @routes.delete("/api/nodes/<node>/labels/<path:key>")
 def remove_label(node: str, key: str) -> dict[str, Any]:
     return fleet.take_label(web().services, node, key)
-
-
-@routes.put("/api/nodes/<node>/max-replicas-per-model")
-def limit_replicas(node: str) -> dict[str, Any]:
-    body = parse(ReplicaLimit, request.get_data())
-    return fleet.limit_replicas(web().services, node, body.value)
-
-
-@routes.delete("/api/nodes/<node>/max-replicas-per-model")
-def unlimit_replicas(node: str) -> dict[str, Any]:
-    """Back to one."""
-    return fleet.limit_replicas(web().services, node, 1)
 
 
 @routes.get("/api/jobs")

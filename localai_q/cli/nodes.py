@@ -125,8 +125,7 @@ def _facts(node: dict[str, Any]) -> dict[str, Any]:
     shown = _shown(node)
     facts = ("name", "id", "state", "remains", "version", "cpus", "ram_free", "gpus", "seen")
     labels = _pairs(node["labels"])
-    most = f"{node['max_replicas_per_model']} of one model"
-    return {**{name.replace("_", " "): shown[name] for name in facts}, "labels": labels, "copies": most}
+    return {**{name.replace("_", " "): shown[name] for name in facts}, "labels": labels}
 
 
 def _remains(remains: dict[str, Any] | None) -> str | None:

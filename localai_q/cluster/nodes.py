@@ -22,7 +22,6 @@ class Node:
     hardware: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)  # those that it has by what it is, under those it was given
     given_labels: dict[str, str] = field(default_factory=dict)  # by an admin
-    max_replicas_per_model: int = 1
     last_heartbeat: float | None = None  # seconds since the epoch
     drain: bool = False  # it is to be empty and to stay so, whatever its state is at the moment
 

@@ -76,19 +76,6 @@ def take_label(services: Services, id_or_name: str, key: str) -> dict[str, Any]:
     return _relabel(services, id_or_name, without)
 
 
-def limit_replicas(services: Services, id_or_name: str, value: int) -> dict[str, Any]:
-    """How many replicas of one model the node may have.
-
-    Raises:
-        NotFound: there is no such node.
-    """
-    node = node_services.named(services, id_or_name)
-    with services.db.transaction() as db:
-        nodes.set_max_replicas(db, node.id, value)
-    services.redis.publish(names.WAKE_CHANNEL, node.id)
-    return {"id": node.id, "name": node.name, "max_replicas_per_model": value}
-
-
 def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
     node_id = node_services.named(services, id_or_name).id
     with services.db.transaction() as db:

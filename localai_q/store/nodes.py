@@ -65,10 +65,6 @@ def set_labels(db: Connection, node_id: str, labels: dict[str, str]) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(labels=labels))
 
 
-def set_max_replicas(db: Connection, node_id: str, value: int) -> None:
-    db.execute(update(nodes).where(nodes.c.id == node_id).values(max_replicas_per_model=value))
-
-
 def set_drain(db: Connection, node_id: str, wanted: bool) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(drain=wanted))
 
@@ -106,5 +102,4 @@ def _node(row: Row[Any]) -> Node:
         drain=row.drain,
         labels={**found_labels(row.name, row.hardware), **row.labels},
         given_labels=row.labels,
-        max_replicas_per_model=row.max_replicas_per_model,
     )

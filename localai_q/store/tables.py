@@ -50,7 +50,6 @@ nodes = Table(
     Column("last_heartbeat", DateTime(timezone=True)),
     Column("drain", Boolean, nullable=False, server_default=text("false")),  # it is to be empty, and to stay so
     Column("labels", JSONB, nullable=False, server_default=text("'{}'")),  # that an admin has given
-    Column("max_replicas_per_model", Integer, nullable=False, server_default=text("1")),
     _created(),
 )
 

@@ -115,11 +115,6 @@ def test_an_admin_drains_labels_shows_and_deletes_over_http(http: FlaskClient, s
     call("PUT", "n1/labels", 400, json=["x"])
     assert call("PATCH", "n1/labels", 400, json={"a b": "x"})["error"]["code"] == "invalid_value"
     assert call("DELETE", "n1/labels")["given"] == {}
-    assert call("PUT", "n1/max-replicas-per-model", json={"value": 2})["max_replicas_per_model"] == 2
-    for wrong in (0, 65, "2", 1.5, None):
-        call("PUT", "n1/max-replicas-per-model", 400, json={"value": wrong})
-    assert call("GET", "n1")["max_replicas_per_model"] == 2
-    assert call("DELETE", "n1/max-replicas-per-model")["max_replicas_per_model"] == 1
     assert call("GET", "models") == {"models": []}
     assert call("POST", "n1/drain")["state"] == "draining"
     assert call("GET", "n1")["remains"] == {"replicas": 0, "in_flight": 0}

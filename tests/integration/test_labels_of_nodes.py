@@ -33,13 +33,11 @@ def test_what_an_admin_gives_goes_before_what_was_found_and_survives_a_new_regis
     services: Services, node: Node
 ) -> None:
     fleet.give_labels(services, "n1", {"node.os": "plan9", "zone": "attic"}, keep=True)
-    fleet.limit_replicas(services, "n1", 3)
     nodes.heartbeat(services, node, hardware={"os": "linux", "arch": "arm64"}, running=[])
     nodes.deregister(services, node)
     join(services)
     found = node_named(services, "n1")
     assert found.labels == {"node.name": "n1", "node.os": "plan9", "node.arch": "arm64", "zone": "attic"}
-    assert found.max_replicas_per_model == 3
     (shown,) = fleet.listed(services)
     assert (shown["labels"], shown["given_labels"]) == (found.labels, {"node.os": "plan9", "zone": "attic"})
     assert fleet.take_label(services, "n1", "node.os")["labels"]["node.os"] == "linux"
@@ -57,7 +55,6 @@ def test_what_is_not_there_cannot_be_changed(services: Services, node: Node) -> 
         lambda: fleet.take_label(services, "n1", "node.name"),
         lambda: fleet.labels(services, "n2"),
         lambda: fleet.give_labels(services, "n2", {}, keep=False),
-        lambda: fleet.limit_replicas(services, "n2", 1),
     ):
         with pytest.raises(NotFound):
             act()

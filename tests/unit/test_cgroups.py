@@ -67,10 +67,10 @@ def test_no_limit_and_what_cannot_be_read_are_none(tmp_path: Path, files: dict[s
 def test_a_node_has_what_it_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     allowed = cgroups.Limits(memory=GIB // 8, memory_free=GIB // 16, cpus=1)
     monkeypatch.setattr(cgroups, "read", lambda: allowed)
-    found = hardware.read(tmp_path)
+    found = hardware.read(tmp_path, lambda total: total)
     assert (found["ram_total"], found["ram_available"], found["cpus"]) == (GIB // 8, GIB // 16, 1)
     monkeypatch.setattr(cgroups, "read", lambda: cgroups.Limits(memory=1 << 62, memory_free=1 << 62, cpus=1 << 20))
-    free = hardware.read(tmp_path)
+    free = hardware.read(tmp_path, lambda total: total)
     assert free["ram_total"] > GIB // 8
     assert free["cpus"] < 1 << 20
 
@@ -80,6 +80,6 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError("the disk does not answer")
 
     monkeypatch.setattr(hardware.shutil, "disk_usage", fail)
-    found = hardware.read(tmp_path)
+    found = hardware.read(tmp_path, lambda total: total)
     assert "disk_total" not in found
     assert found["ram_total"] > 0

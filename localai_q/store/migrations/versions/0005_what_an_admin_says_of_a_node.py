@@ -14,11 +14,8 @@ def upgrade() -> None:
     op.add_column('nodes', sa.Column('drain', sa.Boolean(), server_default=sa.text('false'), nullable=False))
     labels = sa.Column('labels', postgresql.JSONB(), server_default=sa.text("'{}'"), nullable=False)
     op.add_column('nodes', labels)
-    most = sa.Column('max_replicas_per_model', sa.Integer(), server_default=sa.text('1'), nullable=False)
-    op.add_column('nodes', most)
 
 
 def downgrade() -> None:
-    op.drop_column('nodes', 'max_replicas_per_model')
     op.drop_column('nodes', 'labels')
     op.drop_column('nodes', 'drain')
