@@ -19,8 +19,8 @@ from pathlib import Path
 from localai_q.errors import LocalAIError, StartupError
 from localai_q.processes import has_ended, kill_group, spawn, tail
 
-FIRST_DELAY, LONGEST_DELAY = 0.5, 30.0  # seconds before the first restart, and at most
-HEALTHY = 60.0  # seconds of life after which earlier exits are forgotten
+FIRST_DELAY, LONGEST_DELAY = 0.5, 10.0  # seconds before the first restart, and at most
+HEALTHY = 15.0  # seconds of life after which earlier exits are forgotten
 LOG_LIMIT = 10 << 20  # bytes beyond which a log is put aside when its process starts
 POLL = 0.05  # seconds between two looks at the children
 
