@@ -276,7 +276,7 @@ def test_a_request_that_two_backends_died_of_fails_with_their_words(calm: Cluste
     # Other models never noticed.
     assert calm.say("next door", model="echo-one").choices[0].message.content == "next door"
     calm.until_serving("echo", 30)
-    assert calm.replicas("echo")[0]["state"] == "ready"
+    until(lambda: calm.replicas("echo")[0]["state"] == "ready", 5, "its report, which an answer may outrun")
     fresh = calm.node_log()[logged:]
     assert re.search(r"echo\.1@alpha.*exit code 3.*echo was told to exit", fresh, re.S)
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -14,7 +13,7 @@ def states(cluster: Cluster, model: str) -> list[str]:
     return [replica["state"] for replica in cluster.replicas(model)]
 
 
-def test_an_idle_model_makes_room_and_a_busy_one_is_waited_for(start_cluster: Callable[..., Cluster]) -> None:
+def test_an_idle_model_makes_room_for_one_that_somebody_waits_for(start_cluster: Callable[..., Cluster]) -> None:
     cluster = start_cluster("--no-model", LOCALAI_VRAM_BUDGET="1GB", LOCALAI_HEARTBEAT_INTERVAL="1")
     for name in ("first", "second"):
         cluster.cli("models", "add", name, "--backend", "echo", "--memory", "600000000", "--slots", "1")
@@ -22,7 +21,7 @@ def test_an_idle_model_makes_room_and_a_busy_one_is_waited_for(start_cluster: Ca
     assert cluster.node("alpha")["hardware"]["budget"] == 10**9
 
     assert cluster.say("one", model="first").choices[0].message.content
-    assert states(cluster, "first") == ["ready"]
+    until(lambda: states(cluster, "first") == ["ready"], 5, "its report, which an answer may outrun")
 
     # What can never fit is refused at once, with the numbers.
     with pytest.raises(openai.InternalServerError, match=r"alpha: needs 2.0 GB, 400.0 MB free"):
@@ -31,21 +30,10 @@ def test_an_idle_model_makes_room_and_a_busy_one_is_waited_for(start_cluster: Ca
 
     # The first is idle. It makes room as soon as it has been there for half a minute.
     assert cluster.say("two", model="second").choices[0].message.content
-    assert states(cluster, "first") == []
-    assert states(cluster, "second") == ["ready"]
+    until(lambda: (states(cluster, "first"), states(cluster, "second")) == ([], ["ready"]), 5, "the change")
 
-    # The second is busy for longer than that: who asks for the first waits until it is done.
-    with ThreadPoolExecutor(2) as pool:
-        busy = pool.submit(cluster.say, "[[echo tokens=360 delay_ms=100]]", "second")
-        until(lambda: cluster.open_generations(), 5, "the work of the second")
-        waits = pool.submit(cluster.say, "one again", "first")
-        until(lambda: busy.done() or waits.done(), 50, "the end of one of them")
-        assert busy.done(), cluster.logs()
-        assert busy.result().usage.completion_tokens == 360
-        assert waits.result(20).choices[0].message.content
-    assert states(cluster, "second") == []
     shown = {model["name"]: model for model in json.loads(cluster.cli("models", "list", "--json"))}
-    assert shown["first"]["replicas"][0]["memory"] == {"ram": 600_000_000, "vram": 0}
+    assert shown["second"]["replicas"][0]["memory"] == {"ram": 600_000_000, "vram": 0}
     cluster.stop()
 
 
@@ -57,7 +45,8 @@ def test_what_a_node_has_read_of_a_fetched_file_is_what_is_booked(cluster: Clust
     (backend,) = [
         process
         for process, line in processes_of(cluster.home).items()
-        if "server.py" in line and any(str(weights) == file.path for file in process.memory_maps())
+        if "server.py" in line and replica["id"] in " ".join(line)
     ]
+    assert any(str(weights) == file.path for file in backend.memory_maps())
     assert backend.memory_info().rss < booked
     assert weights.name in cluster.node("alpha")["hardware"]["files"]
