@@ -5,6 +5,7 @@ from cluster_data import SECRET, add_model, claim, join, node_named, ready_node,
 
 from localai_q import names
 from localai_q.bus.leases import Submission
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import JobState, NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound
@@ -24,7 +25,7 @@ def replica_in(services: Services, node: Node, model_id: str, state: ReplicaStat
         ReplicaState.FAILED: [ReplicaState.FAILED],
     }
     with services.db.transaction() as db:
-        found = rows.place(db, model_id=model_id, node_id=node.id, number=1, revision=1, slots=4)
+        found = rows.place(db, model_id=model_id, node_id=node.id, number=1, revision=1, slots=4, booking=Booking())
         assert found is not None
         for step in road[state]:
             assert rows.move(db, found.id, step)

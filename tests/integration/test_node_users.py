@@ -10,6 +10,7 @@ from cluster_data import SECRET, add_model, join, node_named, ready_node
 from localai_q import names
 from localai_q.bus import users
 from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Submission
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import Delta, End
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
@@ -42,7 +43,7 @@ def give_model(services: Services, node: Node, name: str = "m") -> str:
     """A replica of a model on the node, whose rights it has; the model's line."""
     model_id = add_model(services, name)
     with services.db.transaction() as db:
-        replicas.place(db, model_id=model_id, node_id=node.id, number=1, revision=1, slots=1)
+        replicas.place(db, model_id=model_id, node_id=node.id, number=1, revision=1, slots=1, booking=Booking())
     node_users.extend(services, node.id)
     return names.model_queue(model_id)
 

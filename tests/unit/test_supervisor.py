@@ -47,9 +47,7 @@ def python(name: str, logs: Path, code: str, *arguments: str, rank: int = 0) -> 
     return command_spec(name, argv, env=dict(os.environ), logs=logs, rank=rank)
 
 
-@pytest.mark.parametrize(
-    ("exits", "delay"), [(1, 0.5), (2, 1), (3, 2), (4, 4), (5, 8), (6, 10), (7, 10), (1000, 10)]
-)
+@pytest.mark.parametrize(("exits", "delay"), [(1, 0.5), (2, 1), (3, 2), (4, 4), (5, 8), (6, 10), (7, 10), (1000, 10)])
 def test_back_off(exits: int, delay: float) -> None:
     assert restart_delay(exits) == delay
 
