@@ -22,7 +22,6 @@ ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
 WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
 EVENTS_CHANNELS = "/*.celeryev/*"  # a pattern: Celery's events, by number of the database and kind of event
 
-NODES_WITH_ENDS = "ends"  # set of owners that have a hash of ends
 SERVED_SINCE = "served-since"  # seconds since the epoch: the web has been there without a break
 WATCHED_SINCE = "watched-since"  # seconds since the epoch: leases have been judged without a break
 EPOCH = "epoch"  # random; another one means that Redis has lost its data

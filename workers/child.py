@@ -23,7 +23,9 @@ FINISH = signal.SIGUSR2  # to a replica that is ready: end once what is at work 
 
 
 class ModelSpec(ModelConfig):
-    """A model as a node is told of it."""
+    """A model as a node is told of it. What a newer API knows of models besides is none of its business."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     id: str
     name: str

@@ -22,6 +22,9 @@ class Doorbells:
             Unavailable: the broker cannot be reached.
         """
         try:
-            self._app.send_task(task, args=[argument], queue=queue, ignore_result=True, retry=False)
+            # Events tell the arguments' text to whoever may listen; a job's id is for those that hold the job.
+            self._app.send_task(
+                task, args=[argument], queue=queue, ignore_result=True, retry=False, argsrepr="-", kwargsrepr="-"
+            )
         except (kombu.exceptions.OperationalError, redis.RedisError, OSError) as error:
             raise Unavailable("The queue (Redis) cannot be reached at the moment. Try again soon.") from error

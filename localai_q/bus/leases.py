@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -189,7 +189,7 @@ class Leases:
 
     def finish(self, lease: Lease, index: int, end: End, *, node_id: str) -> Append:
         """End the job."""
-        keys = [*self._job_keys(lease.job_id, lease.line), names.ends_key(node_id), names.NODES_WITH_ENDS]
+        keys = [*self._job_keys(lease.job_id, lease.line), names.ends_key(node_id)]
         args = [lease.job_id, lease.attempt, lease.owner, index, encode(end), node_id, self._ttl_ms]
         return Append(int(self._run["finish"](keys=keys, args=args)))
 
@@ -215,7 +215,7 @@ class Leases:
 
         Returns "ended", "asked" or None, when there was nothing to end.
         """
-        keys = [*self._job_keys(job_id, line), names.ends_key(by), names.NODES_WITH_ENDS]
+        keys = [*self._job_keys(job_id, line), names.ends_key(by)]
         args = [job_id, encode(end), self._ttl_ms, "force" if force else "", by]
         with broker_errors():
             answer = self._run["abort"](keys=keys, args=args)
@@ -334,10 +334,13 @@ class Leases:
             left=int(deadline) / 1000 - int(seconds),
         )
 
-    def ends(self) -> dict[str, dict[str, str]]:
+    def ends(self, node_ids: Iterable[str]) -> dict[str, dict[str, str]]:
         """Ends that are still to be written down, by the node that wrote them: job id to `<attempt> <event>`."""
-        nodes = sorted(self._redis.smembers(names.NODES_WITH_ENDS))
-        return {node: self._redis.hgetall(names.ends_key(node)) for node in nodes}
+        writers = [*node_ids, CONTROL]
+        pipe = self._redis.pipeline(transaction=False)
+        for writer in writers:
+            pipe.hgetall(names.ends_key(writer))
+        return {writer: ends for writer, ends in zip(writers, pipe.execute(), strict=True) if ends}
 
     def forget_ends(self, node_id: str, job_ids: Sequence[str]) -> None:
         """Drop ends that have been written down."""

@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from localai_q import names
-from localai_q.cluster.rights import COMMANDS
+from localai_q.cluster.rights import COMMANDS, SPEAKS_ON
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def known(client: redis.Redis) -> dict[str, frozenset[str]]:
 
 
 def _rules(secret_hash: str, rights: Collection[str]) -> list[str]:
-    return ["on", f"#{secret_hash}", "-@all", *COMMANDS, *sorted(rights)]
+    speaks = " ".join(f"&{channel}" for channel in SPEAKS_ON)
+    return ["on", f"#{secret_hash}", "-@all", *COMMANDS, *sorted(rights), "clearselectors", f"(+publish {speaks})"]
 
 
 def _call(client: redis.Redis, *words: str) -> Any:

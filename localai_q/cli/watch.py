@@ -198,7 +198,8 @@ def _verdict(model: Record | None, replicas: list[Record], jobs: list[Record], i
         say("the cluster is up without it: see 'localai-q models --help', or the log of the node, for what to do")
         return str(model["name"])
     if idle > NO_WORK:
-        say(f"{model['name']} is not loaded: its first request will do that" if model else "there is no default model")
+        say(f"{model['name']} is not loaded: no node is ready for it or has room; its first request says why"
+            if model else "there is no default model")  # fmt: skip
         return str(model["name"]) if model else ""
     return None
 

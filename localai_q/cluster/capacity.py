@@ -130,7 +130,7 @@ def _settled(replica: Replica, node: Node) -> bool:
     return (
         replica.state in (ReplicaState.READY, ReplicaState.STOPPING)
         and node.last_heartbeat is not None
-        and node.last_heartbeat > replica.changed
+        and node.last_heartbeat >= replica.changed
     )
 
 

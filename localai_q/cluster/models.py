@@ -6,7 +6,9 @@ import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from localai_q.cluster.labels import LabelKey, LabelValue
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
@@ -20,7 +22,6 @@ def _named(value: str) -> str:
 
 
 ModelName = Annotated[str, AfterValidator(_named)]
-Label = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._/-]{1,63}$")]
 
 
 class ModelConfig(BaseModel):
@@ -53,7 +54,7 @@ class ModelConfig(BaseModel):
         0.0, ge=0, le=1e9
     )  # seconds after which an unused replica above the least goes; 0: never
     pinned: bool = False  # no replica is stopped to make room for another model
-    selector: dict[Label, Label] = Field(default_factory=dict, max_length=16)  # labels that a node must have
+    selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=16)  # labels that a node must have
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

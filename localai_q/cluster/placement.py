@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from localai_q.cluster import eviction, scaling
-from localai_q.cluster.capacity import Verdict, booking, cooling, has_file
+from localai_q.cluster.capacity import Verdict, booking, cooling, has_file, matches
 from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
@@ -99,7 +99,10 @@ def _of_model(board: Board, model: Model) -> list[Action]:
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]
     count, reason = scaling.wanted(board, model)
-    lacking = count - len(board.alive(model.id))
+    alive = board.alive(model.id)
+    if model.config.spread_all:  # a copy elsewhere does not stand for one where it should be
+        alive = [r for r in alive if r.node_id in board.ready and matches(model, board.nodes[r.node_id])]
+    lacking = count - len(alive)
     if lacking <= 0:
         return []
     failed = [replica for replica in board.of(model.id) if replica.state is ReplicaState.FAILED]

@@ -121,12 +121,11 @@ def end_at_once(services: Services, db: Any, found: Iterable[Job], error: LocalA
 def apply_ends(services: Services) -> int:
     """Write the ends that owners have left in Redis into Postgres, each once. How many were written."""
     kinds: list[str] = []
-    for owner, ends in services.leases.ends().items():
-        if ends:
-            kinds += _apply(services, owner, ends)
-            with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
-                replicas.use(db, list(ends))
-            services.leases.forget_ends(owner, list(ends))
+    for owner, ends in _ends(services).items():
+        kinds += _apply(services, owner, ends)
+        with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
+            replicas.use(db, list(ends))
+        services.leases.forget_ends(owner, list(ends))
     if not set(kinds).isdisjoint(NODE_JOBS):
         services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage
     return len(kinds)
@@ -267,7 +266,13 @@ def _bring_back(services: Services, job: Job) -> bool:
 
 def _unwritten(services: Services) -> set[str]:
     """Jobs that have ended and whose rows do not say so yet."""
-    return {job_id for ends in services.leases.ends().values() for job_id in ends}
+    return {job_id for ends in _ends(services).values() for job_id in ends}
+
+
+def _ends(services: Services) -> dict[str, dict[str, str]]:
+    with services.db.transaction() as db:
+        known = [node.id for node in nodes.every(db)]
+    return services.leases.ends(known)
 
 
 def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0) -> None:

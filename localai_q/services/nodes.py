@@ -128,15 +128,17 @@ def report_replica(
         NotFound: it has no such replica.
     """
     with services.db.transaction() as db:
-        replica = replicas.by_id(db, replica_id)
-        if replica is None or replica.node_id != node.id:
-            raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
         if hardware:
             nodes.heard_of(db, node.id, hardware=refreshed(_existing(db, node.id).hardware, hardware))
-        if state is ReplicaState.GONE:
+        replica = replicas.by_id(db, replica_id)
+        if replica is None or replica.node_id != node.id:
+            replica = None  # its model was removed; what its end has freed is worth knowing all the same
+        elif state is ReplicaState.GONE:
             replicas.forget(db, replica_id)
         elif not replicas.move(db, replica_id, state, reason=reason):
             log.info("replica %s reported %s while %s; ignored", replica_id, state, replica.state)
+    if replica is None:
+        raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
     if state in (ReplicaState.GONE, ReplicaState.FAILED):
         _bereave(services, [replica], reason or "it has ended")
     services.redis.publish(names.WAKE_CHANNEL, node.id)
@@ -233,9 +235,10 @@ def remove(services: Services, id_or_name: str, *, force: bool) -> dict[str, Any
     node = named(services, id_or_name)
     if node.at_work and not force:
         raise Conflict(
-            f"Node '{node.name}' is {node.state}: drain it first (localai-q nodes drain {node.name}), or force it, which "
-            "ends what it does."
+            f"Node '{node.name}' is {node.state}: drain it (localai-q nodes drain {node.name}) and wait until it is "
+            "drained, or force it, which ends what it does."
         )
+    jobs.apply_ends(services)  # nobody looks for those of a node that is not there
     with services.db.transaction() as db:
         gone = _clear(services, db, node, "was deleted")
         nodes.remove(db, node.id)

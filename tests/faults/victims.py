@@ -59,9 +59,14 @@ def pids(cluster: Cluster, what: str) -> list[int]:
     if what == "postgres":
         [server] = by_role(cluster)["postgres"]
         return [server.pid, *(child.pid for child in server.children())]
-    found = [process.pid for name, each in by_role(cluster).items() if f"{name} ".startswith(what) for process in each]
+    found = running(cluster, what)
     assert found, f"there is no {what}"
     return found
+
+
+def running(cluster: Cluster, what: str) -> list[int]:
+    """The same, where there may be none at the moment."""
+    return [process.pid for name, each in by_role(cluster).items() if f"{name} ".startswith(what) for process in each]
 
 
 def send(which: list[int], what: signal.Signals) -> None:

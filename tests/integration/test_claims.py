@@ -369,7 +369,7 @@ def test_an_answer_whose_last_words_do_not_fit_is_not_done(
     end = bench.entries(held)[-1][1]
     assert end.state == becomes
     assert (end.error or {}).get("error") == (None if becomes == "cancelled" else "GenerationFailed")
-    assert bench.leases.ends()[bench.node_id].keys() == {held.lease.job_id}
+    assert bench.leases.ends([bench.node_id])[bench.node_id].keys() == {held.lease.job_id}
 
 
 def test_a_job_that_is_given_back_can_be_had_again(bench: Bench) -> None:
@@ -440,7 +440,7 @@ class TestLosses:
         held.emit(Delta(text="third"))
         assert held.finish(DONE)
         assert bench.text(held) == "earlier first second third"
-        assert bench.leases.ends().keys() == {bench.node_id}
+        assert bench.leases.ends([bench.node_id]).keys() == {bench.node_id}
         assert not held.cancelled.is_set()
 
     def test_a_silent_job_is_restored_by_its_renewal(self, redis_client: redis.Redis, make_bench: MakeBench) -> None:

@@ -119,7 +119,7 @@ def test_what_remains_is_shown(services: Services, draining: Node) -> None:
     assert fleet.show(services, draining.id)["remains"] is None
     assert fleet.loaded_models(services) == [
         {"model": "m", "node": "n1", "node_id": draining.id, "id": found.id, "number": 1, "state": ReplicaState.READY,
-         "slots": 4, "in_flight": 2, "reason": ""}
+         "slots": 4, "in_flight": 2, "reason": "", "memory": {"ram": 0, "vram": 0}}
     ]  # fmt: skip
 
 

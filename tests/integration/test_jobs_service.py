@@ -64,6 +64,14 @@ def rung_jobs(services: Services, line: str) -> list[str]:
     return [told.removeprefix("run_generation(").removesuffix(")") for told in rung(services, line)]
 
 
+@pytest.fixture(autouse=True)
+def owners(services: Services) -> None:
+    """The nodes whose names the owners of these tests bear."""
+    values = [{"id": node_id, "name": f"node of {node_id}"} for node_id in ("n1", "n2")]
+    with services.db.transaction() as db:
+        db.execute(text("INSERT INTO nodes (id, name, state, secret_hash) VALUES (:id, :name, 'offline', '')"), values)
+
+
 @pytest.fixture
 def line(services: Services) -> str:
     return names.model_queue(add_model(services))
@@ -154,7 +162,7 @@ class TestEnds:
         assert (job.state, job.attempt, job.node_id, job.request) == (JobState.DONE, 1, node.id, None)
         assert (job.usage, job.timings, job.result, job.error) == (DONE.usage, DONE.timings, DONE.result, None)
         assert job.ended == pytest.approx(time.time(), abs=5)
-        assert services.leases.ends() == {node.id: {}}
+        assert services.leases.ends([node.id]) == {}
         assert jobs.apply_ends(services) == 0
         assert jobs.show(services, job_id, ADMIN)["node"] == "n1"
 
@@ -164,10 +172,9 @@ class TestEnds:
         jobs.apply_ends(services)
         late = End(state="failed", error={"error": "GenerationFailed", "message": "late", "param": None})
         services.redis.hset(names.ends_key("n2"), job_id, f"2 {encode(late)}")
-        services.redis.sadd(names.NODES_WITH_ENDS, "n2")
         assert jobs.apply_ends(services) == 0
         assert row(services, job_id).state is JobState.DONE
-        assert services.leases.ends()["n2"] == {}
+        assert services.leases.ends(["n2"]) == {}
 
     @pytest.mark.parametrize(
         "garbage",
@@ -193,7 +200,7 @@ class TestEnds:
         assert row(services, good).state is JobState.DONE
         assert row(services, bad).state is JobState.FAILED
         assert "cannot be read" in row(services, bad).error["message"]
-        assert services.leases.ends() == {"n1": {}}
+        assert services.leases.ends(["n1"]) == {}
 
 
 class TestCancel:

@@ -209,7 +209,7 @@ class TestAppend:
         assert leases.release(lease) is Append.LOST
         assert leases.finish(lease, 1, DONE, node_id="n1") is Append.LOST
         assert journal(redis_client, "j1") == before
-        assert leases.ends() == {}
+        assert leases.ends(["n1", "n2", "n3"]) == {}
 
     def test_a_journal_that_is_gone_is_not_begun_anew(self, leases: Leases, redis_client: redis.Redis) -> None:
         lease = claimed(leases, submitted(leases))
@@ -524,7 +524,7 @@ class TestFinish:
         assert not leases.finish(lease, 2, DONE, node_id="n1")
         assert not leases.finish(lease, 3, CANCELLED, node_id="n1")
         assert journal(redis_client, "j1")[-1] == ("1-2", DONE)
-        assert leases.ends() == {"n1": {"j1": f"1 {encode(DONE)}"}}
+        assert leases.ends(["n1", "n2", "n3"]) == {"n1": {"j1": f"1 {encode(DONE)}"}}
         assert redis_client.hget(names.job_key("j1"), "request") is None
         assert leases.live(["j1"])["j1"].state == "ended"
         assert not redis_client.exists(names.leases_key(LINE), names.waiting_key(LINE))
@@ -536,16 +536,16 @@ class TestFinish:
         bereave(leases, redis_client)
         second = claimed(leases, "j1", "r2", "n2")
         assert not leases.finish(first, 1, DONE, node_id="n1")
-        assert leases.ends() == {}
+        assert leases.ends(["n1", "n2", "n3"]) == {}
         assert leases.finish(second, 1, DONE, node_id="n2")
-        assert leases.ends().keys() == {"n2"}
+        assert leases.ends(["n1", "n2", "n3"]).keys() == {"n2"}
 
     def test_ends_are_forgotten_one_by_one(self, leases: Leases) -> None:
         for job_id in ("j1", "j2"):
             leases.finish(claimed(leases, submitted(leases, job_id)), 1, DONE, node_id="n1")
         leases.forget_ends("n1", ["j1"])
         leases.forget_ends("n1", [])
-        assert leases.ends()["n1"].keys() == {"j2"}
+        assert leases.ends(["n1", "n2", "n3"])["n1"].keys() == {"j2"}
 
 
 class TestAbort:
@@ -553,7 +553,7 @@ class TestAbort:
         submitted(leases)
         assert leases.abort("j1", LINE, CANCELLED) == "ended"
         assert journal(redis_client, "j1") == [("1-1", CANCELLED)]
-        assert leases.ends() == {CONTROL: {"j1": f"1 {encode(CANCELLED)}"}}
+        assert leases.ends(["n1", "n2", "n3"]) == {CONTROL: {"j1": f"1 {encode(CANCELLED)}"}}
         assert leases.waiting(LINE) == []
         assert redis_client.hget(names.job_key("j1"), "request") is None
         assert leases.abort("j1", LINE, CANCELLED) is None
@@ -797,7 +797,7 @@ class Machine(RuleBasedStateMachine):
         assert not waiting & leased
         assert (waiting | leased) == {job for job in JOBS if job not in self.ended and self.client.exists(f"job:{job}")}
         assert leased == {job for job in JOBS if self.current[job]}
-        assert sorted(job for ends in self.leases.ends().values() for job in ends) == sorted(self.ended)
+        assert sorted(job for ends in self.leases.ends(OWNERS).values() for job in ends) == sorted(self.ended)
 
 
 def test_whatever_owners_do_and_whenever_leases_run_out_a_journal_is_whole_and_a_job_ends_once(

@@ -84,7 +84,8 @@ def test_who_is_not_approved_is_no_user(services: Services) -> None:
         "HGETALL unacked.{other}", "HGETALL unacked", "SMEMBERS _kombu.binding.node.{other}", "LPUSH control x",
         "SUBSCRIBE cancel:{other}", "PUBLISH cancel:{other} x", "PUBLISH wake x", "SUBSCRIBE wake", "PSUBSCRIBE *", "PSUBSCRIBE web:*",
         "PUBLISH /0.celery.pidbox x", "PUBLISH admin x", "SUBSCRIBE admin", "GET served-since", "SET watched-since 0",
-        "GET web-alive:x",
+        "GET web-alive:x", "SUBSCRIBE web:x", "SUBSCRIBE ends", "SUBSCRIBE /0.celeryev/task.multi",
+        "PSUBSCRIBE /0.celeryev/*", "SMEMBERS ends", "DEL ends",
     ],
 )  # fmt: skip
 def test_a_node_reaches_nothing_of_anybody_else(services: Services, node: Node, command: str) -> None:
@@ -110,7 +111,7 @@ def test_a_node_does_its_own_work(services: Services, node: Node) -> None:
     assert own.finish(leases[0], 2, End(state=JobState.DONE), node_id=node.id) is Append.WRITTEN
     assert own.release(leases[1]) is Append.WRITTEN
     assert own.abort("j2", line, End(state=JobState.CANCELLED), by=node.id) == "ended"
-    assert services.leases.ends()[node.id].keys() == {"j1", "j2"}
+    assert services.leases.ends([node.id])[node.id].keys() == {"j1", "j2"}
     with client.pubsub() as pubsub:
         pubsub.subscribe(names.cancel_channel(node.id))
         assert pubsub.get_message(timeout=1)["type"] == "subscribe"
@@ -124,7 +125,7 @@ def test_a_job_whose_owner_died_on_another_node_is_ended_without_calling_that(se
     services.redis.delete(names.leases_key(line))
     own = make_leases(as_node(services, node), services.settings)
     assert own.abort("j1", line, End(state=JobState.CANCELLED), by=node.id) == "ended"
-    assert CONTROL not in services.leases.ends()
+    assert CONTROL not in services.leases.ends([node.id])
 
 
 def test_a_node_may_not_take_what_it_has_no_replica_of(services: Services, node: Node) -> None:

@@ -192,6 +192,7 @@ class Exploration:
         self.world = world
         self.stored = Stored(client, leases)
         self._leases = leases
+        self._redis = client
         self._epoch = ""  # that a script is offered, if it needs one
 
     def run(self) -> Explored:
@@ -611,7 +612,8 @@ class Exploration:
         return [(f"{each[0]}-{each[1]}", encode(each[2])) for each in now.journal if each[:2] > after]
 
     def _forget(self) -> None:
-        for node in self._leases.ends():
+        writers = [key.partition(":")[2] for key in self._redis.keys(names.ends_key("*"))]
+        for node in self._leases.ends(writers):
             self._leases.forget_ends(node, [JOB])
 
     def _submitted(self, attempt: int) -> int:

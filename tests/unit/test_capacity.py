@@ -49,8 +49,8 @@ class TestFree:
 
     def test_a_ready_replica_is_booked_until_its_node_has_reported_since(self) -> None:
         ready = replica(S.READY, changed=NOW)
-        assert free(node(heard=NOW), [ready]).ram == 6 * GB
-        assert free(node(heard=NOW + 1), [ready]).ram == 8 * GB
+        assert free(node(heard=NOW - 1), [ready]).ram == 6 * GB
+        assert free(node(heard=NOW), [ready]).ram == 8 * GB, "the report that it is ready tells what is left"
 
     def test_of_a_reported_replica_only_what_its_node_does_not_see_stays_booked(self) -> None:
         assert free(node(heard=NOW), [replica(S.READY, unseen=GB // 2)]).ram == 7.5 * GB

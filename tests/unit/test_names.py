@@ -64,7 +64,7 @@ def test_keys_about_a_line_tell_lines_apart(one, other) -> None:
 
 
 def test_no_fixed_name_is_that_of_an_id() -> None:
-    fixed = {names.CONTROL_QUEUE, names.ENDS_CHANNEL, names.WAKE_CHANNEL, names.NODES_WITH_ENDS}
+    fixed = {names.CONTROL_QUEUE, names.ENDS_CHANNEL, names.WAKE_CHANNEL}
     assert not fixed & {maker("control") for maker in OF_IDS}
     assert all(":" not in each and "." not in each for each in fixed)
 

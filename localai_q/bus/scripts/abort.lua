@@ -1,5 +1,5 @@
 -- Somebody who does not own a job ends it, if nobody does; else asks the owner to.
--- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends under that name, 6 nodes with ends.
+-- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends under that name.
 -- ARGV 1 id, 2 end event, 3 expiry of job and journal (ms), 4 'force' ends the job even while it is owned, 5 name under
 -- which the end is kept.
 -- Returns {1} ended now; {2, node} its owner on that node was asked to cancel; {0} there is nothing to end.
@@ -28,7 +28,6 @@ redis.call('HDEL', KEYS[1], 'request')
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HSET', KEYS[5], ARGV[1], attempt .. ' ' .. ARGV[2])
-redis.call('SADD', KEYS[6], ARGV[5])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 redis.call('PEXPIRE', KEYS[2], ARGV[3])
 for web in string.gmatch(job[3], '%S+') do

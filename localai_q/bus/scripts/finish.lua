@@ -1,5 +1,5 @@
 -- The owner of a job ends it: once, and only while the job is its own.
--- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends of this owner's node, 6 nodes with ends.
+-- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends of this owner's node.
 -- ARGV 1 id, 2 attempt, 3 owner, 4 index, 5 end event, 6 node, 7 expiry of job and journal (ms).
 -- Returns 1 ended; 0 fenced; -1 the job, its last claim or what stands before the end is lost.
 local job = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'owner', 'watch')
@@ -14,7 +14,6 @@ redis.call('HDEL', KEYS[1], 'request')
 redis.call('ZREM', KEYS[3], ARGV[1])
 redis.call('ZREM', KEYS[4], ARGV[1])
 redis.call('HSET', KEYS[5], ARGV[1], ARGV[2] .. ' ' .. ARGV[5])
-redis.call('SADD', KEYS[6], ARGV[6])
 redis.call('PEXPIRE', KEYS[1], ARGV[7])
 redis.call('PEXPIRE', KEYS[2], ARGV[7])
 for web in string.gmatch(job[4], '%S+') do
