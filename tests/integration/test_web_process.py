@@ -213,7 +213,7 @@ def test_nodes_are_labelled_shown_drained_and_deleted_by_the_command_line(web: W
     assert "0 copies, 0 at work" in shown
     assert "node.name=attic, zone=home" in shown
     assert json.loads(web.cli("nodes", "show", "attic", "--json")[1])[0]["state"] == "draining"
-    assert "drain it first" in said("delete", "attic", code=1)
+    assert "drain it (localai-q nodes drain attic)" in said("delete", "attic", code=1)
     assert "attic is ready" in said("resume", "attic")
     assert "Deleted attic" in said("delete", "attic", "--force")
     assert "There is no node 'attic'" in said("show", "attic", code=1)
