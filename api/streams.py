@@ -33,7 +33,8 @@ from localai_q.services.wiring import Services
 log = logging.getLogger(__name__)
 
 LATE = 5.0  # seconds past its deadline at which a job that nobody ends is given up
-NEWS = 1.0  # seconds of silence after which it is looked up where a job stands, and between two such looks
+LOOK = 1.0  # seconds between two looks where the jobs stand of which nothing is heard
+SILENT = 0.5  # seconds after which nothing is heard of a job: whoever has begun by a look is known by the next one
 LATEST = 0.2  # weight of the latest request in a model's pace
 SWEEP = 1.0  # seconds between two looks for stalled clients
 FAREWELL = 1.0  # seconds between two tries to say that a reader has left
@@ -188,8 +189,8 @@ class Streams:
     def _look_up(self) -> None:
         """Learn where the jobs stand of which nothing is heard. Apart from the streams, for the stores may be away."""
         while True:
-            time.sleep(NEWS)
-            late = time.monotonic() - NEWS
+            time.sleep(LOOK)
+            late = time.monotonic() - SILENT
             silent = [each for each in list(self._open) if each.kept and each.heard < late]
             try:
                 found = waiting.standings(
