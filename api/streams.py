@@ -200,6 +200,8 @@ class Streams:
                     each.standing = found.get(each.job_id)
             except (LocalAIError, redis.RedisError) as error:
                 log.info("nobody can be told where he stands: %s", error)
+            except Exception:
+                log.exception("where jobs stand cannot be looked up; it is tried again")
 
     def _sweep(self) -> None:
         while True:

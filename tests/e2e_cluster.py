@@ -5,12 +5,14 @@ Nothing here stands in for a real part: gunicorn, Celery, Postgres, Valkey, gRPC
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +44,15 @@ def until(probe: Callable[[], T], timeout: float, what: str) -> T:
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {timeout:g} s; last seen: {result!r}")
         time.sleep(0.1)
+
+
+@contextmanager
+def folder_of_homes(prefix: str) -> Iterator[Path]:
+    """A folder for the homes of clusters: short, because sockets lie below it."""
+    folder = Path(tempfile.mkdtemp(prefix=prefix)).resolve()
+    folder.chmod(0o711)  # Postgres runs as a user of its own when the tests run as root
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def clean_environment(**changes: str) -> dict[str, str]:

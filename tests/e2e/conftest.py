@@ -1,21 +1,16 @@
 """The cluster of this folder's tests. One serves the whole session; a test that stops or crowds one starts its own."""
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_cluster import Cluster, until
+from e2e_cluster import Cluster, folder_of_homes, until
 
 
 @pytest.fixture(scope="session")
 def homes() -> Iterator[Path]:
-    """A folder for the homes of clusters: short, because sockets lie below it."""
-    folder = Path(tempfile.mkdtemp(prefix="lqe2e")).resolve()
-    folder.chmod(0o711)  # Postgres runs as a user of its own when the tests run as root
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with folder_of_homes("lqe2e") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

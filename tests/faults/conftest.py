@@ -1,16 +1,14 @@
 """The cluster of this folder's tests: two nodes, leases of two seconds, and a ledger that is drawn up after each test."""
 
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from e2e_cluster import BIN, ROOT, Cluster, clean_environment, processes_of, until
+from e2e_cluster import BIN, ROOT, Cluster, clean_environment, folder_of_homes, processes_of, until
 from ledger import Files, Ledger, until_nothing
 from victims import Web, send
 
@@ -37,11 +35,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
 
 @pytest.fixture(scope="session")
 def homes() -> Iterator[Path]:
-    """A folder for the homes of clusters: short, because sockets lie below it."""
-    folder = Path(tempfile.mkdtemp(prefix="lqfault")).resolve()
-    folder.chmod(0o711)  # Postgres runs as a user of its own when the tests run as root
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
+    with folder_of_homes("lqfault") as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")
