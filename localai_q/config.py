@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     register_to: str = Field("", validation_alias="LOCALAI_REGISTER_TO")
     node_name: str = Field("", validation_alias="LOCALAI_NODE_NAME")
     heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
+    load_stall: float = Field(300.0, ge=1, validation_alias="LOCALAI_Q_LOAD_STALL")  # of a load in which nothing moves
     drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
     # Of the memory that models lie in: bytes, 8GB, or 50%. Empty: all of it.
     vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")

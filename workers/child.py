@@ -57,6 +57,7 @@ class ChildSpec(BaseModel):
     lease: float
     journal_ttl: float
     journal_max: int
+    load_stall: float
     status_fd: int
     backends: Path
     models: Path

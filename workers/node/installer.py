@@ -14,6 +14,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from localai_q.gallery.catalog import BackendEntry
 
 SOURCES = Path(__file__).parents[1] / "backends"
 STAGE = "installing"
+LINE_EVERY = 1.0  # seconds between two lines that are passed on for no number in them
+LONGEST_NOTE = 200  # characters of a line that is passed on
 LAST_LINES = 4  # of uv's output, in an error
 PUBLIC_INDEX = "https://pypi.org/simple"
 
@@ -127,11 +130,12 @@ def _check_imports(entry: BackendEntry, part: Path) -> None:
 
 @dataclass
 class _Counted:
-    """Makes uv's lines into progress: how many packages of how many."""
+    """Makes uv's lines into progress: how many packages of how many, and what it said last."""
 
     progress: Callable[[Progress], None]
     total: int = 0
     done: int = 0
+    next_line: float = 0.0  # when one that counts nothing is passed on again
 
     def line(self, text: str) -> None:
         if found := _COUNT.match(text):
@@ -141,9 +145,10 @@ class _Counted:
                 self.done = int(found[2])
         elif _DOWNLOADED.match(text):
             self.done += 1
-        else:
+        elif not text.strip() or time.monotonic() < self.next_line:
             return
-        note = text.strip()
+        self.next_line = time.monotonic() + LINE_EVERY
+        note = text.strip()[:LONGEST_NOTE]
         self.progress(Progress(stage=STAGE, done=self.done, total=self.total, unit="packages", note=note))
 
 

@@ -7,7 +7,10 @@ import logging
 import os
 import secrets
 import signal
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
 from localai_q.errors import Cancelled, GenerationFailed, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
-from workers.child import ChildSpec, read_spec, read_statuses
+from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
 from workers.node.job_child import PRESENT, JobOrder
+from workers.node.stalls import LOOK, Watch
 
 log = logging.getLogger(__name__)
 
@@ -80,15 +84,21 @@ class Jobs:
         finally:
             os.close(write_end)
         held.on_cancel(lambda: kill_group(process))
+        watch = Watch(process.pid, self._spec.load_stall)
+        stalled = _kill_when_stalled(process, watch)
         end = None
         for said in read_statuses(read_end):
             end = _end_of(said) or end
             if "progress" in said:
-                held.emit(Progress(**said["progress"]))
+                progress = Progress(**said["progress"])
+                watch.note(progress)
+                held.emit(progress)
         code = process.wait()
         order.unlink(missing_ok=True)
         if held.cancelled.is_set():
             return End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+        if end is None and stalled.is_set():
+            return _failed(str(watch))
         if end is None:
             return _failed(f"the job's process ended with exit code {code}: {tail(path, 8)}")
         with contextlib.suppress(OSError):
@@ -104,6 +114,7 @@ def prepare(worker: Any, conf: Any) -> None:
     conf.worker_concurrency = CONCURRENCY
     folder = settings().child_spec
     assert folder is not None
+    status = StatusPipe(spec.status_fd)
     jobs = Jobs(spec, folder.parent)
     probe = Probe(app, client(spec.redis_url), names.node_jobs_queue(spec.node_id), slots=CONCURRENCY)
 
@@ -111,9 +122,25 @@ def prepare(worker: Any, conf: Any) -> None:
     def run_job(job_id: str) -> None:
         jobs.run(job_id)
 
+    signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
     signals.worker_ready.connect(lambda **_: probe.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: jobs.claims.cancel_all("drain"), weak=False)
+
+
+def _kill_when_stalled(process: subprocess.Popen[bytes], watch: Watch) -> threading.Event:
+    """Kill the process, with all that it has started, once nothing moves; set when that was done."""
+    stalled = threading.Event()
+
+    def look() -> None:
+        while process.poll() is None:
+            time.sleep(LOOK)
+            if watch.look():
+                stalled.set()
+                kill_group(process)
+
+    threading.Thread(target=look, name="stall", daemon=True).start()
+    return stalled
 
 
 def _end_of(said: dict[str, Any]) -> End | None:

@@ -122,7 +122,9 @@ class Node:
         return hardware.read(self.models, self._cfg.budget_of)
 
     def _spec(self, replica: ReplicaSpec | None) -> ChildSpec:
-        shared = {name: self._answer[name] for name in ("redis_url", "lease", "journal_ttl", "journal_max")}
+        shared = {
+            name: self._answer[name] for name in ("redis_url", "lease", "journal_ttl", "journal_max", "load_stall")
+        }
         return ChildSpec(
             node_id=self.id,
             node_name=self.name,

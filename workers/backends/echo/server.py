@@ -119,8 +119,10 @@ class EchoBackend(serving.Backend):
     def load(self, options: backend_pb2.ModelOptions) -> Echo:
         number, text = serving.whole_number(0), str
         known = {"parallel": serving.whole_number(1), "delay_ms": float, "first_ms": float, "load_ms": number}
+        known |= {"load_work_ms": number}
         found = serving.parse_options(options.Options, {**known, "load_fail": text, "load_exit": number})
         time.sleep(found.get("load_ms", 0) / 1000)
+        _work(found.get("load_work_ms", 0) / 1000)
         if "load_exit" in found:
             _exit(f"echo was told to exit with {found['load_exit']} at load", found["load_exit"])
         if "load_fail" in found:
@@ -280,6 +282,14 @@ class EchoBackend(serving.Backend):
             time.sleep(0.05)
         if self._wedged.is_set():
             context.abort(grpc.StatusCode.CANCELLED, "echo is wedged")
+
+
+def _work(seconds: float) -> None:
+    """Use a processor, as an engine does that loads."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        sum(range(10_000))
+        time.sleep(0.001)
 
 
 def _exit(line: str, status: int) -> NoReturn:
