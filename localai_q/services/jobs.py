@@ -168,7 +168,8 @@ def recover(services: Services) -> None:
         open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
         now = jobs.clock(db)
         known = {model.id for model in models.every(db)}
-    owners_had_time = presence.watched_for(services.redis) >= services.settings.lease
+    watched = presence.watched_for(services.redis)
+    owners_had_time = watched >= services.settings.lease
     late = [job for job in open_jobs if job.deadline and job.deadline < now]
     for job in late:
         abort(services, job, DeadlineExceeded(), force=True)
@@ -182,6 +183,8 @@ def recover(services: Services) -> None:
     for line in sorted({job.line for job in current}):
         _ring_again(services, line)
     _cancel_orphans(services, current)
+    if watched >= services.settings.load_stall:
+        _end_untaken(services, current)
     if owners_had_time:
         _rebuild(services, [job for job in current if job.created < now - LOST])
 
@@ -194,6 +197,17 @@ def _end_stranded(services: Services, stranded: Sequence[Job]) -> None:
         if job.id not in unwritten and (job.id not in live or live[job.id].state == "waiting"):
             abort(services, job, ModelNotFound("The model of this request was removed."))
             services.redis.delete(job.line)
+
+
+def _end_untaken(services: Services, open_jobs: Sequence[Job]) -> None:
+    """End what a node has not begun for long though it works on nothing else: whoever does its jobs is not there."""
+    patience = services.settings.load_stall
+    of_nodes = {job.id: job for job in open_jobs if job.kind in NODE_JOBS}
+    for line in sorted({job.line for job in of_nodes.values()}):
+        waiting = services.leases.waiting(line, older_than=patience)
+        if waiting and not services.leases.held(line):
+            for job in [of_nodes[job_id] for job_id in waiting if job_id in of_nodes]:
+                abort(services, job, Unavailable(f"its node has not begun it for {patience:.0f} s"))
 
 
 def _cancel_orphans(services: Services, open_jobs: Sequence[Job]) -> None:

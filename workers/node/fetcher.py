@@ -14,6 +14,7 @@ import re
 import shutil
 import ssl
 import tempfile
+import threading
 import time
 import tomllib
 import zipfile
@@ -153,18 +154,37 @@ def _is_at(path: Path, file: IO[str]) -> bool:
 
 @dataclass
 class _Report:
-    """Passes progress on, not more often than a person can see."""
+    """Passes progress on, not more often than a person can see; where it stands still, the last of it, too."""
 
     progress: Callable[[Progress], None]
     _stage: str = field(default="", init=False)
     _next: float = field(default=0.0, init=False)
+    _held: Progress | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
-        if stage == self._stage and now < self._next and done < total:
-            return
-        self._stage, self._next = stage, now + REPORT_EVERY
-        self.progress(Progress(stage=stage, done=done, total=total, unit="bytes", note=note))
+        found = Progress(stage=stage, done=done, total=total, unit="bytes", note=note)
+        with self._lock:
+            if stage == self._stage and now < self._next and done < total:
+                self._hold(found)
+                return
+            self._stage, self._next, self._held = stage, now + REPORT_EVERY, None
+            self.progress(found)
+
+    def _hold(self, found: Progress) -> None:
+        """Pass it on after a while, if nothing newer was until then."""
+        waits, self._held = self._held is not None, found
+        if not waits:
+            timer = threading.Timer(2 * REPORT_EVERY, self._pass_held_on)
+            timer.daemon = True
+            timer.start()
+
+    def _pass_held_on(self) -> None:
+        with self._lock, suppress(Exception):  # what it raises is for the next call of the one that works
+            if self._held:
+                held, self._held = self._held, None
+                self.progress(held)
 
 
 def _keep(source: str, part: Path, found: str, wanted: str | None, blobs: Path) -> Path:

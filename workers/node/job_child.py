@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -103,8 +104,11 @@ def main() -> None:
     order = JobOrder.model_validate_json(path.read_text())
     path.unlink()
 
+    lock = threading.Lock()  # a long line is not written at once
+
     def say(**message: Any) -> None:
-        os.write(order.fd, (json.dumps(message) + "\n").encode())
+        with lock:
+            os.write(order.fd, (json.dumps(message) + "\n").encode())
 
     try:
         work = KINDS.get(str(order.request.get("kind")))
