@@ -23,10 +23,9 @@ import platformdirs
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from localai_q.cluster.amounts import amount, part_of
+from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
-
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-AMOUNT = re.compile(r"([0-9]{1,15}(?:\.[0-9]{1,3})?) ?([MGT]i?B|B|%|)", re.IGNORECASE)
 
 
 class Settings(BaseSettings):
@@ -74,6 +73,7 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
     # Of the memory that models lie in: bytes, 8GB, or 50%. Empty: all of it.
     vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")
+    max_replicas_per_model: int = Field(1, ge=1, le=MOST_SLOTS, validation_alias="LOCALAI_MAX_REPLICAS_PER_MODEL")
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
@@ -104,17 +104,11 @@ class Settings(BaseSettings):
     @field_validator("vram_budget")
     @classmethod
     def _is_an_amount(cls, value: str) -> str:
-        if value and not AMOUNT.fullmatch(value):
-            raise ValueError("needs a number of bytes, or one as in 8GB, 7.5GiB or 50%")
-        return value
+        return amount(value) if value else value
 
     def budget_of(self, total: int) -> int:
         """The bytes of so many that models may use."""
-        amount = AMOUNT.fullmatch(self.vram_budget)
-        if amount is None:
-            return total
-        number, unit = float(amount[1]), amount[2].upper()
-        return min(int(total * number / 100) if unit == "%" else int(number * UNITS[unit]), total)
+        return part_of(total, self.vram_budget)
 
     @property
     def host(self) -> str:

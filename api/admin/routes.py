@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.bodies import parse
 from api.metrics import CONTENT_TYPE
 from api.web import web
+from localai_q.cluster.amounts import Amount
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
 from localai_q.cluster.labels import Labels
 from localai_q.cluster.models import ModelConfig, ModelName
+from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
 from localai_q.services import fleet, jobs, keys, models, nodes
@@ -29,6 +31,22 @@ class NewModel(ModelConfig):
     """A model to register: its name beside `ModelConfig`."""
 
     name: ModelName
+
+
+class Budget(BaseModel):
+    """How much of a node's memory models may take."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    value: Amount = Field(max_length=32)
+
+
+class Slots(BaseModel):
+    """How many replicas of one model a node may have."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    value: int = Field(ge=1, le=MOST_SLOTS)
 
 
 class NewKey(BaseModel):
@@ -110,6 +128,28 @@ def remove_labels(node: str) -> dict[str, Any]:
 @routes.delete("/api/nodes/<node>/labels/<path:key>")
 def remove_label(node: str, key: str) -> dict[str, Any]:
     return fleet.take_label(web().services, node, key)
+
+
+@routes.put("/api/nodes/<node>/vram-budget")
+def set_budget(node: str) -> dict[str, Any]:
+    """An admin's word, which goes before the node's own and stays."""
+    return fleet.limit(web().services, node, "vram_budget", parse(Budget, request.get_data()).value)
+
+
+@routes.delete("/api/nodes/<node>/vram-budget")
+def remove_budget(node: str) -> dict[str, Any]:
+    return fleet.limit(web().services, node, "vram_budget", "")
+
+
+@routes.put("/api/nodes/<node>/max-replicas-per-model")
+def set_slots(node: str) -> dict[str, Any]:
+    """An admin's word, which goes before the node's own and stays."""
+    return fleet.limit(web().services, node, "max_replicas_per_model", parse(Slots, request.get_data()).value)
+
+
+@routes.delete("/api/nodes/<node>/max-replicas-per-model")
+def remove_slots(node: str) -> dict[str, Any]:
+    return fleet.limit(web().services, node, "max_replicas_per_model", None)
 
 
 @routes.get("/api/jobs")

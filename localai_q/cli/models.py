@@ -43,10 +43,15 @@ def add_model(
     embeddings: Annotated[bool, typer.Option("--embeddings", help="The model embeds; it does not chat.")] = False,
     spread: Annotated[bool, typer.Option("--spread", help="One copy on every node, before anybody asks.")] = False,
     min_replicas: Annotated[int, typer.Option(help="Copies that are loaded before anybody asks.")] = 0,
-    max_replicas: Annotated[int, typer.Option(help="Copies at most, when many ask; each on a node of its own.")] = 1,
+    max_replicas: Annotated[
+        int, typer.Option(help="Copies at most, when many ask; on nodes of their own as long as there are some.")
+    ] = 1,
     idle_timeout: Annotated[float, typer.Option(help="Seconds after which an unused copy goes; 0: never.")] = 0.0,
     pinned: Annotated[bool, typer.Option("--pinned", help="No copy is stopped to make room for others.")] = False,
     selector: Annotated[list[str] | None, typer.Option(help="key=value: a label of its nodes; repeatable.")] = None,
+    group: Annotated[
+        list[str] | None, typer.Option(help="A group: no two models of one are on one node; repeatable.")
+    ] = None,
     memory: Annotated[int, typer.Option(help="Bytes that one copy takes; 0: estimated from the file.")] = 0,
     fit_context: Annotated[
         bool, typer.Option("--fit-context", help="Cut the context to what fits, where the whole does not.")
@@ -71,7 +76,7 @@ def add_model(
                               "threads": threads, "embeddings": embeddings, "spread_all": spread,
                               "options": option or [], "min_replicas": min_replicas, "max_replicas": max_replicas,
                               "idle_timeout": idle_timeout, "pinned": pinned, "selector": labels, "memory": memory,
-                              "fit_context": fit_context}  # fmt: skip
+                              "fit_context": fit_context, "concurrency_groups": group or []}  # fmt: skip
     if file is not None:
         config |= upload(api, file)
     elif source:

@@ -13,6 +13,8 @@ from localai_q.errors import InvalidValue
 
 app = typer.Typer(no_args_is_help=True, help="List nodes, let new ones in, empty them for maintenance, delete them.")
 
+LIMITS = ("vram-budget", "max-replicas-per-model")
+
 NodeArgument = Annotated[str, typer.Argument(help="The node's name or id.")]
 
 
@@ -94,6 +96,40 @@ def label_node(
         print(f"{key}={value}" + ("" if key in found["given"] else "  (found by itself)"))
 
 
+@app.command("limit")
+def limit_node(
+    node: NodeArgument,
+    changes: Annotated[
+        list[str] | None, typer.Argument(help="vram-budget=80%, max-replicas-per-model=2, or NAME- to take it back.")
+    ] = None,
+) -> None:
+    """Limit what a node may hold, take that back, or show it.
+
+    vram-budget is how much of its memory models may take, of the GPUs' where it has some: 80%, 12GiB or a number of
+    bytes. max-replicas-per-model is how many copies of one model it may run. What you say goes before the node's own
+    settings and stays when the node registers again.
+
+    Examples:
+
+        localai-q nodes limit attic vram-budget=80% max-replicas-per-model=2
+
+        localai-q nodes limit attic vram-budget-
+    """
+    api = connect()
+    for change in changes or []:
+        name, sign, value = change.partition("=")
+        if name.removesuffix("-") not in LIMITS or bool(sign) == name.endswith("-"):
+            raise InvalidValue(f"'{change}' limits nothing: write {' or '.join(f'{each}=VALUE' for each in LIMITS)}")
+        if sign:
+            body = {"value": int(value) if name == "max-replicas-per-model" and value.isdecimal() else value}
+            api.call("PUT", f"/api/nodes/{{}}/{name}", node, json=body)
+        else:
+            api.call("DELETE", f"/api/nodes/{{}}/{name.removesuffix('-')}", node)
+    found = api.call("GET", "/api/nodes/{}", node)
+    for name in LIMITS:
+        print(f"{name}={_limit(found, name)}")
+
+
 @app.command("show")
 def show_node(node: NodeArgument, as_json: AsJson = False) -> None:
     """Show one node: its machine, and every copy of a model on it with what that works on."""
@@ -124,8 +160,19 @@ def _shown(node: dict[str, Any]) -> dict[str, Any]:
 def _facts(node: dict[str, Any]) -> dict[str, Any]:
     shown = _shown(node)
     facts = ("name", "id", "state", "remains", "version", "cpus", "ram_free", "gpus", "seen")
-    labels = _pairs(node["labels"])
-    return {**{name.replace("_", " "): shown[name] for name in facts}, "labels": labels}
+    more = {"labels": _pairs(node["labels"]), "budget": _limit(node, "vram-budget"),
+            "slots": _limit(node, "max-replicas-per-model")}  # fmt: skip
+    return {**{name.replace("_", " "): shown[name] for name in facts}, **more}
+
+
+def _limit(node: dict[str, Any], limit: str) -> str:
+    """A limit of the node, in words."""
+    name = limit.replace("-", "_")
+    value = node[name]
+    if limit == "vram-budget":
+        size = node["vram_budget_bytes"]
+        value = " = ".join([part for part in (value, decimal(size) if size is not None else "") if part]) or "-"
+    return f"{value}" + ("" if node[f"{name}_manually_set"] else "  (as the node says)")
 
 
 def _remains(remains: dict[str, Any] | None) -> str | None:

@@ -10,11 +10,13 @@ A node that does not say how much it has is taken to have room.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from localai_q.cluster.memory import Memory, Need, need_within
+from localai_q.cluster.amounts import part_of
+from localai_q.cluster.memory import Memory, Need, need, need_within
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
@@ -24,17 +26,91 @@ DISK_SPARE = 64 << 20  # bytes that a fetch leaves free
 BACKOFF_FIRST = 1.0  # seconds
 BACKOFF_MOST = 300.0
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+WITHOUT_PROCESS = (ReplicaState.FAILED, ReplicaState.GONE)
 
 
-@dataclass(frozen=True, kw_only=True)
+class Seeker:
+    """A model that looks for a place, with what is the same wherever it looks."""
+
+    def __init__(self, model: Model, *, gpu: bool, rivals: Mapping[str, str] | None = None) -> None:
+        """`gpu`: whether its backend uses GPUs. `rivals`: the models that must not be on its node, name by id."""
+        self.model = model
+        self.rivals = rivals or {}
+        self._gpu = gpu
+        self._needs: dict[int, Need | None] = {}
+
+    def need(self, site: Site) -> Need | None:
+        """What a replica takes there; None where nothing is known of the model."""
+        config, gpus = self.model.config, site.gpus if self._gpu else 0
+        if config.fit_context:
+            return need_within(config, self.model.facts, gpus, site.free)
+        if gpus not in self._needs:
+            self._needs[gpus] = need(config, self.model.facts, gpus)
+        return self._needs[gpus]
+
+
+class Site:
+    """A node with what is on it, the oldest first. Never changes, so that each figure is found once."""
+
+    def __init__(self, node: Node, there: Iterable[Replica]) -> None:
+        self.node = node
+        self.there = tuple(there)
+
+    @cached_property
+    def gpus(self) -> int:
+        return len(_gpus(self.node))
+
+    @cached_property
+    def files(self) -> frozenset[str]:
+        """The SHA-256 of the models that lie there, as the node said when it last reported."""
+        files = self.node.hardware.get("files")
+        return frozenset(files) if isinstance(files, list) else frozenset()
+
+    @cached_property
+    def free(self) -> Memory:
+        """Bytes that are not used and not booked; may be less than nothing."""
+        booked = pending = Memory()
+        for replica in self.there:
+            if replica.state not in WITHOUT_PROCESS:
+                booked += replica.reserved
+                pending += Memory(ram=replica.unseen) if _settled(replica, self.node) else replica.reserved
+        left, most = available(self.node) - pending, budget(self.node)
+        if self.gpus:
+            return Memory(left.ram, min(left.vram, most - booked.vram))
+        return Memory(min(left.ram, most - booked.ram), left.vram)
+
+    def own(self, model_id: str) -> list[Replica]:
+        """The model's replicas there."""
+        return [replica for replica in self.there if replica.model_id == model_id]
+
+    def number(self, model_id: str) -> int:
+        """The least number that none of the model's replicas there has, from 1."""
+        taken = {replica.number for replica in self.there if replica.model_id == model_id}
+        return next(number for number in range(1, len(taken) + 2) if number not in taken)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """Whether a model can go to a node."""
 
-    node: Node
-    need: Need | None  # None: not known
-    free: Memory
-    reason: str = ""  # why it cannot; empty: it can
-    crowded: bool = False  # it could, if there were more memory free
+    site: Site
+    need: Need | None = None  # None: not known
+    why: Callable[[], str] | None = None  # puts into words why it cannot; None: it can
+    crowded: bool = False  # it could, if something there went
+    rivals: frozenset[str] = frozenset()  # replicas that would have to
+
+    @property
+    def node(self) -> Node:
+        return self.site.node
+
+    @property
+    def fits(self) -> bool:
+        return self.why is None
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot; empty: it can."""
+        return self.why() if self.why else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,38 +141,32 @@ def cooling(replica: Replica, now: float) -> bool:
     return replica.state is ReplicaState.FAILED and now < replica.changed + backoff(replica.failures)
 
 
-def examine(model: Model, node: Node, there: Sequence[Replica], *, gpu: bool, now: float) -> Verdict:
-    """Whether a replica of the model can go to the node, where these replicas are.
-
-    Args:
-        gpu: whether the model's backend uses GPUs.
-        now: seconds since the epoch.
-    """
-    reason = _unfit(model, node, there, now)
-    return Verdict(node=node, need=None, free=Memory(), reason=reason) if reason else weigh(model, node, there, gpu=gpu)
+def examine(seeker: Seeker, site: Site, now: float) -> Verdict:
+    """Whether a replica of the model can go there. `now`: seconds since the epoch."""
+    why = _unfit(seeker.model, site, now)
+    return Verdict(site=site, why=why) if why else weigh(seeker, site)
 
 
-def weigh(model: Model, node: Node, others: Sequence[Replica], *, gpu: bool) -> Verdict:
-    """Whether the memory that these replicas leave free is enough for one of the model."""
-    room = free(node, others)
-    wanted = need_within(model.config, model.facts, len(_gpus(node)) if gpu else 0, room)
-    if wanted is None or wanted.memory.within(room):
-        return Verdict(node=node, need=wanted, free=room)
-    return Verdict(node=node, need=wanted, free=room, reason=_short(wanted, room), crowded=True)
+def weigh(seeker: Seeker, site: Site) -> Verdict:
+    """Whether what is there leaves enough memory for a replica, and tolerates it."""
+    need = seeker.need(site)
+    rivals = [r for r in site.there if r.model_id in seeker.rivals and r.state not in WITHOUT_PROCESS]
+    short = need is not None and not need.memory.within(site.free)
+    if not short and not rivals:
+        return Verdict(site=site, need=need)
+
+    def why() -> str:
+        words = (
+            [f"shares a group with {', '.join(sorted({seeker.rivals[r.model_id] for r in rivals}))}"] if rivals else []
+        )
+        return " and ".join([*words, *([_short(need, site.free)] if need and short else [])])
+
+    return Verdict(site=site, need=need, why=why, crowded=True, rivals=frozenset(r.id for r in rivals))
 
 
-def free(node: Node, there: Iterable[Replica]) -> Memory:
-    """Bytes that are not used and not booked; may be less than nothing."""
-    holding = [replica for replica in there if replica.state not in (ReplicaState.FAILED, ReplicaState.GONE)]
-    booked, pending = Memory(), Memory()
-    for replica in holding:
-        booked += replica.reserved
-        pending += Memory(ram=replica.unseen) if _settled(replica, node) else replica.reserved
-    left = available(node) - pending
-    budget = _number(node.hardware, "budget")
-    if _gpus(node):
-        return Memory(left.ram, min(left.vram, budget - booked.vram))
-    return Memory(min(left.ram, budget - booked.ram), left.vram)
+def limit(model: Model, node: Node) -> int:
+    """How many replicas of the model the node may have."""
+    return 1 if model.config.spread_all else node.replica_slots
 
 
 def available(node: Node) -> Memory:
@@ -106,10 +176,15 @@ def available(node: Node) -> Memory:
     )
 
 
-def has_file(model: Model, node: Node) -> bool:
-    """Whether the model's file lies on the node, as it said when it last reported."""
-    files = node.hardware.get("files")
-    return isinstance(files, list) and model.config.sha256 in files
+def budget(node: Node) -> int:
+    """Bytes that models may take: of the GPUs' memory, or of RAM where there are none."""
+    told = _number(node.hardware, "budget")
+    if not node.given_budget:
+        return told
+    total = sum(_number(gpu, "vram_total") for gpu in _gpus(node)) or _number(node.hardware, "ram_total")
+    if total >= UNLIMITED and node.given_budget.endswith("%"):
+        return told  # a part of nobody knows what
+    return part_of(total, node.given_budget)
 
 
 def matches(model: Model, node: Node) -> bool:
@@ -134,26 +209,40 @@ def _settled(replica: Replica, node: Node) -> bool:
     )
 
 
-def _unfit(model: Model, node: Node, there: Sequence[Replica], now: float) -> str:
-    """Why the node is out of the question, however much memory it has; empty if it is not."""
+def _unfit(model: Model, site: Site, now: float) -> Callable[[], str] | None:
+    """Puts into words why the node is out of the question, whatever went from there; None if it is not."""
+    node = site.node
     if node.state is not NodeState.READY:
-        return str(node.state)
+        return lambda: str(node.state)
     if not matches(model, node):
-        return "lacks the label " + ", ".join(
-            f"{name}={value}" for name, value in sorted(model.config.selector.items()) if node.labels.get(name) != value
-        )
-    own = next((replica for replica in there if replica.model_id == model.id), None)
-    if own and own.state is ReplicaState.FAILED:
-        return f"failed: {own.reason}" if cooling(own, now) else ""
+        return lambda: _lacking(model, node)
+    own = site.own(model.id)
     if own:
-        return f"has a replica that is {own.state}"
-    disk, needed = _number(node.hardware, "disk_free"), _disk_need(model, node)
-    return f"needs {human(needed)} of disk, {human(disk)} free" if needed > disk else ""
+        failed = next((replica for replica in own if cooling(replica, now)), None)
+        if failed:
+            return lambda: f"failed: {failed.reason}"
+        holding = [replica for replica in own if replica.state not in WITHOUT_PROCESS]
+        if len(holding) >= limit(model, node):
+            return lambda: _full(holding)
+    needed, disk = _disk_need(model, site), _number(node.hardware, "disk_free")
+    return (lambda: f"needs {human(needed)} of disk, {human(disk)} free") if needed > disk else None
 
 
-def _disk_need(model: Model, node: Node) -> int:
+def _lacking(model: Model, node: Node) -> str:
+    return "lacks the label " + ", ".join(
+        f"{name}={value}" for name, value in sorted(model.config.selector.items()) if node.labels.get(name) != value
+    )
+
+
+def _full(holding: list[Replica]) -> str:
+    if len(holding) == 1:
+        return f"has a replica that is {holding[0].state}"
+    return f"has {len(holding)} replicas, as many as it may"
+
+
+def _disk_need(model: Model, site: Site) -> int:
     size = model.facts.file_size if model.facts else model.config.size
-    if not size or has_file(model, node):
+    if not size or model.config.sha256 in site.files:
         return 0
     copies = 2 if model.config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
     return size * copies + DISK_SPARE

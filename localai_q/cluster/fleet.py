@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from localai_q.cluster.capacity import Verdict, booking, examine
+from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, matches
+from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
@@ -22,6 +23,9 @@ class Demand:
     waiting: int = 0
     late: int = 0  # of these, since more than `PATIENCE`
     longest: float = 0.0  # seconds that the first in line has waited
+
+
+NOBODY = Demand()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,53 +50,71 @@ class Board:
         self.models = {model.id: model for model in fleet.models}
         self.nodes = {node.id: node for node in fleet.nodes}
         self.ready = {node.id for node in fleet.nodes if node.state is NodeState.READY}
-        self._replicas = {replica.id: replica for replica in fleet.replicas}
         self._alive: dict[str, list[Replica]] = {}  # of models that have not changed since it was asked for
-        self._on_node: dict[str, list[str]] = defaultdict(list)
-        self._of_model: dict[str, list[str]] = defaultdict(list)
+        self._matching: dict[tuple[tuple[str, str], ...], list[str]] = {}  # by selector
+        self._seekers: dict[str, Seeker] = {}
+        self._sites: dict[str, Site] = {}  # of nodes that have not changed since it was asked for
+        self._on_node: dict[str, dict[str, Replica]] = defaultdict(dict)
+        self._of_model: dict[str, dict[str, Replica]] = defaultdict(dict)
         for replica in fleet.replicas:
-            self._on_node[replica.node_id].append(replica.id)
-            self._of_model[replica.model_id].append(replica.id)
+            self._on_node[replica.node_id][replica.id] = replica
+            self._of_model[replica.model_id][replica.id] = replica
 
-    def there(self, node_id: str) -> list[Replica]:
-        """What the node has, the oldest first."""
-        return [self._replicas[replica_id] for replica_id in self._on_node[node_id]]
+    def site(self, node_id: str) -> Site:
+        """The node with what it has."""
+        if node_id not in self._sites:
+            self._sites[node_id] = Site(self.nodes[node_id], self._on_node[node_id].values())
+        return self._sites[node_id]
 
     def of(self, model_id: str) -> list[Replica]:
         """The replicas of the model, the oldest first."""
-        return [self._replicas[replica_id] for replica_id in self._of_model[model_id]]
+        return list(self._of_model[model_id].values())
 
     def alive(self, model_id: str) -> list[Replica]:
         """Those that serve, or come up on a node that is ready."""
         if model_id not in self._alive:
             self._alive[model_id] = [
                 replica
-                for replica in self.of(model_id)
+                for replica in self._of_model[model_id].values()
                 if replica.state is ReplicaState.READY or (replica.state in COMING_UP and replica.node_id in self.ready)
             ]
         return self._alive[model_id]
 
+    def matching(self, model: Model) -> list[str]:
+        """The nodes that are ready and have the labels that the model asks for."""
+        selector = tuple(sorted(model.config.selector.items()))
+        if selector not in self._matching:
+            self._matching[selector] = [
+                node_id for node_id, node in self.nodes.items() if node_id in self.ready and matches(model, node)
+            ]
+        return self._matching[selector]
+
     def demand(self, model_id: str) -> Demand:
-        return self.fleet.demand.get(model_id, Demand())
+        return self.fleet.demand.get(model_id, NOBODY)
 
     def busy(self, replica_id: str) -> int:
         return self.fleet.busy.get(replica_id, 0)
 
-    def examine(self, model: Model, node: Node) -> Verdict:
-        gpu = model.config.backend in self.fleet.gpu_backends
-        return examine(model, node, self.there(node.id), gpu=gpu, now=self.now)
+    def examine(self, model: Model, node_id: str) -> Verdict:
+        """Whether a replica of the model can go to the node."""
+        if model.id not in self._seekers:
+            gpu = model.config.backend in self.fleet.gpu_backends
+            self._seekers[model.id] = Seeker(model, gpu=gpu, rivals=rivals_of(model, self.fleet.models))
+        return examine(self._seekers[model.id], self.site(node_id), self.now)
 
     def change(self, replica: Replica, state: ReplicaState, **values: Any) -> None:
         """Let a replica have another state."""
-        self._replicas[replica.id] = replace(replica, state=state, **values)
-        self._alive.pop(replica.model_id, None)
+        self._set(replace(replica, state=state, **values))
 
     def book(self, model: Model, verdict: Verdict) -> None:
         """Let a replica of the model be placed where the verdict says."""
-        made = Replica(id=f"{model.id}@{verdict.node.id}", model_id=model.id, node_id=verdict.node.id, number=1,
-                       revision=model.revision, state=ReplicaState.PLACED, slots=model.config.slots,
-                       reserved=booking(model, verdict).memory)  # fmt: skip
-        self._replicas[made.id] = made
-        self._on_node[made.node_id].append(made.id)
-        self._of_model[made.model_id].append(made.id)
-        self._alive.pop(made.model_id, None)
+        number = self.site(verdict.node.id).number(model.id)
+        self._set(Replica(id=f"{model.id}@{verdict.node.id}#{number}", model_id=model.id, node_id=verdict.node.id,
+                          number=number, revision=model.revision, state=ReplicaState.PLACED,
+                          slots=model.config.slots, reserved=booking(model, verdict).memory))  # fmt: skip
+
+    def _set(self, replica: Replica) -> None:
+        self._on_node[replica.node_id][replica.id] = replica
+        self._of_model[replica.model_id][replica.id] = replica
+        self._sites.pop(replica.node_id, None)
+        self._alive.pop(replica.model_id, None)

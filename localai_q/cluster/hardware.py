@@ -9,6 +9,8 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from localai_q.cluster.nodes import MOST_SLOTS
+
 MOST_GPUS = 64
 MOST_FILES = 2000
 FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total": "vram_free"}
@@ -52,6 +54,7 @@ class Hardware(_Reading):
     disk_free: Bytes | None = None
     files: list[Sha256] | None = Field(None, max_length=MOST_FILES)  # models that lie here
     budget: Bytes | None = None  # how much models may take
+    max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)
     gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)
     os: Word | None = None
     arch: Word | None = None

@@ -19,12 +19,14 @@ class Labels(RootModel[dict[LabelKey, LabelValue]]):
     root: dict[LabelKey, LabelValue] = Field(max_length=MOST_LABELS)
 
 
-def found_labels(name: str, hardware: dict[str, Any]) -> dict[str, str]:
+def found_labels(name: str, hardware: dict[str, Any], slots: int) -> dict[str, str]:
     """The labels that a node has by its name and its hardware, with LocalAI's names where it has them.
 
-    `node.name`, `node.os`, `node.arch`; with a GPU `gpu.vendor` and `gpu.vram`, the size class of the largest.
+    `node.name`, `node.os`, `node.arch`; `node.replica-slots`, the replicas of one model that it may have; with a GPU
+    `gpu.vendor` and `gpu.vram`, the size class of the largest.
     """
-    found = {"node.name": name, "node.os": hardware.get("os"), "node.arch": hardware.get("arch")}
+    found = {"node.name": name, "node.os": hardware.get("os"), "node.arch": hardware.get("arch"),
+             "node.replica-slots": str(slots)}  # fmt: skip
     largest = max(hardware.get("gpus") or [{}], key=lambda gpu: int(gpu.get("vram_total", 0)))
     found["gpu.vendor"] = largest.get("vendor")
     size = largest.get("vram_total", 0) / 1e9

@@ -21,6 +21,7 @@ def _named(value: str) -> str:
     return value
 
 
+GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModelName = Annotated[str, AfterValidator(_named)]
 
 
@@ -54,6 +55,7 @@ class ModelConfig(BaseModel):
         0.0, ge=0, le=1e9
     )  # seconds after which an unused replica above the least goes; 0: never
     pinned: bool = False  # no replica is stopped to make room for another model
+    concurrency_groups: tuple[GroupName, ...] = Field((), max_length=16)  # models that share one never share a node
     selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=16)  # labels that a node must have
 
     @model_validator(mode="after")

@@ -8,6 +8,8 @@ from typing import Any
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.states import NodeState, ReplicaState
 
+MOST_SLOTS = 64  # replicas of one model on one node
+
 
 @dataclass(frozen=True, kw_only=True)
 class Node:
@@ -24,6 +26,13 @@ class Node:
     given_labels: dict[str, str] = field(default_factory=dict)  # by an admin
     last_heartbeat: float | None = None  # seconds since the epoch
     drain: bool = False  # it is to be empty and to stay so, whatever its state is at the moment
+    given_budget: str = ""  # how much models may take there, as an admin says; empty: as the node says
+    given_slots: int | None = None  # replicas of one model at most, as an admin says; None: as the node says
+
+    @property
+    def replica_slots(self) -> int:
+        """How many replicas of one model it may have."""
+        return replica_slots(self.hardware, self.given_slots)
 
     @property
     def serving_state(self) -> NodeState:
@@ -34,6 +43,12 @@ class Node:
     def at_work(self) -> bool:
         """Whether others may count on it."""
         return self.state in (NodeState.READY, NodeState.UNHEALTHY, NodeState.DRAINING)
+
+
+def replica_slots(hardware: dict[str, Any], given: int | None) -> int:
+    """How many replicas of one model a node may have: what an admin says goes before what the node says."""
+    told = hardware.get("max_replicas_per_model")
+    return given or (told if isinstance(told, int) and told > 0 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)

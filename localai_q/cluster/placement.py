@@ -6,9 +6,9 @@ The decision, in order:
 2. The models, those first for which somebody waits longest, get as many replicas as `scaling` says.
 3. A failed replica is tried again once its back-off is over. Where one has failed for the first time, its next try comes
    sooner than a load elsewhere.
-4. A new replica goes to a node that is ready, has the model's labels, none of its replicas, and room for its file and
-   for what it takes in memory. Of several: one that has the file, has the least to do, the fewest replicas, and keeps
-   the most memory free.
+4. A new replica goes to a node that is ready, has the model's labels, none of the models that exclude it, fewer of its
+   replicas than the node may have, and room for its file and for what it takes in memory. Of several: one that has the
+   fewest of its replicas, has the file, has the least to do, the fewest replicas, and keeps the most memory free.
 5. Where a model that somebody waits for, and that nothing serves, has room nowhere, `eviction` makes some. While what
    is in the way is busy, it waits.
 6. A model that somebody waits for, that nothing serves, and that failed again and again or never fits, is given up for
@@ -19,9 +19,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from heapq import heapify, heappop, heapreplace
+from typing import Any
 
 from localai_q.cluster import eviction, scaling
-from localai_q.cluster.capacity import Verdict, booking, cooling, has_file, matches
+from localai_q.cluster.capacity import Verdict, booking, cooling
 from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
@@ -30,6 +32,7 @@ from localai_q.cluster.states import COMING_UP, ReplicaState
 
 GIVE_UP = 2  # failures in a row
 MOST_REASONS = 20  # nodes that an error names
+NOTHING = Memory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class Place:
     model_id: str
     node_id: str
     reason: str
-    passed_over: dict[str, str] = field(default_factory=dict, repr=False)  # why no other node, by name
+    survey: Survey = field(repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,26 @@ class GiveUp:
 
 
 Action = Place | Retry | Stop | GiveUp
+
+
+class Survey:
+    """What was found of every node when a model looked for a place; put into words when somebody asks."""
+
+    def __init__(self, board: Board, model: Model) -> None:
+        self.verdicts = [board.examine(model, node_id) for node_id in board.matching(model)]
+        self._board = board
+        self._model = model
+        self.chosen: set[str] = set()  # node ids
+
+    def passed_over(self) -> dict[str, str]:
+        """Why the model does not go to each of the nodes that were not chosen, by name."""
+        looked_at = {verdict.node.id: verdict for verdict in self.verdicts}
+        reasons = {}
+        for node in self._board.nodes.values():
+            if node.id not in self.chosen:
+                verdict = looked_at.get(node.id) or self._board.examine(self._model, node.id)
+                reasons[node.name] = verdict.reason or "fits, but another suits better"
+        return reasons
 
 
 def hopeless(replica: Replica) -> bool:
@@ -101,7 +124,8 @@ def _of_model(board: Board, model: Model) -> list[Action]:
     count, reason = scaling.wanted(board, model)
     alive = board.alive(model.id)
     if model.config.spread_all:  # a copy elsewhere does not stand for one where it should be
-        alive = [r for r in alive if r.node_id in board.ready and matches(model, board.nodes[r.node_id])]
+        where = set(board.matching(model))
+        alive = [replica for replica in alive if replica.node_id in where]
     lacking = count - len(alive)
     if lacking <= 0:
         return []
@@ -113,11 +137,11 @@ def _of_model(board: Board, model: Model) -> list[Action]:
     )
     if not lacking or (returning and not model.config.spread_all):
         return actions
-    verdicts = [board.examine(model, node) for node in board.nodes.values()]
-    actions += _places(board, model, verdicts, lacking, reason)
+    survey = Survey(board, model)
+    actions += _places(board, model, survey, lacking, reason)
     if actions or returning or board.alive(model.id) or not board.demand(model.id).waiting:
         return actions
-    return _make_room(board, model, verdicts)
+    return _make_room(board, model, survey)
 
 
 def _retries(board: Board, model: Model, failed: Sequence[Replica], most: int) -> list[Action]:
@@ -125,44 +149,50 @@ def _retries(board: Board, model: Model, failed: Sequence[Replica], most: int) -
     for replica in failed:
         if len(found) == most or replica.node_id not in board.ready:
             continue
-        verdict = board.examine(model, board.nodes[replica.node_id])
-        if not verdict.reason:
+        verdict = board.examine(model, replica.node_id)
+        if verdict.fits:
             board.change(replica, ReplicaState.PLACED, reserved=booking(model, verdict).memory)
             found.append(Retry(replica_id=replica.id, reason=f"try {replica.failures + 1}"))
     return found
 
 
-def _places(board: Board, model: Model, verdicts: Sequence[Verdict], most: int, reason: str) -> list[Action]:
-    taken = {replica.node_id for replica in board.of(model.id)}
-    fitting = [verdict for verdict in verdicts if not verdict.reason and verdict.node.id not in taken]
-    fitting.sort(key=lambda verdict: _score(board, model, verdict))
-    chosen = fitting[:most]
-    passed_over = {verdict.node.name: verdict.reason for verdict in verdicts if verdict.reason}
-    passed_over |= {verdict.node.name: "fits, but another suits better" for verdict in fitting[most:]}
-    for verdict in chosen:
-        board.book(model, verdict)
-    return [
-        Place(model_id=model.id, node_id=verdict.node.id, reason=reason, passed_over=passed_over) for verdict in chosen
-    ]
+def _places(board: Board, model: Model, survey: Survey, most: int, reason: str) -> list[Action]:
+    """So many places, each the best once those before it are taken."""
+    fitting = [(_score(board, model, verdict), verdict) for verdict in survey.verdicts if verdict.fits]
+    heapify(fitting)
+    actions: list[Action] = []
+    while fitting and len(actions) < most:
+        node_id = fitting[0][1].node.id
+        actions.append(Place(model_id=model.id, node_id=node_id, reason=reason, survey=survey))
+        survey.chosen.add(node_id)
+        board.book(model, fitting[0][1])
+        again = board.examine(model, node_id)
+        if again.fits:
+            heapreplace(fitting, (_score(board, model, again), again))
+        else:
+            heappop(fitting)
+    return actions
 
 
-def _score(board: Board, model: Model, verdict: Verdict) -> tuple[bool, int, int, int, str]:
-    """Lower is better."""
-    there = board.there(verdict.node.id)
-    wanted = verdict.need.memory if verdict.need else Memory()
-    left = verdict.free - wanted
+def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
+    """Lower is better; no two nodes have the same."""
+    site = verdict.site
+    wanted = verdict.need.memory if verdict.need else NOTHING
+    left = site.free.vram - wanted.vram if wanted.vram else site.free.ram - wanted.ram
     return (
-        not has_file(model, verdict.node),
-        sum(board.busy(replica.id) for replica in there),
-        len(there),
-        -(left.vram if wanted.vram else left.ram),
-        verdict.node.name,
+        len(site.own(model.id)),
+        model.config.sha256 not in site.files,
+        sum(board.busy(replica.id) for replica in site.there),
+        len(site.there),
+        -left,
+        site.node.name,
+        site.node.id,
     )
 
 
-def _make_room(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[Action]:
+def _make_room(board: Board, model: Model, survey: Survey) -> list[Action]:
     """What to do for a model that somebody waits for and that has room nowhere."""
-    crowded = [verdict for verdict in verdicts if verdict.crowded]
+    crowded = [verdict for verdict in survey.verdicts if verdict.crowded]
     leaving = next((verdict for verdict in crowded if eviction.is_leaving(board, verdict)), None)
     if leaving:
         board.book(model, leaving)  # so that nothing else takes what becomes free
@@ -179,21 +209,20 @@ def _make_room(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[
     moving = not own.isdisjoint((*COMING_UP, ReplicaState.STOPPING))  # on a node that may be back, or out of the way
     if moving or any(eviction.may_fit(board, verdict) for verdict in crowded):
         return []
-    return _give_up(board, model, verdicts)
+    return _give_up(board, model, survey)
 
 
 def _unused(board: Board, replica: Replica) -> str:
     return f"{board.now - scaling.last_used(replica):.0f} s"
 
 
-def _give_up(board: Board, model: Model, verdicts: Sequence[Verdict]) -> list[Action]:
+def _give_up(board: Board, model: Model, survey: Survey) -> list[Action]:
     failed = [replica for replica in board.of(model.id) if hopeless(replica)]
     if not failed and not board.ready:
         return []  # nodes may be about to come
-    where = {replica.node_id for replica in failed}
-    others = [verdict for verdict in verdicts if verdict.node.id not in where]
-    reasons = [replica.reason for replica in failed[-1:]]
-    reasons += [f"{verdict.node.name}: {verdict.reason}" for verdict in others[:MOST_REASONS]]
+    where = {board.nodes[replica.node_id].name for replica in failed if replica.node_id in board.nodes}
+    others = [f"{name}: {reason}" for name, reason in survey.passed_over().items() if name not in where]
+    reasons = [*(replica.reason for replica in failed[-1:]), *others[:MOST_REASONS]]
     if len(others) > MOST_REASONS:
         reasons.append(f"and {len(others) - MOST_REASONS} more nodes")
     return [GiveUp(model_id=model.id, reason="; ".join(reasons))]

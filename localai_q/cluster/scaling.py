@@ -7,7 +7,6 @@ nodes.
 
 from __future__ import annotations
 
-from localai_q.cluster.capacity import matches
 from localai_q.cluster.fleet import PATIENCE, Board
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
@@ -25,8 +24,7 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     """How many replicas the model should have, and why."""
     config, demand = model.config, board.demand(model.id)
     if config.spread_all:
-        matching = sum(node.id in board.ready and matches(model, node) for node in board.nodes.values())
-        return matching, "one on every ready node"
+        return len(board.matching(model)), "one on every ready node"
     alive = board.alive(model.id)
     if _is_short(board, model, alive) and len(alive) < config.max_replicas:
         return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from localai_q import names
+from localai_q.cluster import capacity
 from localai_q.cluster.labels import MOST_LABELS, found_labels
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
@@ -76,6 +77,43 @@ def take_label(services: Services, id_or_name: str, key: str) -> dict[str, Any]:
     return _relabel(services, id_or_name, without)
 
 
+def limits(services: Services, id_or_name: str) -> dict[str, Any]:
+    """What a node may hold, with LocalAI's names: `max_replicas_per_model`, `vram_budget` (an admin's words, or empty),
+    `vram_budget_bytes` (None where nobody knows), and `…_manually_set` of what an admin says.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    return _limits_of(node_services.named(services, id_or_name))
+
+
+def limit(services: Services, id_or_name: str, name: str, value: str | int | None) -> dict[str, Any]:
+    """Have an admin's word go before the node's own, or no more with "" or None. Answers like `limits`.
+
+    Args:
+        name: `vram_budget` (an `Amount`) or `max_replicas_per_model`.
+
+    Raises:
+        NotFound: there is no such node.
+    """
+    node_id = node_services.named(services, id_or_name).id
+    with services.db.transaction() as db:
+        nodes.set_limit(db, node_id, name, value)
+    services.redis.publish(names.WAKE_CHANNEL, node_id)
+    return limits(services, node_id)
+
+
+def _limits_of(node: Node) -> dict[str, Any]:
+    budget = capacity.budget(node)
+    return {
+        "max_replicas_per_model": node.replica_slots,
+        "max_replicas_per_model_manually_set": node.given_slots is not None,
+        "vram_budget": node.given_budget,
+        "vram_budget_bytes": budget if budget < capacity.UNLIMITED else None,
+        "vram_budget_manually_set": bool(node.given_budget),
+    }
+
+
 def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
     node_id = node_services.named(services, id_or_name).id
     with services.db.transaction() as db:
@@ -91,7 +129,11 @@ def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, st
 
 
 def _labels_of(node: Node) -> dict[str, Any]:
-    return {"labels": node.labels, "found": found_labels(node.name, node.hardware), "given": node.given_labels}
+    return {
+        "labels": node.labels,
+        "found": found_labels(node.name, node.hardware, node.replica_slots),
+        "given": node.given_labels,
+    }
 
 
 def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
@@ -106,13 +148,14 @@ def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
 
 def _one(node: Node, own: list[Replica], by_id: Mapping[str, Model], held: Mapping[str, int] | None) -> dict[str, Any]:
     record = asdict(node)
-    record.pop("secret_hash")
+    for internal in ("secret_hash", "given_budget", "given_slots"):
+        record.pop(internal)
     shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
               "in_flight": held.get(r.id, 0) if held is not None else None, "reason": r.reason,
               "memory": asdict(r.reserved)} for r in own]  # fmt: skip
     in_flight = sum(held.get(owner, 0) for owner in (node.id, *(r.id for r in own))) if held is not None else None
     remains = {"replicas": len(own), "in_flight": in_flight} if node.state is NodeState.DRAINING else None
-    return {**record, "in_flight": in_flight, "remains": remains, "replicas": shown}
+    return {**record, **_limits_of(node), "in_flight": in_flight, "remains": remains, "replicas": shown}
 
 
 def _held(services: Services, every: list[Replica], found: list[Node]) -> dict[str, int] | None:

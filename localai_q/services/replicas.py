@@ -7,10 +7,11 @@ import time
 from typing import Any
 
 from localai_q import names
-from localai_q.cluster.capacity import Verdict, booking, examine, weigh
+from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
 from localai_q.cluster.draining import Drained, Drop, plan_drains
 from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
+from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Facts, Model
 from localai_q.cluster.nodes import Replica
@@ -108,9 +109,10 @@ def place(services: Services, model: Model, node_id: str) -> None:
     """Put a replica of the model on the node, if it still fits there: others may place at the same time."""
     with services.db.transaction() as db:
         verdict = _verdict(db, model, node_id)
-        if verdict is None or verdict.reason:
+        if verdict is None or not verdict.fits:
             return  # somebody else was faster; the next plan knows it
-        replicas.place(db, model_id=model.id, node_id=node_id, number=1, revision=model.revision,
+        number = verdict.site.number(model.id)
+        replicas.place(db, model_id=model.id, node_id=node_id, number=number, revision=model.revision,
                        slots=model.config.slots, booking=booking(model, verdict))  # fmt: skip
 
 
@@ -119,7 +121,7 @@ def _retry(services: Services, replica_id: str, known: dict[str, Model]) -> None
         replica = replicas.by_id(db, replica_id)
         model = known.get(replica.model_id) if replica else None
         verdict = _verdict(db, model, replica.node_id) if replica and model else None
-        if model and verdict and not verdict.reason:
+        if model and verdict and verdict.fits:
             replicas.move(db, replica_id, ReplicaState.PLACED, booking=booking(model, verdict))
 
 
@@ -130,8 +132,8 @@ def _load(services: Services, replica: Replica, model: Model) -> None:
         if node is None:
             return
         others = [other for other in replicas.every(db, node_id=node.id) if other.id != replica.id]
-        verdict = weigh(model, node, others, gpu=_uses_gpu(model))
-        if verdict.reason:
+        verdict = weigh(_seeker(db, model), Site(node, others))
+        if not verdict.fits:
             replicas.move(db, replica.id, ReplicaState.FAILED, reason=verdict.reason)
             return
         moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None, booking=booking(model, verdict))
@@ -145,11 +147,12 @@ def _verdict(db: Any, model: Model, node_id: str) -> Verdict | None:
     """Whether the model fits on the node now, which stays so until the transaction ends; None if the node is gone."""
     node = nodes.lock(db, node_id)
     there = replicas.every(db, node_id=node_id)
-    return examine(model, node, there, gpu=_uses_gpu(model), now=time.time()) if node else None
+    return examine(_seeker(db, model), Site(node, there), time.time()) if node else None
 
 
-def _uses_gpu(model: Model) -> bool:
-    return model.config.backend in catalog.gpu_backends()
+def _seeker(db: Any, model: Model) -> Seeker:
+    rivals = rivals_of(model, models.every(db)) if model.config.concurrency_groups else {}
+    return Seeker(model, gpu=model.config.backend in catalog.gpu_backends(), rivals=rivals)
 
 
 def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:

@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Row, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.labels import found_labels
-from localai_q.cluster.nodes import Node
+from localai_q.cluster.nodes import Node, replica_slots
 from localai_q.cluster.states import NODE_MOVES, NodeState, sources
 from localai_q.names import new_id
 from localai_q.store.tables import nodes
@@ -65,6 +65,11 @@ def set_labels(db: Connection, node_id: str, labels: dict[str, str]) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(labels=labels))
 
 
+def set_limit(db: Connection, node_id: str, name: str, value: str | int | None) -> None:
+    """Note what an admin says of `vram_budget` or `max_replicas_per_model`."""
+    db.execute(update(nodes).where(nodes.c.id == node_id).values({name: value}))
+
+
 def set_drain(db: Connection, node_id: str, wanted: bool) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(drain=wanted))
 
@@ -90,6 +95,7 @@ def silent(db: Connection, seconds: float) -> list[Node]:
 
 
 def _node(row: Row[Any]) -> Node:
+    slots = replica_slots(row.hardware, row.max_replicas_per_model)
     return Node(
         id=row.id,
         name=row.name,
@@ -100,6 +106,8 @@ def _node(row: Row[Any]) -> Node:
         hardware=row.hardware,
         last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,
         drain=row.drain,
-        labels={**found_labels(row.name, row.hardware), **row.labels},
+        labels={**found_labels(row.name, row.hardware, slots), **row.labels},
         given_labels=row.labels,
+        given_budget=row.vram_budget,
+        given_slots=row.max_replicas_per_model,
     )

@@ -50,6 +50,8 @@ nodes = Table(
     Column("last_heartbeat", DateTime(timezone=True)),
     Column("drain", Boolean, nullable=False, server_default=text("false")),  # it is to be empty, and to stay so
     Column("labels", JSONB, nullable=False, server_default=text("'{}'")),  # that an admin has given
+    Column("vram_budget", Text, nullable=False, server_default=""),  # an admin's, in his words; empty: the node's own
+    Column("max_replicas_per_model", Integer),  # an admin's; null: the node's own
     _created(),
 )
 
@@ -63,6 +65,7 @@ models = Table(
     Column("config", JSONB, nullable=False),  # `cluster.models.ModelConfig`
     Column("is_default", Boolean, nullable=False, server_default=text("false")),
     Column("facts", JSONB),  # `cluster.models.Facts`, once the file's header was read
+    Column("unmet", JSONB),  # `cluster.wishes.Unmet`, while it has fewer replicas than it should
     _created(),
 )
 

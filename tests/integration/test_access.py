@@ -111,7 +111,9 @@ def test_an_admin_drains_labels_shows_and_deletes_over_http(http: FlaskClient, s
     assert call("PUT", "n1/labels", json={"zone": "attic"})["given"] == {"zone": "attic"}
     assert call("PATCH", "n1/labels", json={"a/b": "1"})["given"] == {"zone": "attic", "a/b": "1"}
     assert call("DELETE", "n1/labels/a/b")["given"] == {"zone": "attic"}
-    assert call("GET", "n1/labels")["labels"] == {"node.name": "n1", "zone": "attic"}
+    assert call("GET", "n1/labels")["labels"] == {
+        "node.name": "n1", "node.replica-slots": "1", "zone": "attic"
+    }  # fmt: skip
     call("PUT", "n1/labels", 400, json=["x"])
     assert call("PATCH", "n1/labels", 400, json={"a b": "x"})["error"]["code"] == "invalid_value"
     assert call("DELETE", "n1/labels")["given"] == {}

@@ -9,6 +9,8 @@ from localai_q.errors import InvalidValue, NotFound
 from localai_q.services import fleet, nodes
 from localai_q.services.wiring import Services
 
+FOUND = {"node.name": "n1", "node.replica-slots": "1"}
+
 
 @pytest.fixture
 def node(services: Services) -> Node:
@@ -25,7 +27,7 @@ def test_labels_are_replaced_added_and_taken_back(services: Services, node: Node
     assert fleet.take_label(services, "n1", "a")["given"] == {"b": "3", "c": "4"}
     assert fleet.give_labels(services, "n1", {"d": ""}, keep=False)["given"] == {"d": ""}
     assert fleet.labels(services, "n1") == {
-        "labels": {"node.name": "n1", "d": ""}, "found": {"node.name": "n1"}, "given": {"d": ""}
+        "labels": {**FOUND, "d": ""}, "found": FOUND, "given": {"d": ""}
     }  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def test_what_an_admin_gives_goes_before_what_was_found_and_survives_a_new_regis
     nodes.deregister(services, node)
     join(services)
     found = node_named(services, "n1")
-    assert found.labels == {"node.name": "n1", "node.os": "plan9", "node.arch": "arm64", "zone": "attic"}
+    assert found.labels == {**FOUND, "node.os": "plan9", "node.arch": "arm64", "zone": "attic"}
     (shown,) = fleet.listed(services)
     assert (shown["labels"], shown["given_labels"]) == (found.labels, {"node.os": "plan9", "zone": "attic"})
     assert fleet.take_label(services, "n1", "node.os")["labels"]["node.os"] == "linux"

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from localai_q.cluster.capacity import UNLIMITED, booking, examine, free, human, weigh
+from localai_q.cluster.capacity import UNLIMITED, Seeker, Site, Verdict, booking, budget, examine, human, weigh
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
@@ -38,8 +38,18 @@ def model(facts: Facts | None = None, **config) -> Model:
     return Model(id="m", name="m", revision=1, config=ModelConfig(**{"backend": "echo", **config}), facts=facts)
 
 
+def free(at: Node, there: list[Replica]) -> Memory:
+    return Site(at, there).free
+
+
+def judged(
+    of: Model, at: Node, *there: Replica, uses_gpu: bool = False, rivals: dict[str, str] | None = None
+) -> Verdict:
+    return examine(Seeker(of, gpu=uses_gpu, rivals=rivals), Site(at, there), NOW)
+
+
 def refused(at: Node, of: Model, *there: Replica, uses_gpu: bool = False) -> str:
-    return examine(of, at, there, gpu=uses_gpu, now=NOW).reason
+    return judged(of, at, *there, uses_gpu=uses_gpu).reason
 
 
 class TestFree:
@@ -67,6 +77,27 @@ class TestFree:
         found = free(node(budget=10 * GB, gpus=[gpu(8), gpu(8)]), [])
         assert found == Memory(ram=8 * GB, vram=10 * GB)
 
+    @pytest.mark.parametrize(
+        ("given", "hardware", "bytes_"),
+        [
+            ("", {"budget": 5 * GB, "ram_total": 10 * GB}, 5 * GB),
+            ("80%", {"budget": 5 * GB, "ram_total": 10 * GB}, 8 * GB),
+            ("2GB", {"budget": 5 * GB, "ram_total": 10 * GB}, 2 * GB),
+            ("20GB", {"ram_total": 10 * GB}, 10 * GB),
+            ("50%", {"ram_total": 10 * GB, "gpus": [gpu(8), gpu(8)]}, 80 * GB),
+            ("50%", {"budget": 5 * GB}, 5 * GB),
+            ("50%", {}, UNLIMITED),
+            ("3GB", {}, 3 * GB),
+        ],
+    )
+    def test_what_an_admin_allows_goes_before_what_the_node_says(self, given: str, hardware: dict, bytes_: int) -> None:
+        limited = replace(node(ram=100, **hardware), given_budget=given)
+        assert budget(limited) == bytes_
+        room = free(limited, [replica(S.LOADING)])
+        assert (room.vram if hardware.get("gpus") else room.ram) == min(bytes_ - 2 * GB, 98 * GB) or hardware.get(
+            "gpus"
+        )
+
     def test_a_node_that_says_nothing_or_nonsense_is_taken_to_have_room(self) -> None:
         for hardware in ({}, {"ram_available": "x", "gpus": 5, "budget": -1}, {"ram_available": float("nan")}):
             assert free(replace(node(), hardware=hardware), []).ram == UNLIMITED
@@ -81,7 +112,7 @@ class TestExamine:
         assert refused(node(state=state), model()) == state
 
     def test_too_little_memory_is_told_in_numbers(self) -> None:
-        verdict = examine(model(memory=3_100_000_000), node(ram=1.2), [], gpu=False, now=NOW)
+        verdict = judged(model(memory=3_100_000_000), node(ram=1.2))
         assert verdict.reason == "needs 3.1 GB, 1.2 GB free (as configured)"
         assert verdict.crowded
 
@@ -99,8 +130,24 @@ class TestExamine:
         assert refused(node(labels={"zone": "a", "disk": "slow"}), asks) == "lacks the label disk=fast"
         assert refused(node(labels={"zone": "a", "disk": "fast", "more": "x"}), asks) == ""
 
-    def test_a_node_takes_one_replica_of_a_model(self) -> None:
-        assert refused(node(), model(), replica(S.READY, of="m")) == "has a replica that is ready"
+    def test_a_node_takes_one_replica_of_a_model_or_as_many_as_it_or_an_admin_says(self) -> None:
+        one, two = replica(S.READY, of="m"), replica(S.LOADING, of="m")
+        assert refused(node(), model(), one) == "has a replica that is ready"
+        several = node(max_replicas_per_model=2)
+        assert refused(several, model(), one) == ""
+        assert refused(several, model(), one, two) == "has 2 replicas, as many as it may"
+        assert refused(several, model(spread_all=True), one) == "has a replica that is ready"
+        assert refused(replace(several, given_slots=3), model(), one, two) == ""
+        assert refused(replace(several, given_slots=1), model(), one) == "has a replica that is ready"
+        assert refused(node(max_replicas_per_model="x"), model(), one) == "has a replica that is ready"
+
+    def test_models_that_exclude_each_other_are_never_on_one_node(self) -> None:
+        beside = judged(model(memory=GB), node(), replica(S.READY), rivals={"o": "other"})
+        assert (beside.reason, beside.crowded, beside.rivals) == ("shares a group with other", True, {"oready"})
+        tight = judged(model(memory=9 * GB), node(), replica(S.STOPPING), rivals={"o": "other"})
+        assert tight.reason == "shares a group with other and needs 9.0 GB, 8.0 GB free (as configured)"
+        assert judged(model(), node(), replica(S.FAILED), rivals={"o": "other"}).fits
+        assert judged(model(), node(), replica(S.READY, of="x"), rivals={"o": "other"}).fits
 
     def test_one_that_failed_may_be_tried_again_after_its_back_off(self) -> None:
         failed = replica(S.FAILED, of="m", failures=1, reason="no network", changed=NOW)
@@ -120,13 +167,13 @@ class TestExamine:
         of = model(FACTS, backend="xllamacpp", context_size=8192)
         assert "needs 1.6 GB" in refused(small, of)
         cut = of.model_copy(update={"config": of.config.model_copy(update={"fit_context": True})})
-        verdict = examine(cut, small, [], gpu=False, now=NOW)
+        verdict = judged(cut, small)
         assert verdict.reason == ""
         assert 512 <= booking(cut, verdict).context_size < 8192
-        assert booking(cut, examine(cut, node(), [], gpu=False, now=NOW)).context_size == 0
+        assert booking(cut, judged(cut, node())).context_size == 0
 
     def test_of_what_nothing_is_known_nothing_is_booked(self) -> None:
-        verdict = weigh(model(), node(ram=0), [], gpu=False)
+        verdict = weigh(Seeker(model(), gpu=False), Site(node(ram=0), []))
         assert (verdict.reason, booking(model(), verdict).memory) == ("", Memory())
 
 

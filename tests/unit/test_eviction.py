@@ -79,6 +79,37 @@ def test_what_makes_room_and_what_does_not(case, old, held, busy, waiting, expec
     assert decided(models, [A], [held], busy=busy, waiting=waiting) == expected, case
 
 
+def test_of_several_replicas_on_one_node_only_those_above_the_minimum_make_room() -> None:
+    old = model("old", 3, min_replicas=1, max_replicas=3)
+    held = [replace(replica("old", "a", unused=age, memory=3), id=f"old{age}", number=age) for age in (100, 200, 300)]
+    assert decided([model("new", 6), old], [A], held) == ["stop old300", "stop old200"]
+    (said,) = decided([model("new", 8), old], [A], held)
+    assert said.startswith("give up new")
+
+
+class TestGroups:
+    def test_a_model_that_excludes_another_takes_its_place_and_not_beside_it(self) -> None:
+        new, old = (model(name, 1, concurrency_groups=("g",)) for name in ("new", "old"))
+        held = replica("old", "a", memory=1)
+        assert decided([new, old], [A], [held]) == ["stop old-a"]
+        assert decided([new, old], [A, B], [held]) == ["place new b"]
+        assert decided([new, model("old", 1)], [A], [held]) == ["place new a"]
+        assert decided([new, old], [A], [replace(held, state=S.STOPPING)]) == []
+        assert decided([new, old], [A], [held], busy=("old-a",)) == []
+        pinned = model("old", 1, concurrency_groups=("g",), pinned=True)
+        assert decided([new, pinned], [A], [held]) == ["give up new: a: shares a group with old"]
+
+    def test_who_must_go_for_the_group_goes_even_if_another_would_free_the_memory(self) -> None:
+        new, rival = (model(name, 3, concurrency_groups=("g",)) for name in ("new", "rival"))
+        held = [replica("old", "a", unused=900, memory=3), replica("rival", "a", unused=50, memory=3)]
+        assert decided([new, rival, model("old", 3)], [A], held) == ["stop rival-a"]
+
+    def test_two_that_exclude_each_other_are_not_placed_on_one_node_by_one_plan(self) -> None:
+        pair = [model(name, 1, concurrency_groups=("g", name)) for name in ("x", "y")]
+        assert decided(pair, [A], [], waiting=("x", "y")) == ["place x a"]
+        assert decided(pair, [A, B], [], waiting=("x", "y")) == ["place x a", "place y b"]
+
+
 def test_the_least_recently_used_goes_and_no_more_than_must() -> None:
     models = [NEW, *(model(name, 3) for name in "xyz")]
     held = [replica(name, "a", unused=age, memory=3) for name, age in (("x", 100), ("y", 300), ("z", 200))]

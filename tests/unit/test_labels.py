@@ -9,10 +9,10 @@ MIB = 1 << 20
 
 
 def test_a_machine_is_labelled_by_what_it_says_of_itself() -> None:
-    assert found_labels("n1", {"os": "linux", "arch": "x86_64", "gpus": []}) == {
-        "node.name": "n1", "node.os": "linux", "node.arch": "x86_64"
+    assert found_labels("n1", {"os": "linux", "arch": "x86_64", "gpus": []}, 3) == {
+        "node.name": "n1", "node.os": "linux", "node.arch": "x86_64", "node.replica-slots": "3"
     }  # fmt: skip
-    assert found_labels("n1", {}) == {"node.name": "n1"}
+    assert found_labels("n1", {}, 1) == {"node.name": "n1", "node.replica-slots": "1"}
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ def test_a_machine_is_labelled_by_what_it_says_of_itself() -> None:
 )
 def test_the_size_class_is_that_of_the_largest_device(mib: int, bucket: str | None) -> None:
     gpus = [{"vendor": "other", "vram_total": 0}, {"vendor": "nvidia", "vram_total": mib * MIB}]
-    labels = found_labels("n1", {"gpus": gpus})
+    labels = found_labels("n1", {"gpus": gpus}, 1)
     assert (labels["gpu.vendor"], labels.get("gpu.vram")) == ("nvidia", bucket)
 
 

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from localai_q.cluster.capacity import BACKOFF_MOST, backoff, cooling, free
+from localai_q.cluster.capacity import BACKOFF_MOST, Site, backoff, cooling, limit
 from localai_q.cluster.eviction import PROTECTED
-from localai_q.cluster.fleet import Demand, Fleet
+from localai_q.cluster.fleet import Board, Demand, Fleet
+from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
@@ -36,8 +37,11 @@ def node(name: str, state: NodeState = NodeState.READY) -> Node:
 
 def replica(state: ReplicaState, at: str = "n1", *, of: str = "m", age: float = 0.0, **values) -> Replica:
     values = {"revision": 1, "failures": int(state is S.FAILED), "reason": "no memory", **values}
-    identity = f"{of}-{at}"
-    return Replica(id=identity, model_id=of, node_id=at, number=1, state=state, slots=1, changed=NOW - age, **values)
+    number = values.pop("number", 1)
+    identity = f"{of}-{at}" if number == 1 else f"{of}-{at}-{number}"
+    return Replica(
+        id=identity, model_id=of, node_id=at, number=number, state=state, slots=1, changed=NOW - age, **values
+    )
 
 
 def fleet(models, nodes, replicas, waiting) -> Fleet:
@@ -109,6 +113,26 @@ def test_the_plan_by_its_rules(case, models, nodes, replicas, waiting, expected)
     assert decided(plan(fleet(models, nodes, replicas, {"m": waiting}))) == expected, case
 
 
+@pytest.mark.parametrize(
+    ("slots", "held", "expected"),
+    [
+        ((1, 1), [], ["n1", "n2"]),
+        ((2, 1), [], ["n1", "n2", "n1"]),
+        ((4, 4), [], ["n1", "n2", "n1", "n2"]),
+        ((4, 4), [replica(S.READY), replica(S.READY, number=2)], ["n2", "n2"]),
+        ((1, 4), [replica(S.READY)], ["n2", "n2", "n2"]),
+        ((3, 0), [replica(S.FAILED)], ["n1", "n1"]),
+    ],
+)
+def test_replicas_are_stacked_where_there_are_too_few_nodes(slots, held, expected) -> None:
+    several = Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", min_replicas=4, max_replicas=4))
+    nodes = [replace(node, given_slots=slot) for node, slot in zip((N1, N2), slots, strict=True) if slot]
+    cooled = [replace(r, changed=NOW - 100) for r in held]
+    actions = plan(fleet([several], nodes, cooled, {}))
+    assert [action.node_id for action in actions if isinstance(action, Place)] == expected
+    assert any(isinstance(action, Retry) for action in actions) == any(r.state is S.FAILED for r in held)
+
+
 def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
     models = [model(f"m{number}") for number in range(6)]
     actions = plan(fleet(models, [N1, N2, N3], [], {m.id: 1 for m in models}))
@@ -132,13 +156,14 @@ zones = st.sampled_from(["", "a"])
 
 @st.composite
 def models_of_all_kinds(draw) -> Model:
-    least = draw(st.integers(0, 2))
+    least = draw(st.integers(0, 4))
     spread = draw(st.booleans())
     zone = draw(zones)
     config = ModelConfig(
         backend="echo", spread_all=spread, memory=draw(st.integers(1, 9)), min_replicas=least,
-        max_replicas=draw(st.integers(max(least, 1), 3)), pinned=draw(st.booleans()),
+        max_replicas=draw(st.integers(max(least, 1), 6)), pinned=draw(st.booleans()),
         idle_timeout=0 if spread else draw(st.sampled_from([0, 60])), selector={"zone": zone} if zone else {},
+        concurrency_groups=draw(st.sampled_from([(), (), ("g",), ("h",), ("g", "h")])),
     )  # fmt: skip
     return Model(id=draw(identifiers), name="m", revision=draw(st.integers(1, 2)), config=config)
 
@@ -146,9 +171,10 @@ def models_of_all_kinds(draw) -> Model:
 @st.composite
 def nodes_of_all_kinds(draw) -> Node:
     name, zone = draw(node_names), draw(zones)
-    hardware = {"ram_available": draw(st.integers(0, 20)), "budget": draw(st.integers(0, 20))}
+    hardware = {"ram_available": draw(st.integers(0, 30)), "budget": draw(st.integers(0, 30))}
     return Node(id=name, name=name, state=draw(st.sampled_from([NodeState.READY, NodeState.READY, *NodeState])),
                 approved=True, secret_hash="", labels={"zone": zone} if zone else {}, hardware=hardware,
+                given_slots=draw(st.sampled_from([None, 1, 2, 3])),
                 last_heartbeat=NOW - draw(st.integers(0, 100)))  # fmt: skip
 
 
@@ -156,8 +182,8 @@ model_sets = st.lists(models_of_all_kinds(), unique_by=lambda m: m.id, max_size=
 node_sets = st.lists(nodes_of_all_kinds(), unique_by=lambda n: n.id, max_size=4)
 replica_sets = st.lists(
     st.builds(
-        lambda state, at, of, age, failures, revision, memory: replica(
-            state, at, of=of, age=age, failures=failures, revision=revision, reserved=Memory(ram=memory)
+        lambda state, at, of, age, failures, revision, memory, number: replica(
+            state, at, of=of, age=age, failures=failures, revision=revision, reserved=Memory(ram=memory), number=number
         ),
         st.sampled_from([state for state in ReplicaState if state is not S.GONE] + [S.READY] * 4),
         node_names,
@@ -166,6 +192,7 @@ replica_sets = st.lists(
         st.integers(0, 12),
         st.integers(1, 2),
         st.integers(0, 9),
+        st.sampled_from([1, 1, 1, 2, 3]),
     ),
     unique_by=lambda r: r.id,
     max_size=8,
@@ -192,7 +219,9 @@ def carried_out(cluster: Fleet, actions) -> list[Replica]:
     for action in actions:
         match action:
             case Place(model_id=of, node_id=at):
-                made = replica(S.PLACED, at, of=of, reserved=Memory(ram=models[of].config.memory))
+                taken = {r.number for r in now.values() if (r.model_id, r.node_id) == (of, at)}
+                number = min({1, 2, 3, 4, 5, 6, 7} - taken)
+                made = replica(S.PLACED, at, of=of, number=number, reserved=Memory(ram=models[of].config.memory))
                 now[made.id] = made
             case Retry(replica_id=found):
                 reserved = Memory(ram=models[now[found].model_id].config.memory)
@@ -215,8 +244,6 @@ def test_what_holds_for_any_cluster(cluster: Fleet) -> None:
     ready = {n.id for n in cluster.nodes if n.state is NodeState.READY}
 
     places = [(a.model_id, a.node_id) for a in actions if isinstance(a, Place)]
-    assert len(places) == len(set(places))
-    assert not set(places) & {(r.model_id, r.node_id) for r in cluster.replicas}
     for of, at in places:
         assert at in ready
         assert models[of].config.selector.items() <= nodes[at].labels.items()
@@ -225,10 +252,18 @@ def test_what_holds_for_any_cluster(cluster: Fleet) -> None:
     assert all(r.state is S.FAILED and r.node_id in ready and not cooling(r, NOW) for r in retried)
     assert len({r.id for r in retried}) == len(retried)
 
-    # No byte is promised twice.
     after = carried_out(cluster, actions)
-    for at in {at for _, at in places} | {r.node_id for r in retried}:
-        assert free(nodes[at], [r for r in after if r.node_id == at]).ram >= 0
+    for of, at in {*places, *((r.model_id, r.node_id) for r in retried)}:
+        there = [r for r in after if r.node_id == at and r.state is not S.FAILED]
+        # No byte is promised twice.
+        assert Site(nodes[at], there).free.ram >= 0
+        # No node has more replicas of a model than it may, nor two models that exclude each other.
+        own = [r for r in there if r.model_id == of]
+        assert len(own) <= limit(models[of], nodes[at])
+        assert not {r.model_id for r in there} & rivals_of(models[of], cluster.models).keys()
+    # Each replica is told apart from the others of its model on its node.
+    identities = [(r.model_id, r.node_id, r.number) for r in after]
+    assert len(identities) == len(set(identities)) == len(cluster.replicas) + len(places)
 
     # Nobody is told to give up while something serves or comes up, or is about to.
     acted = {m for m, _ in places} | {r.model_id for r in retried}
@@ -239,6 +274,19 @@ def test_what_holds_for_any_cluster(cluster: Fleet) -> None:
             assert action.model_id not in acted
             assert not [r for r in own if r.state is S.READY or r.state in COMING_UP]
             assert ready or any(r.state is S.FAILED for r in own)
+
+
+@fuzz
+@given(fleets())
+def test_replicas_are_spread_over_nodes_before_they_are_stacked(cluster: Fleet) -> None:
+    actions = plan(cluster)
+    after = Board(replace(cluster, replicas=carried_out(cluster, actions)))
+    for action in actions:
+        if isinstance(action, Place):
+            model = after.models[action.model_id]
+            count = len(after.site(action.node_id).own(model.id))
+            for other in after.matching(model):
+                assert not after.examine(model, other).fits or len(after.site(other).own(model.id)) >= count - 1
 
 
 @fuzz
@@ -272,9 +320,10 @@ def test_of_every_node_that_was_not_chosen_it_is_said_why(cluster: Fleet) -> Non
     actions = plan(cluster)
     for action in actions:
         if isinstance(action, Place):
+            passed_over = action.survey.passed_over()
             chosen = {a.node_id for a in actions if isinstance(a, Place) and a.model_id == action.model_id}
-            assert set(action.passed_over) | chosen == {n.id for n in cluster.nodes}
-            assert all(action.passed_over.values())
+            assert set(passed_over) | chosen == {n.id for n in cluster.nodes}
+            assert all(passed_over.values())
         elif isinstance(action, GiveUp):
             failed = {r.node_id for r in cluster.replicas if r.state is S.FAILED and r.model_id == action.model_id}
             assert all(f"{n.name}: " in action.reason for n in cluster.nodes if n.id not in failed)

@@ -119,7 +119,7 @@ class Node:
         return None
 
     def _hardware(self) -> dict[str, Any]:
-        return hardware.read(self.models, self._cfg.budget_of)
+        return reading(self._cfg)
 
     def _spec(self, replica: ReplicaSpec | None) -> ChildSpec:
         shared = {
@@ -167,8 +167,7 @@ def prepare(worker: Any, conf: Any) -> None:
     identity = api.Identity(cfg.node_home / "identity.json")
     hold_home(cfg.node_home)
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
-    found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
-    answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, found)
+    answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, reading(cfg))
     answer["redis_url"] = api.with_secret(answer["redis_url"], identity.secret)
     node = Node(cfg, answer, identity.secret)
     use_broker(conf, answer["redis_url"], node.id)
@@ -178,6 +177,12 @@ def prepare(worker: Any, conf: Any) -> None:
     register_tasks(node)
     signals.worker_ready.connect(lambda **_: node.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: threading.Thread(target=node.stop).start(), weak=False)
+
+
+def reading(cfg: Settings) -> dict[str, Any]:
+    """What the node says of its machine and of what that may hold."""
+    found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
+    return {**found, "max_replicas_per_model": cfg.max_replicas_per_model}
 
 
 def check_name(name: str) -> None:
