@@ -26,7 +26,7 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     if config.spread_all:
         return len(board.matching(model)), "one on every ready node"
     alive = board.alive(model.id)
-    if _is_short(board, model, alive) and len(alive) < config.max_replicas:
+    if config.min_replicas <= len(alive) < config.max_replicas and _is_short(board, model, alive):
         return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"
     if demand.waiting and not config.min_replicas:
         return 1, f"{demand.waiting} waiting, none loaded"
