@@ -48,7 +48,7 @@ def make_trace(scenario: Scenario) -> list[Request]:
     models = make_models(scenario)
     systems = [int(_length(chance, SYSTEM)) for _ in range(SYSTEMS * len(models))]
     weights = list(accumulate(shares(scenario)))
-    found = []
+    found: list[Request] = []
     for number, start in enumerate(_starts(chance, scenario, rate(scenario) / TURNS)):
         rank = chance.choices(range(len(models)), cum_weights=weights)[0]
         system = rank * SYSTEMS + min(int(chance.expovariate(0.5)), SYSTEMS - 1)
