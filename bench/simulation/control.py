@@ -15,6 +15,7 @@ from bench.simulation.copies import Copy
 from bench.simulation.fleet import Machine, Scenario
 from bench.simulation.serving import Serving
 from bench.simulation.tally import Tally
+from localai_q.cluster.capacity import Site
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
@@ -57,7 +58,7 @@ class Control:
         for action in plan(self.fleet()):
             if isinstance(action, Place):
                 self._files[action.node_id].add(self._sha(action.model_id))
-                self._loading(self._placed(action))
+                self._loading(self._place(action.model_id, action.node_id))
         for replica in list(self.replicas.values()):
             self._loaded(replica.id)
             self.replicas[replica.id] = replace(self.replicas[replica.id], changed=LONG_AGO)
@@ -89,7 +90,7 @@ class Control:
     def _act(self, action: Action) -> None:
         match action:
             case Place():
-                replica = self._placed(action)
+                replica = self._place(action.model_id, action.node_id)
                 model = self.models[replica.model_id]
                 there = self._sha(model.id) in self._files[replica.node_id]
                 self.clock.after(0 if there else model.config.size / NETWORK, self._staged, replica.id)
@@ -100,16 +101,20 @@ class Control:
             case Retry() | GiveUp():
                 raise AssertionError(f"nothing fails to load here, and still: {action}")
 
-    def _placed(self, action: Place) -> Replica:
-        model = self.models[action.model_id]
-        made = Replica(id=f"r{next(self._number)}", model_id=model.id, node_id=action.node_id, number=1,
+    def _place(self, model_id: str, node_id: str) -> Replica:
+        model = self.models[model_id]
+        number = Site(self.nodes[node_id], self._on(node_id)).number(model_id)
+        made = Replica(id=f"r{next(self._number)}", model_id=model_id, node_id=node_id, number=number,
                        revision=model.revision, state=ReplicaState.PLACED, slots=model.config.slots,
                        changed=self.clock.now, reserved=Memory(ram=model.config.memory))  # fmt: skip
         self.replicas[made.id] = made
-        self._there[made.node_id].add(made.id)
-        booked = sum(self.replicas[each].reserved.ram for each in self._there[made.node_id])
-        assert booked <= self.machines[made.node_id].memory, f"{made.node_id} is over-booked"
+        self._there[node_id].add(made.id)
+        booked = sum(each.reserved.ram for each in self._on(node_id))
+        assert booked <= self.machines[node_id].memory, f"{node_id} is over-booked"
         return made
+
+    def _on(self, node_id: str) -> list[Replica]:
+        return [self.replicas[each] for each in self._there[node_id]]
 
     def _staged(self, replica_id: str) -> None:
         replica = self.replicas.get(replica_id)

@@ -14,7 +14,6 @@ from bench.simulation.run import simulate
 from bench.simulation.serving import Serving
 from bench.simulation.tally import Integral, Tally, quantile
 from bench.simulation.trace import CONTEXT, Request, make_trace
-from localai_q.cluster.placement import Place
 
 SMALL = Scenario(nodes=10, models=10, seconds=120.0, failing=0.3)
 MACHINE = Machine(id="n", memory=10, speed=10.0, outage=None)
@@ -73,9 +72,10 @@ def test_a_machine_holds_no_more_than_it_has() -> None:
     clock, tally = Clock(), Tally()
     models = make_models(SMALL)
     control = Control(clock, SMALL, make_machines(SMALL), models, Serving(clock, Pull(), tally), tally)
-    placed = Place(model_id=models[0].id, node_id="n00000", reason="")
     with pytest.raises(AssertionError, match="over-booked"):
-        collections.deque(control._placed(placed) for _ in range(21))  # of at least 4 GB, where the largest has 80
+        collections.deque(
+            control._place(models[0].id, "n00000") for _ in range(21)
+        )  # of at least 4 GB, where the largest has 80
 
 
 def test_time_in_a_slot_is_reading_what_is_not_known_and_writing() -> None:
