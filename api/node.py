@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal, Self
 
 from flask import Blueprint, Response, g, request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from api.bodies import parse
 from api.web import web
 from localai_q.cluster.hardware import Hardware
+from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
 from localai_q.services import models, nodes
 
@@ -29,7 +30,13 @@ class Heartbeat(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     hardware: Hardware = Field(default_factory=Hardware)
-    running: list[Annotated[str, Field(max_length=64)]] = Field(default_factory=list, max_length=1000)  # replica ids
+    replicas: list[Report] = Field(default_factory=list, max_length=MOST_REPLICAS)
+
+    @model_validator(mode="after")
+    def _says_one_thing_of_each(self) -> Self:
+        if len({report.id for report in self.replicas}) < len(self.replicas):
+            raise ValueError("a replica is in it twice")
+        return self
 
 
 class ReplicaReport(BaseModel):
@@ -60,7 +67,7 @@ def log_refusal(response: Response) -> Response:
 @routes.post("/heartbeat")
 def heartbeat(node_id: str) -> dict[str, Any]:
     body = parse(Heartbeat, request.get_data())
-    return nodes.heartbeat(web().services, g.node, hardware=body.hardware.told(), running=body.running)
+    return nodes.heartbeat(web().services, g.node, hardware=body.hardware.told(), reported=body.replicas)
 
 
 @routes.get("/replicas/<id:replica_id>")

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +92,16 @@ class StatusPipe:
     """The child's end: one JSON line for each change of state, and one every few seconds that says that it lives."""
 
     def __init__(self, fd: int) -> None:
+        self.figures: Callable[[], dict[str, float]] = dict  # what to add to the news that it lives
         self._fd = fd
         self._lock = threading.Lock()  # a long line is not written at once
         threading.Thread(target=self._stay_alive, name="alive", daemon=True).start()
 
     def say(self, state: str, reason: str = "") -> None:
-        line = json.dumps({"state": state, "reason": reason}) + "\n"
+        self._write({"state": state, "reason": reason})
+
+    def _write(self, said: dict[str, Any]) -> None:
+        line = json.dumps(said) + "\n"
         try:
             with self._lock:
                 os.write(self._fd, line.encode())
@@ -107,7 +111,7 @@ class StatusPipe:
     def _stay_alive(self) -> None:
         while True:
             time.sleep(ALIVE_EVERY)
-            self.say(ALIVE)
+            self._write({"state": ALIVE, **self.figures()})
 
 
 def read_statuses(fd: int) -> Iterator[dict[str, Any]]:

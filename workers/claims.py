@@ -119,6 +119,10 @@ class Claims:
             self._held[job_id] = held
         return held
 
+    def count(self) -> int:
+        """How many jobs this process works on."""
+        return len(self._held)
+
     def enqueue(self, held: Held, event: Event) -> None:
         if held.has_hole:
             return

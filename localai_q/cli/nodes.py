@@ -139,7 +139,11 @@ def show_node(node: NodeArgument, as_json: AsJson = False) -> None:
         return
     for title, value in _facts(found).items():
         print(f"{title:<10}{text(value)}")
-    rows(found["replicas"], ["model", "number", "state", "in_flight", "slots", "reason"], as_json=False,
+    shown = [
+        {**replica, "tokens/s": replica["tokens_per_second"] or None, "seen": when(replica["reported"])}
+        for replica in found["replicas"]
+    ]
+    rows(shown, ["model", "number", "state", "in_flight", "slots", "tokens/s", "seen", "reason"], as_json=False,
          empty="It runs no model.")  # fmt: skip
 
 

@@ -25,6 +25,9 @@ class Node:
     labels: dict[str, str] = field(default_factory=dict)  # those that it has by what it is, under those it was given
     given_labels: dict[str, str] = field(default_factory=dict)  # by an admin
     last_heartbeat: float | None = None  # seconds since the epoch
+    reported: float | None = None  # when it last said what all its replicas do
+    report: dict[str, Any] = field(default_factory=dict)  # what it said then, by the replicas' ids
+    missed: tuple[str, ...] = ()  # replicas that should have been in that report
     drain: bool = False  # it is to be empty and to stay so, whatever its state is at the moment
     given_budget: str = ""  # how much models may take there, as an admin says; empty: as the node says
     given_slots: int | None = None  # replicas of one model at most, as an admin says; None: as the node says
@@ -62,6 +65,7 @@ class Replica:
     revision: int
     state: ReplicaState
     slots: int
+    speed: float = 0.0  # tokens per second of one answer, as measured of its model on its node; 0: not yet
     reason: str = ""
     job_id: str | None = None
     failures: int = 0

@@ -17,6 +17,8 @@ from localai_q.services import nodes as node_services
 from localai_q.services.wiring import Services
 from localai_q.store import models, nodes, replicas
 
+INNER = ("secret_hash", "given_budget", "given_slots", "report", "missed")  # of a node, nobody is shown
+
 
 def listed(services: Services) -> list[dict[str, Any]]:
     """Every node with its replicas. What they hold is None while Redis cannot tell."""
@@ -147,15 +149,23 @@ def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
 
 
 def _one(node: Node, own: list[Replica], by_id: Mapping[str, Model], held: Mapping[str, int] | None) -> dict[str, Any]:
-    record = asdict(node)
-    for internal in ("secret_hash", "given_budget", "given_slots"):
-        record.pop(internal)
+    record = {name: value for name, value in asdict(node).items() if name not in INNER}
     shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
               "in_flight": held.get(r.id, 0) if held is not None else None, "reason": r.reason,
-              "memory": asdict(r.reserved)} for r in own]  # fmt: skip
+              "memory": asdict(r.reserved), **_reported(node, r)} for r in own]  # fmt: skip
     in_flight = sum(held.get(owner, 0) for owner in (node.id, *(r.id for r in own))) if held is not None else None
     remains = {"replicas": len(own), "in_flight": in_flight} if node.state is NodeState.DRAINING else None
     return {**record, **_limits_of(node), "in_flight": in_flight, "remains": remains, "replicas": shown}
+
+
+def _reported(node: Node, replica: Replica) -> dict[str, Any]:
+    """What was measured of the replica, and when its node last said that it lives; None: it never did."""
+    said = node.report.get(replica.id)
+    return {
+        "tokens_per_second": replica.speed,
+        "load_seconds": said["load_seconds"] if said else 0.0,
+        "reported": node.reported if said else None,
+    }
 
 
 def _held(services: Services, every: list[Replica], found: list[Node]) -> dict[str, int] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -11,9 +12,10 @@ from localai_q import names
 from localai_q.bus import presence
 from localai_q.cluster.hardware import refreshed
 from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.reports import Report
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
-from localai_q.services import jobs, node_users
+from localai_q.services import jobs, node_users, reports
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -102,16 +104,22 @@ def authenticate(services: Services, node_id: str, secret: str) -> Node:
     return node
 
 
-def heartbeat(services: Services, node: Node, *, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
+def heartbeat(
+    services: Services, node: Node, *, hardware: dict[str, Any], reported: Sequence[Report] = ()
+) -> dict[str, Any]:
     """A node reports. It is told which of its replicas should not be there."""
     with services.db.transaction() as db:
+        nodes.lock(db, node.id)
         node = _existing(db, node.id)
         nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware))
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, node.serving_state)
-            node = _existing(db, node.id)
-        known = {replica.id for replica in replicas.every(db, node_id=node.id)}
-    return {"state": node.state, "stop": sorted(set(running) - known)}
+        node = _existing(db, node.id)
+        found = reports.settle(db, node, reported)
+    _bereave(services, found.lost, reports.LOST)
+    if found.adopt or found.ready or found.lost:
+        services.redis.publish(names.WAKE_CHANNEL, node.id)
+    return {"state": node.state, "stop": sorted(found.stop)}
 
 
 def report_replica(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
@@ -35,6 +36,12 @@ def by_id(db: Connection, model_id: str) -> Model | None:
 
 def every(db: Connection) -> list[Model]:
     return [_model(row) for row in db.execute(select(models).order_by(models.c.name))]
+
+
+def held(db: Connection, model_ids: Collection[str]) -> dict[str, Model]:
+    """Those of these models that exist, by id; they do until the transaction ends."""
+    query = select(models).where(models.c.id.in_(sorted(model_ids))).order_by(models.c.id)
+    return {row.id: _model(row) for row in db.execute(query.with_for_update(read=True, key_share=True))}
 
 
 def learn(db: Connection, model_id: str, facts: Facts) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sqlalchemy import Connection, Row, delete, func, select, update
@@ -49,6 +50,12 @@ def heard_of(db: Connection, node_id: str, *, hardware: dict[str, Any] | None, v
     if version:
         values["version"] = version
     db.execute(update(nodes).where(nodes.c.id == node_id).values(values))
+
+
+def keep_report(db: Connection, node_id: str, told: dict[str, Any], missed: Collection[str]) -> None:
+    """Note what the node has just said of its replicas, and of which it said nothing."""
+    report = {"replicas": told, "missed": sorted(missed)}
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(report=report, reported_at=func.now()))
 
 
 def approve(db: Connection, node_id: str) -> None:
@@ -105,6 +112,9 @@ def _node(row: Row[Any]) -> Node:
         version=row.version,
         hardware=row.hardware,
         last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,
+        reported=row.reported_at.timestamp() if row.reported_at else None,
+        report=row.report.get("replicas", {}),
+        missed=tuple(row.report.get("missed", ())),
         drain=row.drain,
         labels={**found_labels(row.name, row.hardware, slots), **row.labels},
         given_labels=row.labels,

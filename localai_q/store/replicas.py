@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, select, update
+from sqlalchemy import Connection, Row, Select, delete, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.capacity import Booking
@@ -13,7 +13,7 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import REPLICA_MOVES, ReplicaState, sources
 from localai_q.names import new_id
-from localai_q.store.tables import jobs, replicas
+from localai_q.store.tables import jobs, measures, replicas
 
 USED_STEP = 10.0  # seconds between two notes that a replica was of use
 
@@ -22,14 +22,21 @@ def place(
     db: Connection, *, model_id: str, node_id: str, number: int, revision: int, slots: int, booking: Booking
 ) -> Replica | None:
     """Enter a replica as placed; None if there is one of that number already, so that two deciders cannot double it."""
-    values = {"id": new_id(), "model_id": model_id, "node_id": node_id, "number": number, "revision": revision,
-              "slots": slots, "state": ReplicaState.PLACED, **_booked(booking)}  # fmt: skip
-    row = db.execute(upsert(replicas).values(values).on_conflict_do_nothing().returning(replicas)).one_or_none()
-    return _replica(row) if row else None
+    return enter(db, new_id(), ReplicaState.PLACED, booking=booking, model_id=model_id, node_id=node_id, number=number,
+                 revision=revision, slots=slots)  # fmt: skip
+
+
+def enter(
+    db: Connection, replica_id: str, state: ReplicaState, *, booking: Booking, **values: str | int
+) -> Replica | None:
+    """Enter a replica in any state; None if there is one of that id, or of that number."""
+    row = {"id": replica_id, "state": state, **values, **_booked(booking)}
+    done = db.execute(upsert(replicas).values(row).on_conflict_do_nothing().returning(replicas.c.id))
+    return by_id(db, replica_id) if done.one_or_none() else None
 
 
 def by_id(db: Connection, replica_id: str) -> Replica | None:
-    row = db.execute(select(replicas).where(replicas.c.id == replica_id)).one_or_none()
+    row = db.execute(_with_speed().where(replicas.c.id == replica_id)).one_or_none()
     return _replica(row) if row else None
 
 
@@ -37,7 +44,7 @@ def every(
     db: Connection, *, node_id: str | None = None, model_id: str | None = None, states: Collection[str] | None = None
 ) -> list[Replica]:
     """Replicas, the oldest first, narrowed as asked."""
-    query = select(replicas).order_by(replicas.c.created_at, replicas.c.id)
+    query = _with_speed().order_by(replicas.c.created_at, replicas.c.id)
     if node_id is not None:
         query = query.where(replicas.c.node_id == node_id)
     if model_id is not None:
@@ -84,6 +91,13 @@ def forget(db: Connection, replica_id: str) -> None:
     db.execute(delete(replicas).where(replicas.c.id == replica_id))
 
 
+def _with_speed() -> Select[Any]:
+    """Rows with what was measured of the replica's model on its node."""
+    same = (measures.c.node_id == replicas.c.node_id) & (measures.c.model_id == replicas.c.model_id)
+    speed = func.coalesce(measures.c.tokens_per_second, 0.0).label("speed")
+    return select(replicas, speed).select_from(replicas.outerjoin(measures, same))
+
+
 def _replica(row: Row[Any]) -> Replica:
     return Replica(
         id=row.id,
@@ -93,6 +107,7 @@ def _replica(row: Row[Any]) -> Replica:
         revision=row.revision,
         state=ReplicaState(row.state),
         slots=row.slots,
+        speed=row.speed,
         reason=row.reason,
         job_id=row.job_id,
         failures=row.failures,

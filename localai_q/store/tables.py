@@ -7,6 +7,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     DateTime,
+    Float,
     ForeignKey,
     Index,
     Integer,
@@ -52,6 +53,8 @@ nodes = Table(
     Column("labels", JSONB, nullable=False, server_default=text("'{}'")),  # that an admin has given
     Column("vram_budget", Text, nullable=False, server_default=""),  # an admin's, in his words; empty: the node's own
     Column("max_replicas_per_model", Integer),  # an admin's; null: the node's own
+    Column("reported_at", DateTime(timezone=True)),
+    Column("report", JSONB, nullable=False, server_default=text("'{}'")),  # {"replicas": {id: …}, "missed": [ids]}
     _created(),
 )
 
@@ -92,6 +95,16 @@ replicas = Table(
     Column("context_size", Integer, nullable=False, server_default=text("0")),  # cut to fit; 0: as the model has it
     _created(),
     UniqueConstraint("model_id", "node_id", "number"),
+)
+
+measures = Table(
+    "measures",
+    metadata,
+    Column("node_id", ForeignKey("nodes.id", ondelete="CASCADE"), primary_key=True),
+    Column("model_id", ForeignKey("models.id", ondelete="CASCADE"), primary_key=True),
+    Column("tokens_per_second", Float, nullable=False, server_default=text("0")),  # of one answer; 0: not measured
+    Column("load_seconds", Float, nullable=False, server_default=text("0")),
+    Column("updated_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
 )
 
 jobs = Table(

@@ -6,7 +6,8 @@ import json
 from localai_q import names
 from localai_q.bus.leases import Lease
 from localai_q.cluster.models import ModelConfig
-from localai_q.cluster.nodes import Node
+from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.reports import Report
 from localai_q.services import models, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import models as model_rows
@@ -48,6 +49,13 @@ def node_named(services: Services, name: str) -> Node:
         found = node_rows.by_name(db, name)
     assert found is not None
     return found
+
+
+def reported(replica: Replica, **values: object) -> Report:
+    """What a node says of a process that serves this replica."""
+    told = {"id": replica.id, "model_id": replica.model_id, "revision": replica.revision, "number": replica.number,
+            "state": "ready", "slots": replica.slots}  # fmt: skip
+    return Report(**{**told, **values})
 
 
 def rung(services: Services, queue: str) -> list[str]:

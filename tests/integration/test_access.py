@@ -15,11 +15,13 @@ from flask.testing import FlaskClient
 from api.app import create_app
 from api.auth import GUARDS
 from api.node import LARGEST_REPORT
+from localai_q.cluster.reports import MOST_REPLICAS
 from localai_q.cluster.states import NodeState
 from localai_q.services import keys
 from localai_q.services.wiring import Services
 
 PUBLIC = {"/healthz", "/readyz", "/api/node/register"}
+PROCESS = {"id": "r", "model_id": "m", "revision": 1, "number": 1, "state": "ready", "slots": 4}
 
 
 @pytest.fixture
@@ -132,10 +134,18 @@ def test_an_admin_drains_labels_shows_and_deletes_over_http(http: FlaskClient, s
         ({"hardware": {"ram_total": 1, "ram_available": 2}}, 400),
         ({"hardware": {"cpus": -1}}, 400),
         ({"hardware": {"gpus": [{"index": 0, "vram_total": "24GB"}]}}, 400),
-        ({"running": ["x"] * 1001}, 400),
-        ({"running": ["x" * 65]}, 400),
+        ({"replicas": [PROCESS | {"id": f"r{number}"} for number in range(MOST_REPLICAS + 1)]}, 400),
+        ({"replicas": [PROCESS, PROCESS]}, 400),
+        ({"replicas": [PROCESS | {"id": "x" * 65}]}, 400),
+        ({"replicas": [PROCESS | {"id": "../r"}]}, 400),
+        ({"replicas": [PROCESS | {"in_flight": -1}]}, 400),
+        ({"replicas": [PROCESS | {"tokens_per_second": "fast"}]}, 400),
+        ({"replicas": [PROCESS | {"tokens_per_second": 1e12}]}, 400),
+        ({"replicas": [{"id": "r"}]}, 400),
+        ({"replicas": ["r"]}, 400),
+        ({"running": ["r"]}, 400),
         ({"state": "ready"}, 400),
-        ({"running": ["x" * LARGEST_REPORT]}, 413),
+        ({"replicas": ["x" * LARGEST_REPORT]}, 413),
     ],
 )
 def test_an_oversized_or_lying_heartbeat_is_refused_and_logged(
@@ -152,9 +162,9 @@ def test_an_oversized_or_lying_heartbeat_is_refused_and_logged(
 
 def test_a_heartbeat_says_what_is_known_and_no_more(http: FlaskClient, services: Services) -> None:
     node = ready_node(services)
-    told = {"hardware": {"cpus": 4, "colour": "red", "gpus": []}, "running": ["stray"]}
+    told = {"hardware": {"cpus": 4, "colour": "red", "gpus": []}, "replicas": [PROCESS | {"mood": "good"}]}
     answer = http.post(f"/api/node/{node.id}/heartbeat", json=told, headers=bearer(SECRET))
-    assert answer.get_json() == {"state": "ready", "stop": ["stray"]}
+    assert answer.get_json() == {"state": "ready", "stop": ["r"]}
     assert node_named(services, "n1").hardware == {"cpus": 4, "gpus": []}
 
 

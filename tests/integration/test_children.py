@@ -13,6 +13,7 @@ import redis
 from waiting import wait_for
 
 from localai_q import names
+from localai_q.cluster.reports import Report
 from localai_q.embedded.valkey import Valkey
 from localai_q.gallery import catalog
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
@@ -56,6 +57,9 @@ class Node:
         assert found, (state, self.told)
         return found[0][2]
 
+    def running(self) -> dict[str, str]:
+        return {told["id"]: told["state"] for told in self.children.reports()}
+
     def process(self, replica_id: str) -> psutil.Process:
         return psutil.Process(self.children._replicas[replica_id].process.pid)
 
@@ -98,6 +102,21 @@ def test_our_own_backend_has_a_thread_for_every_slot_and_some_for_its_health(nod
     assert f"--parent {replica.pid}" in command
 
 
+def test_a_replica_is_reported_with_what_it_is_and_how_long_it_took(node: Node) -> None:
+    began = time.monotonic()
+    replica_id = node.start(slots=3)
+    (told,) = node.children.reports()
+    assert (told["id"], told["state"], told["load_seconds"]) == (replica_id, "loading", 0.0)
+    node.hears(replica_id, "ready")
+    assert wait_for(lambda: node.running()[replica_id] == "ready")
+    (told,) = node.children.reports()
+    report = Report.model_validate(told)
+    assert (report.slots, report.number, report.revision, report.in_flight) == (3, 1, 1, 0)
+    assert 0.1 < report.load_seconds < time.monotonic() - began
+    node.children.stop_replica(replica_id)
+    assert node.running() in ({replica_id: "stopping"}, {})
+
+
 def test_a_backend_with_a_run_script_is_told_its_address_only(node: Node, never_ready: Path) -> None:
     replica_id = node.start(backend=never_ready)
     log = node.home / "logs" / f"backend-{replica_id}.log"
@@ -132,7 +151,7 @@ def test_a_replica_that_hangs_is_noticed_killed_and_reported(node: Node, monkeyp
     assert "nothing was heard of it for 6 s" in node.hears(hanging, "failed", 15)
     assert not psutil.wait_procs(family[1:], timeout=5)[1]
     assert node.left("logs", hanging), "what it said last is kept"
-    assert node.children.running() == {calm: "ready"}, "one that says that it is alive stays as it is"
+    assert node.running() == {calm: "ready"}, "one that says that it is alive stays as it is"
 
 
 def test_a_load_that_hangs_is_ended_with_all_its_processes_and_one_that_works_goes_on(node: Node) -> None:
@@ -143,7 +162,7 @@ def test_a_load_that_hangs_is_ended_with_all_its_processes_and_one_that_works_go
     reason = node.hears(hanging, "failed", 20)
     assert re.match(r"loading stalled: nothing moved for [45] s, [0-9]+ s after it began", reason), reason
     assert not psutil.wait_procs(family, timeout=5)[1]
-    assert node.children.running() == {busy: "loading"}
+    assert node.running() == {busy: "loading"}
     node.hears(busy, "ready", 30)
     assert [told for told in node.told if told[0] == busy] == [(busy, "ready", "")]
 
@@ -195,7 +214,7 @@ def test_a_replica_that_is_still_loading_can_be_stopped_even_if_it_hangs(
     node.children.stop_replica(replica_id)  # the API says it again with every heartbeat
     node.hears(replica_id, "gone", 10)
     assert (time.monotonic() - began >= 1.5) is stopped
-    assert node.children.running() == {}
+    assert node.running() == {}
 
 
 def test_a_report_that_waits_for_the_api_keeps_nobody_from_being_heard(
@@ -205,9 +224,9 @@ def test_a_report_that_waits_for_the_api_keeps_nobody_from_being_heard(
     node = Node(tmp_path, valkey.url, echo)
     node.children._send = lambda *_: time.sleep(60)
     replica_id = node.start()
-    assert wait_for(lambda: node.children.running() == {replica_id: "ready"}, 30)
+    assert wait_for(lambda: node.running() == {replica_id: "ready"}, 30)
     time.sleep(7)
-    assert node.children.running() == {replica_id: "ready"}
+    assert node.running() == {replica_id: "ready"}
     node.children.stop_all(2.0)
 
 

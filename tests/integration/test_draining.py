@@ -119,7 +119,8 @@ def test_what_remains_is_shown(services: Services, draining: Node) -> None:
     assert fleet.show(services, draining.id)["remains"] is None
     assert fleet.loaded_models(services) == [
         {"model": "m", "node": "n1", "node_id": draining.id, "id": found.id, "number": 1, "state": ReplicaState.READY,
-         "slots": 4, "in_flight": 2, "reason": "", "memory": {"ram": 0, "vram": 0}}
+         "slots": 4, "in_flight": 2, "reason": "", "memory": {"ram": 0, "vram": 0}, "tokens_per_second": 0.0,
+         "load_seconds": 0.0, "reported": None}
     ]  # fmt: skip
 
 
@@ -135,10 +136,7 @@ def test_draining_survives_whatever_the_node_does(services: Services, draining: 
         silent_for(services, "n1", 100)
         nodes.watch_health(services)
         assert state_of(services) is NodeState.OFFLINE
-    if how == "silence":
-        answer = nodes.heartbeat(services, node_named(services, "n1"), hardware={}, running=[])
-    else:
-        answer = join(services)
+    answer = nodes.heartbeat(services, node_named(services, "n1"), hardware={}) if how == "silence" else join(services)
     assert answer["state"] == NodeState.DRAINING
     replicas.reconcile(services)
     if how == "restart":

@@ -35,7 +35,7 @@ def test_what_an_admin_gives_goes_before_what_was_found_and_survives_a_new_regis
     services: Services, node: Node
 ) -> None:
     fleet.give_labels(services, "n1", {"node.os": "plan9", "zone": "attic"}, keep=True)
-    nodes.heartbeat(services, node, hardware={"os": "linux", "arch": "arm64"}, running=[])
+    nodes.heartbeat(services, node, hardware={"os": "linux", "arch": "arm64"})
     nodes.deregister(services, node)
     join(services)
     found = node_named(services, "n1")

@@ -1,9 +1,10 @@
 """How a machine joins, what it is told, and what becomes of it when it falls silent."""
 
 import time
+from dataclasses import replace
 
 import pytest
-from cluster_data import SECRET, add_model, claim, join, node_named, ready_node
+from cluster_data import SECRET, add_model, claim, join, node_named, ready_node, reported
 from sqlalchemy import text
 
 from localai_q import names
@@ -152,7 +153,9 @@ class TestReports:
         ready_node(services, "n2")
         model_id = add_model(services)
         mine, other = place(services, "n1", model_id), place(services, "n2", model_id)
-        answer = nodes.heartbeat(services, node, hardware={}, running=[mine.id, other.id, "stray"])
+        stray = replace(mine, id="stray", model_id="gone")
+        told = [reported(each) for each in (mine, other, stray)]
+        answer = nodes.heartbeat(services, node, hardware={}, reported=told)
         assert answer["stop"] == sorted([other.id, "stray"])
 
     def test_what_a_node_has_left_after_a_replica_stands_in_its_report_of_that(self, services: Services) -> None:
@@ -163,8 +166,8 @@ class TestReports:
 
     def test_hardware_is_kept_and_not_forgotten_by_an_empty_report(self, services: Services) -> None:
         node = ready_node(services)
-        nodes.heartbeat(services, node, hardware={"cpus": 8}, running=[])
-        nodes.heartbeat(services, node, hardware={}, running=[])
+        nodes.heartbeat(services, node, hardware={"cpus": 8})
+        nodes.heartbeat(services, node, hardware={})
         assert node_named(services, "n1").hardware == {"cpus": 8}
 
     def test_a_replica_moves_as_its_node_reports_and_only_as_the_table_allows(self, services: Services) -> None:
@@ -233,8 +236,8 @@ class TestHealth:
         nodes.watch_health(services)
         gone = node_named(services, "n1")
         assert gone.state is not NodeState.READY
-        answer = nodes.heartbeat(services, gone, hardware={}, running=["kept"])
-        assert answer == {"state": NodeState.READY, "stop": ["kept"]}
+        answer = nodes.heartbeat(services, gone, hardware={})
+        assert answer == {"state": NodeState.READY, "stop": []}
         assert node_named(services, "n1").state is NodeState.READY
         assert node.id == gone.id
 

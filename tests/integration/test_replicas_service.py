@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
-from cluster_data import add_model, claim, model_named, node_named, ready_node, rung
+from cluster_data import add_model, claim, model_named, node_named, ready_node, reported, rung
 from sqlalchemy import text
 
 from localai_q import names
@@ -18,6 +18,7 @@ from localai_q.cluster.jobs import Keep
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Facts
 from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.reports import RUNNING
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.stages import SILENT_LOAD
 from localai_q.cluster.states import JobState, ReplicaState
@@ -286,9 +287,11 @@ GB = 10**9
 
 
 def has(services: Services, node: Node, ram: float, **hardware: object) -> None:
-    """Let the node report that it has so many GB free."""
+    """Let the node report that it has so many GB free, and the processes that it should have."""
     told = {"ram_available": int(ram * GB), **hardware}
-    nodes.heartbeat(services, node_named(services, node.name), hardware=told, running=[])
+    own = [r for r in all_replicas(services) if r.node_id == node.id and r.state in RUNNING]
+    lives = [reported(replica, state=replica.state.value) for replica in own]
+    nodes.heartbeat(services, node_named(services, node.name), hardware=told, reported=lives)
 
 
 def of_model(services: Services, name: str) -> Replica | None:

@@ -60,9 +60,9 @@ class NodeApi:
         self._id = node_id
         self._http = _client(url, headers={"Authorization": f"Bearer {secret}"})
 
-    def heartbeat(self, hardware: dict[str, Any], running: list[str]) -> dict[str, Any]:
-        """Report; returns `{"state", "stop": [replica ids]}`."""
-        return self._call("POST", "heartbeat", {"hardware": hardware, "running": running})
+    def heartbeat(self, hardware: dict[str, Any], replicas: list[dict[str, Any]]) -> dict[str, Any]:
+        """Report, as `localai_q.cluster.reports.Report` has it; returns `{"state", "stop": [replica ids]}`."""
+        return self._call("POST", "heartbeat", {"hardware": hardware, "replicas": replicas})
 
     def report(self, replica_id: str, state: str, reason: str, hardware: dict[str, Any]) -> None:
         """Say what became of a replica, and what this machine has now."""

@@ -16,13 +16,14 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from localai_q import names
 from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
-from workers.child import ALIVE, FINISH, ChildSpec, read_statuses, write_spec
+from workers.child import ALIVE, FINISH, ChildSpec, ReplicaSpec, read_statuses, write_spec
 from workers.node import leftovers
 from workers.node.stalls import LONGEST_LOAD, LOOK, Watch, longest
 
@@ -71,6 +72,28 @@ class Child:
     stopping: bool = False
     silent: float = 0.0  # seconds; those in which this process did not look are not counted
     loads: Load | None = None  # of a replica
+    replica: ReplicaSpec | None = None  # that it serves
+    begun: float = field(default_factory=time.monotonic)
+    load_seconds: float = 0.0  # until it was ready
+    in_flight: int = 0  # as it said last, like the next
+    tokens_per_second: float = 0.0
+
+    def report(self) -> dict[str, Any]:
+        """What a replica's process does."""
+        assert self.replica is not None
+        model = self.replica.model
+        return {
+            "id": self.replica.id,
+            "model_id": model.id,
+            "revision": model.revision,
+            "number": self.replica.number,
+            "state": "stopping" if self.stopping else self.state,
+            "slots": model.slots,
+            "context_size": model.context_size,
+            "in_flight": self.in_flight,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "load_seconds": round(self.load_seconds, 2),
+        }
 
 
 class Spawner:
@@ -112,10 +135,10 @@ class Children:
         threading.Thread(target=self._send_reports, name="reports", daemon=True).start()
         threading.Thread(target=self._look, name="hanging", daemon=True).start()
 
-    def running(self) -> dict[str, str]:
-        """The state of every replica that has a process, by id."""
+    def reports(self) -> list[dict[str, Any]]:
+        """What every replica does that has a process, for `localai_q.cluster.reports.Report`."""
         with self._lock:
-            return {replica_id: child.state for replica_id, child in self._replicas.items()}
+            return [child.report() for child in self._replicas.values()]
 
     def start_replica(self, spec: ChildSpec) -> None:
         """Start a replica's process, unless it runs already; then only say again what it is doing."""
@@ -204,7 +227,7 @@ class Children:
             raise
         finally:
             os.close(write_end)
-        child = Child(name=name, process=process, log=path)
+        child = Child(name=name, process=process, log=path, replica=spec.replica)
 
         def follow() -> None:
             self._listen(child, read_end)
@@ -218,8 +241,12 @@ class Children:
     def _listen(self, child: Child, read_end: int) -> None:
         for said in read_statuses(read_end):
             child.silent = 0.0
+            child.in_flight = said.get("in_flight", child.in_flight)
+            child.tokens_per_second = said.get("tokens_per_second", child.tokens_per_second)
             if said.get("state") == ALIVE:
                 continue
+            if said.get("state") == "ready":
+                child.load_seconds = time.monotonic() - child.begun
             child.state, child.reason = str(said.get("state")), str(said.get("reason", ""))
             log.info("%s: %s %s", child.name, child.state, child.reason)
             self._on_status(child)

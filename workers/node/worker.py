@@ -88,7 +88,7 @@ class Node:
     def _heartbeats(self) -> None:
         while not self._stopping.is_set():
             try:
-                answer = self._api.heartbeat(self._hardware(), list(self.children.running()))
+                answer = self._api.heartbeat(self._hardware(), self.children.reports())
                 for replica_id in answer.get("stop", []):
                     self.children.stop_replica(replica_id)
             except Forbidden:

@@ -32,6 +32,7 @@ from localai_q.errors import (
 from workers.claims import Claims, Held, journal_full
 from workers.replica.backend import Backend
 from workers.replica.options import embedding_options, predict_options
+from workers.replica.pace import Pace
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,7 @@ class Runner:
         self._backend = backend
         self._identity = identity
         self._line = line
+        self._pace = Pace()
         self.draining = False
 
     def run(self, job_id: str) -> None:
@@ -87,6 +89,10 @@ class Runner:
         finally:
             if timer:
                 timer.cancel()
+
+    def figures(self) -> dict[str, float]:
+        """What the node reports of this replica: `in_flight` jobs, and `tokens_per_second` of one answer."""
+        return {"in_flight": self._claims.count(), "tokens_per_second": self._pace.tokens_per_second}
 
     def give_back_all(self) -> None:
         """Give every running job back to its line, because this process must end."""
@@ -142,7 +148,9 @@ class Runner:
             raise self._why(held, error) from error
         self._check(held)
         held.emit(Finish(choice=choice, reason=(last.finish_reason if last is not None else "") or "stop"))
-        return _usage(last, seen), _times(last)
+        times = _times(last)
+        self._pace.note(seen, times["generation"])
+        return _usage(last, seen), times
 
     def _embed(self, held: Held, request: GenerationRequest) -> tuple[Usage, dict[str, float]]:
         used = 0

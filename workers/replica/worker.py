@@ -47,6 +47,7 @@ def prepare(worker: Any, conf: Any) -> None:
         status.say("failed", error.message)
         raise
     runner = make_runner(spec, spec.replica, backend)
+    status.figures = runner.figures
     drain_timeout = settings().drain_timeout
     queue, slots = names.replica_queue(spec.replica.id), spec.replica.model.slots
     probe = Probe(app, client(spec.redis_url), queue, slots=slots, drain=drain_timeout)
