@@ -11,6 +11,7 @@ from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, 
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
 
 PATIENCE = 5.0  # seconds that a job may wait before its model counts as short of replicas
@@ -38,6 +39,7 @@ class Fleet:
     demand: Mapping[str, Demand] = field(default_factory=dict)  # by model id
     busy: Mapping[str, int] = field(default_factory=dict)  # jobs at work, by replica id
     gpu_backends: frozenset[str] = frozenset()  # that use a node's GPUs
+    speeds: Speeds = field(default_factory=Speeds)  # of models on nodes
     now: float  # seconds since the epoch
 
 

@@ -8,7 +8,8 @@ The decision, in order:
    sooner than a load elsewhere.
 4. A new replica goes to a node that is ready, has the model's labels, none of the models that exclude it, fewer of its
    replicas than the node may have, and room for its file and for what it takes in memory. Of several: one that has the
-   fewest of its replicas, has the file, has the least to do, the fewest replicas, and keeps the most memory free.
+   fewest of its replicas, has the file, has the least to do, the fewest replicas, is the fastest as far as that was
+   measured, and keeps the most memory free.
 5. Where a model that somebody waits for, and that nothing serves, has room nowhere, `eviction` makes some. While what
    is in the way is busy, it waits.
 6. A model that somebody waits for, that nothing serves, and that failed again and again or never fits, is given up for
@@ -17,6 +18,7 @@ The decision, in order:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
@@ -175,8 +177,9 @@ def _places(board: Board, model: Model, survey: Survey, most: int, reason: str) 
 
 
 def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
-    """Lower is better; no two nodes have the same."""
+    """Lower is better; no two nodes have the same. One of unknown speed goes first, so that its speed becomes known."""
     site = verdict.site
+    speed = board.fleet.speeds.tokens_per_second(model, site.node.id)
     wanted = verdict.need.memory if verdict.need else NOTHING
     left = site.free.vram - wanted.vram if wanted.vram else site.free.ram - wanted.ram
     return (
@@ -184,6 +187,7 @@ def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
         model.config.sha256 not in site.files,
         sum(board.busy(replica.id) for replica in site.there),
         len(site.there),
+        -speed if speed else -math.inf,
         -left,
         site.node.name,
         site.node.id,

@@ -14,13 +14,15 @@ a report is younger than all that had been decided when the one before it came.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from localai_q.cluster.capacity import matches
+from localai_q.cluster.capacity import WITHOUT_PROCESS, limit, matches
+from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
@@ -72,7 +74,7 @@ def compare(
 
     Args:
         own: the replicas that the registry has on the node.
-        models: of the reported processes, those that exist, by id.
+        models: those of `own` and of the reported processes, by id, as far as they exist.
         strangers: the ids of reported processes that are replicas of other nodes.
     """
     told = {report.id: report for report in reports}
@@ -84,16 +86,18 @@ def compare(
     }
     adopt: list[Report] = []
     taken = {(replica.model_id, replica.number) for replica in own}
+    busy = Counter(replica.model_id for replica in own if replica.state not in WITHOUT_PROCESS)
     known = {replica.id for replica in own}
     for report in reports:
         if report.id in known:
             continue
-        reason = "it is another node's" if report.id in strangers else _unfit(node, report, models, taken)
+        reason = "it is another node's" if report.id in strangers else _unfit(node, report, models, taken, busy)
         if reason:
             stop[report.id] = reason
         else:
             adopt.append(report)
             taken.add((report.model_id, report.number))
+            busy[report.model_id] += 1
     return Comparison(
         adopt=adopt,
         ready=[replica for replica in older
@@ -104,7 +108,9 @@ def compare(
     )  # fmt: skip
 
 
-def _unfit(node: Node, report: Report, models: Mapping[str, Model], taken: Collection[tuple[str, int]]) -> str:
+def _unfit(
+    node: Node, report: Report, models: Mapping[str, Model], taken: Collection[tuple[str, int]], busy: Counter[str]
+) -> str:
     """Why a process without a replica cannot be one; empty if it can."""
     model = models.get(report.model_id)
     if report.state not in RUNNING:
@@ -119,4 +125,7 @@ def _unfit(node: Node, report: Report, models: Mapping[str, Model], taken: Colle
         return f"node {node.name} lacks a label that model {model.name} asks for"
     if (model.id, report.number) in taken:
         return f"node {node.name} has another replica of model {model.name}"
-    return ""
+    if busy[model.id] >= limit(model, node):
+        return f"node {node.name} has as many replicas of model {model.name} as it may"
+    rivals = [name for model_id, name in rivals_of(model, models.values()).items() if busy[model_id]]
+    return f"node {node.name} has model {rivals[0]}, which excludes {model.name}" if rivals else ""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from localai_q import names
 from localai_q.cluster.capacity import cooling
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import hopeless
+from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.states import COMING_UP, ReplicaState
 from localai_q.errors import ModelUnavailable, UnsupportedByModel
 
@@ -21,6 +22,7 @@ class Snapshot:
     models: dict[str, Model]  # by name
     replicas: tuple[Replica, ...]
     node_names: dict[str, str]  # by id
+    speeds: Speeds = field(default_factory=Speeds)  # on nodes where something comes up
     taken: float  # seconds since the epoch
 
 

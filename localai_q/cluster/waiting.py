@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from localai_q.cluster.events import Progress
+from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
+from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.states import COMING_UP, ReplicaState
 
 
@@ -24,9 +26,10 @@ class Load:
     total: float = 0.0  # 0: not known
     unit: str = ""  # "bytes", "packages", or nothing
     eta: float | None = None  # seconds until this stage is done
+    ready_in: float | None = None  # seconds until the model is loaded
 
     def body(self) -> dict[str, Any]:
-        """LocalAI's `loading` object."""
+        """LocalAI's `loading` object, with the time until the model is loaded besides that of the stage."""
         in_bytes = self.unit == "bytes"
         return {
             "model": self.model,
@@ -36,6 +39,7 @@ class Load:
             "bytes_sent": int(self.done) if in_bytes else 0,
             "total_bytes": int(self.total) if in_bytes else 0,
             "eta_seconds": None if self.eta is None else math.ceil(self.eta),
+            "ready_in_seconds": None if self.ready_in is None else math.ceil(self.ready_in),
         }
 
     def __str__(self) -> str:
@@ -44,6 +48,8 @@ class Load:
             parts.append(f"{100 * self.done / self.total:.0f} % {self.stage}".rstrip())
         if self.eta is not None:
             parts.append(f"about {math.ceil(self.eta)} s left")
+        if self.ready_in is not None and self.ready_in != self.eta:
+            parts.append(f"ready in about {math.ceil(self.ready_in)} s")
         return ", ".join(parts)
 
 
@@ -73,13 +79,19 @@ def expected_wait(place: int, slots: int, pace: float | None) -> float | None:
 
 
 def load_of(
-    model: str, own: Sequence[Replica], node_names: dict[str, str], progress: dict[str, Progress], now: float
+    model: Model,
+    own: Sequence[Replica],
+    node_names: dict[str, str],
+    progress: dict[str, Progress],
+    speeds: Speeds,
+    now: float,
 ) -> Load | None:
     """The load that is furthest on its way up; None when a replica is ready or none is coming.
 
     Args:
         own: the model's replicas.
         progress: of the stages' jobs, by job id.
+        speeds: what was measured on the nodes where the replicas are.
         now: seconds since the epoch.
     """
     coming = [replica for replica in own if replica.state in COMING_UP]
@@ -87,10 +99,14 @@ def load_of(
         return None
     first = max(coming, key=lambda replica: (COMING_UP.index(replica.state), replica.id))
     node = node_names.get(first.node_id, first.node_id)
-    at = progress.get(first.job_id or "")
-    if at is None:
-        return Load(model=model, state=first.state, node=node)
-    spent = now - first.changed
-    eta = spent * (at.total - at.done) / at.done if at.total and at.done and spent > 0 else None
-    return Load(model=model, state=first.state, node=node, stage=at.stage, done=at.done, total=at.total, unit=at.unit,
-                eta=eta)  # fmt: skip
+    loading = speeds.load_seconds(model, first.node_id) or None
+    spent = max(now - first.changed, 0.0)
+    if first.state is ReplicaState.LOADING:
+        left = None if loading is None else max(loading - spent, 0.0)
+        return Load(model=model.name, state=first.state, node=node, eta=left, ready_in=left)
+    at = progress.get(first.job_id or "") or Progress(stage="", done=0.0, total=0.0)
+    eta = spent * (at.total - at.done) / at.done if at.total and at.done and spent else None
+    last = first.state is ReplicaState.STAGING  # what is to be fetched after an installation is not known before
+    ready_in = eta + loading if last and eta is not None and loading is not None else None
+    return Load(model=model.name, state=first.state, node=node, stage=at.stage, done=at.done, total=at.total,
+                unit=at.unit, eta=eta, ready_in=ready_in)  # fmt: skip

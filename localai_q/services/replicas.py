@@ -16,6 +16,7 @@ from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Facts, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
+from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
 from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
@@ -23,7 +24,7 @@ from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
 from localai_q.services import node_users
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models, nodes, replicas
+from localai_q.store import jobs, measures, models, nodes, replicas
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ def reconcile(services: Services) -> None:
         known = models.every(db)
         where = nodes.every(db)
         what = replicas.every(db)
+        speeds = Speeds(measures.every(db), known)
     lines = {model.id: names.model_queue(model.id) for model in known}
     demand = services.leases.demand(list(lines.values()))
     fleet = Fleet(
@@ -46,6 +48,7 @@ def reconcile(services: Services) -> None:
         demand={model_id: demand[line] for model_id, line in lines.items()},
         busy=services.leases.owners(list(lines.values())),
         gpu_backends=catalog.gpu_backends(),
+        speeds=speeds,
         now=time.time(),
     )
     for action in plan(fleet):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from localai_q.cluster.capacity import Booking, booking, weigh
+from localai_q.cluster.capacity import Booking, Seeker, Site, booking, weigh
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Comparison, Report, compare
@@ -31,7 +31,8 @@ def settle(db: Any, node: Node, reports: Sequence[Report]) -> Comparison:
     orphans = [report for report in reports if report.id not in known]
     news = _news(reports, measures.fresh(db, node.id))
     # Held, so that none is removed while rows of it are made; before replicas are changed, as when a model is removed.
-    held = models.held(db, {*(report.model_id for report in orphans), *news}) if orphans or news else {}
+    named = {*news, *(report.model_id for report in orphans), *(replica.model_id for replica in own)}
+    held = models.held(db, named) if orphans or news else {}
     strangers = {report.id for report in orphans if replicas.by_id(db, report.id)}
     found = compare(node, reports, own, held, strangers)
     for report in found.adopt:
@@ -75,7 +76,7 @@ def _booking(node: Node, report: Report, model: Model) -> Booking:
     tokens = min(report.context_size or model.config.context_size, model.config.context_size)
     config = model.config.model_copy(update={"context_size": tokens, "fit_context": False})
     gpu = config.backend in catalog.gpu_backends()
-    return booking(model, weigh(model.model_copy(update={"config": config}), node, [], gpu=gpu))
+    return booking(model, weigh(Seeker(model.model_copy(update={"config": config}), gpu=gpu), Site(node, [])))
 
 
 def _news(reports: Sequence[Report], fresh: Sequence[Measure]) -> set[str]:

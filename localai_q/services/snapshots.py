@@ -7,9 +7,11 @@ import time
 
 from localai_q.cluster.models import Model
 from localai_q.cluster.routing import Snapshot
+from localai_q.cluster.speeds import Speeds
+from localai_q.cluster.states import COMING_UP
 from localai_q.errors import ModelNotFound
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, replicas
+from localai_q.store import measures, models, nodes, replicas
 
 FRESH = 0.5  # seconds
 
@@ -52,9 +54,12 @@ def take(services: Services) -> Snapshot:
     """The registry as it is now."""
     taken = time.time()
     with services.db.transaction() as db:
+        known, what = models.every(db), replicas.every(db)
+        coming = {replica.node_id for replica in what if replica.state in COMING_UP}
         return Snapshot(
-            models={model.name: model for model in models.every(db)},
-            replicas=tuple(replicas.every(db)),
+            models={model.name: model for model in known},
+            replicas=tuple(what),
+            speeds=Speeds(measures.every(db, node_ids=coming), known) if coming else Speeds(),
             node_names={node.id: node.name for node in nodes.every(db)},
             taken=taken,
         )

@@ -46,7 +46,7 @@ def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
     stages = [replica.job_id for replica in own if replica.job_id]
     newest = journal.latest(services.redis, stages)
     progress = {job_id: event for job_id, event in newest.items() if isinstance(event, Progress)}
-    return load_of(model.name, own, snapshot.node_names, progress, time.time())
+    return load_of(model, own, snapshot.node_names, progress, snapshot.speeds, time.time())
 
 
 def _slots(snapshot: Snapshot, model: Model) -> int:

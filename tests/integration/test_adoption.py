@@ -9,6 +9,7 @@ from test_nodes_service import served_for, silent_for
 from test_replicas_service import GB, all_replicas, ask, has, only
 
 from localai_q import names
+from localai_q.cluster.capacity import Site
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
@@ -73,13 +74,11 @@ def test_a_live_replica_whose_row_was_lost_is_entered_again_with_its_booking(
 
 
 def test_what_an_adopted_replica_takes_is_not_taken_off_twice(services: Services, ready: Replica) -> None:
-    from localai_q.cluster.capacity import free
-
     lose(services)
     nodes.heartbeat(
         services, node_named(services, "n1"), hardware={"ram_available": 5 * GB}, reported=[reported(ready)]
     )
-    assert free(node_named(services, "n1"), [only(services)]).ram == 5 * GB
+    assert Site(node_named(services, "n1"), [only(services)]).free.ram == 5 * GB
 
 
 def test_a_context_that_was_cut_to_fit_is_adopted_as_it_is(services: Services, ready: Replica) -> None:

@@ -21,9 +21,11 @@ from localai_q.cluster.placement import (
     Stop,
     plan,
 )
+from localai_q.cluster.speeds import Measure, Speeds
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
 
 NOW = 10_000.0
+GB = 10**9
 S = ReplicaState
 
 
@@ -62,6 +64,38 @@ def decided(actions) -> list[tuple]:
 
 N1, N2, N3 = node("n1"), node("n2"), node("n3")
 DOWN = [node(f"x{number}", state) for number, state in enumerate(NodeState) if state is not NodeState.READY]
+
+
+def measured(**speeds: float) -> Speeds:
+    """Tokens per second of the model `m` on nodes."""
+    return Speeds([Measure(node_id=at, model_id="m", tokens_per_second=speed) for at, speed in speeds.items()], [])
+
+
+@pytest.mark.parametrize(
+    ("speeds", "free", "chosen"),
+    [
+        ({}, {}, "n1"),
+        ({"n1": 10.0, "n2": 58.0, "n3": 30.0}, {}, "n2"),
+        ({"n1": 10.0, "n2": 58.0, "n3": 30.0}, {"n3": 2 * GB}, "n2"),  # before free memory
+        ({"n1": 10.0, "n2": 10.0, "n3": 10.0}, {"n3": 2 * GB}, "n3"),
+        ({"n1": 10.0, "n2": 58.0}, {}, "n3"),  # nothing is known of it
+    ],
+)
+def test_the_faster_node_gets_the_model(speeds: dict, free: dict, chosen: str) -> None:
+    where = [replace(each, hardware={"ram_available": free.get(each.id, GB)}) for each in (N1, N2, N3)]
+    found = Fleet(models=[model()], nodes=where, replicas=[], demand={"m": Demand(waiting=1)}, now=NOW,
+                  speeds=measured(**speeds))  # fmt: skip
+    assert decided(plan(found)) == [("place", "m", chosen)]
+
+
+@pytest.mark.parametrize("hindrance", ["file", "busy"])
+def test_what_has_the_file_or_less_to_do_goes_before_what_is_faster(hindrance: str) -> None:
+    config = ModelConfig(backend="echo", source="file:/x", sha256="a" * 64)
+    file = {"files": ["a" * 64]} if hindrance == "file" else {}
+    others = [replica(S.READY, "n2", of="other")] if hindrance == "busy" else []
+    found = Fleet(models=[model().model_copy(update={"config": config})], nodes=[replace(N1, hardware=file), N2],
+                  replicas=others, demand={"m": Demand(waiting=1)}, now=NOW, speeds=measured(n1=10.0, n2=58.0))  # fmt: skip
+    assert decided(plan(found)) == [("place", "m", "n1")]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ def model(name: str = "m", **config: object) -> Model:
     return Model(id=name, name=name, revision=1, config=ModelConfig(backend="echo", **config))
 
 
+RIVALS = {name: model(name, concurrency_groups=("g",)) for name in "mn"}
+
+
 def replica(replica_id: str, state: ReplicaState = S.READY, **values: object) -> Replica:
     values = {"model_id": "m", "number": 1, "changed": 50.0, **values}
     return Replica(id=replica_id, node_id="n1", revision=1, state=state, slots=4, **values)
@@ -56,6 +59,8 @@ def test_a_process_without_a_row_is_adopted(lives: str, state: NodeState) -> Non
         ({}, {"node": replace(NODE, state=NodeState.DRAINED)}, "is drained"),
         ({}, {"node": replace(NODE, state=NodeState.PENDING)}, "is pending"),
         ({}, {"models": {"m": model(selector={"zone": "attic"})}}, "lacks a label"),
+        ({"number": 2}, {"own": [replica("b")]}, "as many replicas of model m as it may"),
+        ({}, {"own": [replica("b", model_id="n")], "models": RIVALS}, "has model n, which excludes m"),
     ],
 )
 def test_a_process_that_could_not_have_been_placed_so_is_told_to_stop(said: dict, more: dict, why: str) -> None:
@@ -65,9 +70,10 @@ def test_a_process_that_could_not_have_been_placed_so_is_told_to_stop(said: dict
 
 
 def test_of_two_processes_in_one_place_one_is_adopted() -> None:
-    found = compared([report("a"), report("b"), report("c", number=2)], [])
+    node = replace(NODE, given_slots=2)
+    found = compared([report("a"), report("b"), report("c", number=2), report("d", number=3)], [], node)
     assert [each.id for each in found.adopt] == ["a", "c"]
-    assert list(found.stop) == ["b"]
+    assert list(found.stop) == ["b", "d"]
 
 
 @pytest.mark.parametrize("state", RUNNING)
@@ -136,12 +142,12 @@ processes = st.lists(
 )  # fmt: skip
 
 
-@given(rows, processes, st.sampled_from(NodeState))
+@given(rows, processes, st.sampled_from(NodeState), st.integers(1, 2))
 def test_after_two_reports_every_process_has_its_row_or_an_order_and_every_row_its_process(
-    own: list[Replica], lives: list[Report], state: NodeState
+    own: list[Replica], lives: list[Report], state: NodeState, slots: int
 ) -> None:
     known = {"models": {"m": model("m"), "n": model("n")}}
-    node = replace(NODE, state=state)
+    node = replace(NODE, state=state, given_slots=slots)
     stopped: set[str] = set()
     for at in (200.0, 300.0, 400.0):  # the first may be too early for what has changed since the one before it
         found = compared(lives, own, node, **known)

@@ -3,11 +3,17 @@
 import pytest
 
 from localai_q.cluster.events import Progress
+from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Replica
+from localai_q.cluster.speeds import Measure, Speeds
 from localai_q.cluster.states import ReplicaState
 from localai_q.cluster.waiting import Load, Standing, expected_wait, load_of
 
 NAMES = {"n1": "alpha", "n2": "beta"}
+MODEL = Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", size=1000))
+OTHER = Model(id="o", name="o", revision=1, config=ModelConfig(backend="echo", size=500))
+KNOWN = Speeds([Measure(node_id="n1", model_id="m", load_seconds=20.0), Measure(node_id="n2", model_id="o", load_seconds=4.0)],
+               [MODEL, OTHER])  # fmt: skip
 
 
 def replica(state: ReplicaState, node_id: str = "n1", job_id: str | None = None) -> Replica:
@@ -26,24 +32,44 @@ def test_the_expected_wait_counts_rounds(place: int, slots: int, pace: float | N
 def test_the_load_that_is_furthest_is_told_with_its_progress() -> None:
     own = [replica(ReplicaState.PLACED), replica(ReplicaState.STAGING, "n2", "j2")]
     progress = {"j2": Progress(stage="downloading", done=25.0, total=100.0, unit="bytes")}
-    load = load_of("m", own, NAMES, progress, now=110.0)
+    load = load_of(MODEL, own, NAMES, progress, Speeds(), now=110.0)
     assert load is not None
     assert load.body() == {"model": "m", "state": "staging", "node": "beta", "progress": 25.0, "bytes_sent": 25,
-                           "total_bytes": 100, "eta_seconds": 30}  # fmt: skip
+                           "total_bytes": 100, "eta_seconds": 30, "ready_in_seconds": None}  # fmt: skip
     assert str(Standing(place=2, load=load)) == ("waiting: m is staging on beta, 25 % downloading, about 30 s left")
 
 
 def test_a_load_without_progress_has_its_state_only() -> None:
-    load = load_of("m", [replica(ReplicaState.PLACED)], NAMES, {}, now=110.0)
+    load = load_of(MODEL, [replica(ReplicaState.PLACED)], NAMES, {}, KNOWN, now=110.0)
     assert load == Load(model="m", state="placed", node="alpha")
     assert load.body()["state"] == "pending"
     assert load.body()["eta_seconds"] is None
     assert str(load) == "m is placed on alpha"
 
 
+@pytest.mark.parametrize(
+    ("at", "now", "left"),
+    [("n1", 105.0, 15), ("n1", 130.0, 0), ("n1", 90.0, 20), ("n2", 105.0, 3), ("n3", 105.0, None)],
+)
+def test_loading_takes_as_long_as_it_took_or_as_its_like_took_by_their_bytes(at: str, now: float, left: int) -> None:
+    load = load_of(MODEL, [replica(ReplicaState.LOADING, at, "ended")], NAMES, {}, KNOWN, now=now)
+    assert load is not None
+    assert (load.body()["eta_seconds"], load.body()["ready_in_seconds"]) == (left, left)
+    assert ("s left" in str(load)) is (left is not None)
+    assert "ready in" not in str(load)
+
+
+def test_the_whole_takes_the_stage_and_the_loading_after_it() -> None:
+    progress = {"j": Progress(stage="downloading", done=25.0, total=100.0, unit="bytes")}
+    load = load_of(MODEL, [replica(ReplicaState.STAGING, job_id="j")], NAMES, progress, KNOWN, now=110.0)
+    assert load is not None
+    assert (load.body()["eta_seconds"], load.body()["ready_in_seconds"]) == (30, 50)
+    assert str(load) == "m is staging on alpha, 25 % downloading, about 30 s left, ready in about 50 s"
+
+
 def test_packages_are_no_bytes() -> None:
     progress = {"j": Progress(stage="installing", done=3.0, total=4.0, unit="packages")}
-    load = load_of("m", [replica(ReplicaState.INSTALLING, job_id="j")], NAMES, progress, now=100.0)
+    load = load_of(MODEL, [replica(ReplicaState.INSTALLING, job_id="j")], NAMES, progress, KNOWN, now=100.0)
     assert load is not None
     assert (load.body()["bytes_sent"], load.body()["progress"]) == (0, 75.0)
 
@@ -52,7 +78,7 @@ def test_packages_are_no_bytes() -> None:
     "own", [[], [replica(ReplicaState.FAILED)], [replica(ReplicaState.READY), replica(ReplicaState.LOADING, "n2")]]
 )
 def test_where_nothing_must_be_waited_for_there_is_no_load(own: list[Replica]) -> None:
-    assert load_of("m", own, NAMES, {}, now=1.0) is None
+    assert load_of(MODEL, own, NAMES, {}, KNOWN, now=1.0) is None
 
 
 def test_a_place_is_told_with_the_time_where_that_is_known() -> None:
