@@ -21,7 +21,16 @@ from localai_q.embedded.valkey import Valkey
 
 TEMPLATE = "template_of_tests"
 SECRET_TOKEN = "join-us"
+TESTS = Path(__file__).parent
+ONE_PROCESS = ("e2e", "faults")  # folders whose tests share a cluster
 counter = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares a cluster or a file runs in one process, where several run side by side."""
+    for item in items:
+        folder = item.path.relative_to(TESTS).parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_PROCESS else item.path.stem))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,6 +68,9 @@ def make_database(postgres: Postgres) -> Iterator[Callable[..., str]]:
     from localai_q.store import migrate
 
     owner = create_engine(postgres.url, isolation_level="AUTOCOMMIT")
+    with owner.connect() as connection:  # hundreds of clones are to survive the tests, not a loss of power
+        connection.execute(text("ALTER SYSTEM SET fsync = off"))
+        connection.execute(text("SELECT pg_reload_conf()"))
 
     def make(name: str, template: str = TEMPLATE) -> str:
         # None is dropped: that would cost a checkpoint each.
