@@ -142,6 +142,13 @@ def _read(file: Path, advance: Any) -> Iterator[bytes]:
 
 
 def _replicas(model: dict[str, Any]) -> str:
-    return ", ".join(
+    shown = [
         f"{r['node']}: {r['state']}" + (f" ({r['reason'][:80]})" if r["reason"] else "") for r in model["replicas"]
-    )
+    ]
+    return ", ".join([*shown, *([_unmet(model["unmet"])] if model["unmet"] else [])])
+
+
+def _unmet(unmet: dict[str, Any]) -> str:
+    """Why a model has fewer copies than it should, in short."""
+    where = "; ".join(f"{name}: {reason}" for name, reason in unmet["nodes"].items())
+    return f"{unmet['has']} of {unmet['wanted']}, no room: {where or 'there is no node'}"[:200]

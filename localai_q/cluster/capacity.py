@@ -176,6 +176,11 @@ def available(node: Node) -> Memory:
     )
 
 
+def disk_free(node: Node) -> int:
+    """Bytes that the node said its models' folder has left."""
+    return _number(node.hardware, "disk_free")
+
+
 def budget(node: Node) -> int:
     """Bytes that models may take: of the GPUs' memory, or of RAM where there are none."""
     told = _number(node.hardware, "budget")
@@ -224,7 +229,7 @@ def _unfit(model: Model, site: Site, now: float) -> Callable[[], str] | None:
         holding = [replica for replica in own if replica.state not in WITHOUT_PROCESS]
         if len(holding) >= limit(model, node):
             return lambda: _full(holding)
-    needed, disk = _disk_need(model, site), _number(node.hardware, "disk_free")
+    needed, disk = _disk_need(model, site), disk_free(node)
     return (lambda: f"needs {human(needed)} of disk, {human(disk)} free") if needed > disk else None
 
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
-from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, matches
+from localai_q.cluster.capacity import (
+    WITHOUT_PROCESS,
+    Seeker,
+    Site,
+    Verdict,
+    available,
+    booking,
+    budget,
+    disk_free,
+    examine,
+    matches,
+)
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
+from localai_q.cluster.wishes import STEP, circumstances
 
 PATIENCE = 5.0  # seconds that a job may wait before its model counts as short of replicas
 
@@ -41,6 +54,20 @@ class Fleet:
     gpu_backends: frozenset[str] = frozenset()  # that use a node's GPUs
     speeds: Speeds = field(default_factory=Speeds)  # of models on nodes
     now: float  # seconds since the epoch
+
+    @cached_property
+    def circumstances(self) -> str:
+        """What decides for which models there is room."""
+        models = [(model.id, model.revision) for model in self.models]
+        replicas = [(each.id, each.state, each.reserved) for each in self.replicas if each.state not in WITHOUT_PROCESS]
+        return circumstances([models, replicas, *map(_footing, self.nodes)])
+
+
+def _footing(node: Node) -> tuple[Any, ...]:
+    """What of a node decides for which models there is room."""
+    room = available(node)
+    coarse = [amount // STEP for amount in (room.ram, room.vram, budget(node), disk_free(node))]
+    return (node.id, node.state, sorted(node.labels.items()), node.replica_slots, coarse)
 
 
 class Board:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
+from localai_q.cluster.wishes import Unmet
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
@@ -120,6 +121,7 @@ class Model(BaseModel):
     is_default: bool = False
     created: float = 0.0  # seconds since the epoch
     facts: Facts | None = None  # once the file's header was read
+    unmet: Unmet | None = None  # while it has fewer replicas than it should, and there is room for no more
 
     def spec(self) -> dict[str, Any]:
         """What a node is told of the model."""

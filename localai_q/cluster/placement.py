@@ -12,7 +12,8 @@ The decision, in order:
    measured, and keeps the most memory free.
 5. Where a model that somebody waits for, and that nothing serves, has room nowhere, `eviction` makes some. While what
    is in the way is busy, it waits.
-6. A model that somebody waits for, that nothing serves, and that failed again and again or never fits, is given up for
+6. A model that lacks replicas for which there is room nowhere rests, as `wishes` says.
+7. A model that somebody waits for, that nothing serves, and that failed again and again or never fits, is given up for
    those who wait. A first failure is only tried again: those in line did nothing to deserve an error.
 """
 
@@ -22,15 +23,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heapify, heappop, heapreplace
+from itertools import islice
 from typing import Any
 
-from localai_q.cluster import eviction, scaling
+from localai_q.cluster import eviction, scaling, wishes
 from localai_q.cluster.capacity import Verdict, booking, cooling
 from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import COMING_UP, ReplicaState
+from localai_q.cluster.wishes import Unmet
 
 GIVE_UP = 2  # failures in a row
 MOST_REASONS = 20  # nodes that an error names
@@ -72,7 +75,15 @@ class GiveUp:
     reason: str
 
 
-Action = Place | Retry | Stop | GiveUp
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Remember that the model's wish for replicas cannot be met; None: that it can be, or is none any more."""
+
+    model_id: str
+    unmet: Unmet | None
+
+
+Action = Place | Retry | Stop | GiveUp | Note
 
 
 class Survey:
@@ -84,15 +95,15 @@ class Survey:
         self._model = model
         self.chosen: set[str] = set()  # node ids
 
-    def passed_over(self) -> dict[str, str]:
-        """Why the model does not go to each of the nodes that were not chosen, by name."""
+    def passed_over(self, most: int | None = None) -> dict[str, str]:
+        """Why the model does not go to each of the nodes that were not chosen, by name; of so many at most."""
         looked_at = {verdict.node.id: verdict for verdict in self.verdicts}
-        reasons = {}
-        for node in self._board.nodes.values():
-            if node.id not in self.chosen:
-                verdict = looked_at.get(node.id) or self._board.examine(self._model, node.id)
-                reasons[node.name] = verdict.reason or "fits, but another suits better"
-        return reasons
+        others = (node for node in self._board.nodes.values() if node.id not in self.chosen)
+        return {node.name: self._why_not(looked_at.get(node.id), node.id) for node in islice(others, most)}
+
+    def _why_not(self, verdict: Verdict | None, node_id: str) -> str:
+        verdict = verdict or self._board.examine(self._model, node_id)
+        return verdict.reason or "fits, but another suits better"
 
 
 def hopeless(replica: Replica) -> bool:
@@ -130,7 +141,8 @@ def _of_model(board: Board, model: Model) -> list[Action]:
         alive = [replica for replica in alive if replica.node_id in where]
     lacking = count - len(alive)
     if lacking <= 0:
-        return []
+        over = model.unmet and wishes.is_over(model.unmet, model.revision, len(alive), board.now)
+        return [Note(model_id=model.id, unmet=None)] if over else []
     failed = [replica for replica in board.of(model.id) if replica.state is ReplicaState.FAILED]
     actions = _retries(board, model, failed, lacking)
     lacking -= len(actions)
@@ -139,11 +151,29 @@ def _of_model(board: Board, model: Model) -> list[Action]:
     )
     if not lacking or (returning and not model.config.spread_all):
         return actions
+    urgent = not actions and not returning and not board.alive(model.id) and board.demand(model.id).waiting > 0
+    known = model.unmet
+    if known and known.rests(count, count - lacking, board.fleet.circumstances, board.now):
+        if known.hopeless and urgent:
+            return [GiveUp(model_id=model.id, reason=known.reason)]
+        if not urgent:
+            return actions
     survey = Survey(board, model)
-    actions += _places(board, model, survey, lacking, reason)
-    if actions or returning or board.alive(model.id) or not board.demand(model.id).waiting:
+    places = _places(board, model, survey, lacking, reason)
+    actions += places
+    if len(places) == lacking:
         return actions
-    return _make_room(board, model, survey)
+    given_up = None
+    if urgent and not places:
+        actions = _make_room(board, model, survey)
+        given_up = next((action for action in actions if isinstance(action, GiveUp)), None)
+        if given_up is None:
+            return actions  # it is a matter of time
+        reason = given_up.reason
+    found = wishes.unmet(known, board.now, revision=model.revision, wanted=count, has=count - lacking + len(places), reason=reason,
+                         nodes=_why_nowhere(board, model, MOST_REASONS), hopeless=given_up is not None,
+                         seen=board.fleet.circumstances)  # fmt: skip
+    return [*actions, Note(model_id=model.id, unmet=found)]
 
 
 def _retries(board: Board, model: Model, failed: Sequence[Replica], most: int) -> list[Action]:
@@ -213,20 +243,26 @@ def _make_room(board: Board, model: Model, survey: Survey) -> list[Action]:
     moving = not own.isdisjoint((*COMING_UP, ReplicaState.STOPPING))  # on a node that may be back, or out of the way
     if moving or any(eviction.may_fit(board, verdict) for verdict in crowded):
         return []
-    return _give_up(board, model, survey)
+    return _give_up(board, model)
+
+
+def _why_nowhere(board: Board, model: Model, most: int) -> dict[str, str]:
+    """Why no replica can go to any of these nodes, by name; of so many at most."""
+    return {node.name: board.examine(model, node.id).reason for node in islice(board.nodes.values(), most)}
 
 
 def _unused(board: Board, replica: Replica) -> str:
     return f"{board.now - scaling.last_used(replica):.0f} s"
 
 
-def _give_up(board: Board, model: Model, survey: Survey) -> list[Action]:
+def _give_up(board: Board, model: Model) -> list[Action]:
     failed = [replica for replica in board.of(model.id) if hopeless(replica)]
     if not failed and not board.ready:
         return []  # nodes may be about to come
     where = {board.nodes[replica.node_id].name for replica in failed if replica.node_id in board.nodes}
-    others = [f"{name}: {reason}" for name, reason in survey.passed_over().items() if name not in where]
-    reasons = [*(replica.reason for replica in failed[-1:]), *others[:MOST_REASONS]]
-    if len(others) > MOST_REASONS:
-        reasons.append(f"and {len(others) - MOST_REASONS} more nodes")
+    told = _why_nowhere(board, model, MOST_REASONS + len(where))
+    others = [f"{name}: {reason}" for name, reason in told.items() if name not in where][:MOST_REASONS]
+    reasons = [*(replica.reason for replica in failed[-1:]), *others]
+    if more := len(board.nodes) - len(where) - len(others):
+        reasons.append(f"and {more} more nodes")
     return [GiveUp(model_id=model.id, reason="; ".join(reasons))]

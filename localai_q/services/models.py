@@ -80,6 +80,7 @@ def listed(services: Services) -> list[dict[str, Any]]:
             "revision": model.revision,
             "default": model.is_default,
             "created": model.created,
+            "unmet": model.unmet.shown() if model.unmet else None,
             **model.config.model_dump(mode="json"),
             "replicas": [
                 {"id": r.id, "node": node_names.get(r.node_id, r.node_id), "number": r.number, "state": r.state,

@@ -15,10 +15,11 @@ from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Facts, Model
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
+from localai_q.cluster.placement import MOST_REASONS, Action, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
+from localai_q.cluster.wishes import Unmet
 from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
@@ -52,7 +53,8 @@ def reconcile(services: Services) -> None:
         now=time.time(),
     )
     for action in plan(fleet):
-        log.info("%s", action, extra={"action": "placement"})
+        if not isinstance(action, Note):
+            log.info("%s", action, extra={"action": "placement"})
         _act(services, action, {model.id: model for model in known})
     advance(services)
 
@@ -86,16 +88,32 @@ def _drop(services: Services, action: Drop) -> None:
 def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
     match action:
         case Place():
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("not elsewhere: %s", action.survey.passed_over(MOST_REASONS))
             place(services, known[action.model_id], action.node_id)
         case Retry():
             _retry(services, action.replica_id, known)
         case Stop():
             if not action.if_idle or is_idle(services, action.replica_id):
                 stop(services, action.replica_id, action.reason)
+        case Note():
+            _note(services, known[action.model_id], action.unmet)
         case GiveUp():
             name = known[action.model_id].name
             error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
             fail_waiting(services, action.model_id, error)
+
+
+def _note(services: Services, model: Model, unmet: Unmet | None) -> None:
+    """Keep whether the model's wish for replicas can be met; one line when that begins, and one when it ends."""
+    with services.db.transaction() as db:
+        models.note(db, model.id, unmet)
+    if unmet and not model.unmet:
+        where = "; ".join(f"{name}: {reason}" for name, reason in unmet.nodes.items())
+        log.warning("model %s has %d of %d replicas (%s), and no node takes one more: %s",
+                    model.name, unmet.has, unmet.wanted, unmet.reason, where)  # fmt: skip
+    elif model.unmet and not unmet:
+        log.info("model %s does not lack replicas any more, after %.0f s", model.name, time.time() - model.unmet.since)
 
 
 def is_idle(services: Services, replica_id: str) -> bool:

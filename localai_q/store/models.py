@@ -10,6 +10,7 @@ from sqlalchemy import Connection, Row, delete, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.wishes import Unmet
 from localai_q.names import new_id
 from localai_q.store.tables import models
 
@@ -49,6 +50,12 @@ def learn(db: Connection, model_id: str, facts: Facts) -> None:
     db.execute(update(models).where(models.c.id == model_id).values(facts=asdict(facts)))
 
 
+def note(db: Connection, model_id: str, unmet: Unmet | None) -> None:
+    """Note that the model's wish for replicas cannot be met; None: that it can."""
+    record = unmet.model_dump(mode="json") if unmet else null()
+    db.execute(update(models).where(models.c.id == model_id).values(unmet=record))
+
+
 def remove(db: Connection, model_id: str) -> None:
     db.execute(delete(models).where(models.c.id == model_id))
 
@@ -62,4 +69,5 @@ def _model(row: Row[Any]) -> Model:
         is_default=row.is_default,
         created=row.created_at.timestamp(),
         facts=Facts.from_json(row.facts) if row.facts else None,
+        unmet=Unmet.model_validate(row.unmet) if row.unmet else None,
     )

@@ -1,5 +1,6 @@
 """What a node may hold: as it says itself, and as an admin says, which goes before that and stays."""
 
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -10,7 +11,7 @@ from cluster_data import add_model, join, model_named, node_named, ready_node
 from api.app import create_app
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import ReplicaState
-from localai_q.services import fleet, keys, nodes, replicas
+from localai_q.services import fleet, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import replicas as rows
 
@@ -147,6 +148,31 @@ def test_two_models_that_exclude_each_other_never_get_onto_one_node_however_many
         db.exec_driver_sql("UPDATE replicas SET changed_at = now() - interval '1 hour'")
     replicas._retry(services, first.id, {model.id: model for model in known})
     assert [r.state for r in there(services, node) if r.id == first.id] == [ReplicaState.FAILED]
+
+
+def test_a_wish_that_cannot_be_met_is_shown_and_said_once_and_ends_with_what_makes_room(
+    services: Services, node: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    told(services, node, ram_available=4 * GB)
+    add_model(services, memory=3 * GB, min_replicas=2, max_replicas=2)
+    caplog.set_level(logging.INFO, "localai_q.services.replicas")
+    for _ in range(4):
+        replicas.reconcile(services)
+    (shown,) = models.listed(services)
+    assert (shown["unmet"]["wanted"], shown["unmet"]["has"]) == (2, 1)
+    assert shown["unmet"]["reason"] == "min_replicas is 2"
+    assert shown["unmet"]["nodes"] == {"n1": "has a replica that is installing"}
+    assert caplog.text.count("model m has 1 of 2 replicas (min_replicas is 2), and no node takes one more: n1: ") == 1
+    fleet.limit(services, "n1", "max_replicas_per_model", 2)
+    replicas.reconcile(services)
+    assert "needs 3.0 GB, 1.0 GB free" in models.listed(services)[0]["unmet"]["nodes"]["n1"]
+    told(services, node, ram_available=8 * GB)
+    replicas.reconcile(services)
+    replicas.reconcile(services)
+    assert len(there(services, node)) == 2
+    assert models.listed(services)[0]["unmet"] is None
+    assert caplog.text.count("does not lack replicas any more") == 1
+    assert caplog.text.count("model m has") == 1
 
 
 def test_a_limit_of_a_node_is_looked_up_by_its_name_too(services: Services, node: Node) -> None:

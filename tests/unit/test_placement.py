@@ -16,6 +16,7 @@ from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import (
     GiveUp,
+    Note,
     Place,
     Retry,
     Stop,
@@ -59,7 +60,7 @@ def decided(actions) -> list[tuple]:
         Stop: lambda a: ("stop", a.replica_id),
         GiveUp: lambda a: ("give up", a.model_id),
     }
-    return [shapes[type(action)](action) for action in actions]
+    return [shapes[type(action)](action) for action in actions if not isinstance(action, Note)]
 
 
 N1, N2, N3 = node("n1"), node("n2"), node("n3")
@@ -174,8 +175,8 @@ def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
 
 
 def test_giving_up_tells_why_the_last_one_failed() -> None:
-    (action,) = plan(fleet([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}))
-    assert action.reason == "no memory"
+    action, note = plan(fleet([model()], [N1], [replica(S.FAILED, failures=2)], {"m": 1}))
+    assert (action.reason, note.unmet.reason) == ("no memory", "no memory")
 
 
 def test_the_back_off_doubles_up_to_its_most() -> None:
