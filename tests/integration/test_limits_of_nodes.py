@@ -45,7 +45,7 @@ def there(services: Services, node: Node) -> list[Replica]:
 
 
 def told(services: Services, node: Node, **hardware: Any) -> None:
-    nodes.heartbeat(services, node, hardware=hardware, running=[])
+    nodes.heartbeat(services, node, hardware=hardware)
 
 
 def test_a_nodes_own_limits_are_shown_and_an_admins_go_before_them(services: Services, node: Node, call) -> None:
