@@ -27,6 +27,7 @@ from localai_q.cluster.waiting import Standing
 from localai_q.config import Settings
 from localai_q.errors import Cancelled, DeadlineExceeded, LocalAIError, Stopping
 from localai_q.services import generations, waiting
+from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 
@@ -55,6 +56,7 @@ class Following:
         self._streams = streams
         self._late = 0.0
         self._ended = False
+        self._heard_of = False
         self._gone: LocalAIError | None = None  # why nobody follows any more
         self._keep_stalled = False
         self._closed = False
@@ -85,6 +87,9 @@ class Following:
             if entry is None and time.monotonic() > self._late:
                 raise DeadlineExceeded
             if entry:
+                if not self._heard_of:
+                    self._heard_of = True
+                    self._streams.router.heard(self.job_id)
                 self.heard, self.standing = time.monotonic(), None
                 self._ended = isinstance(entry.event, End)
                 if fresh:  # a job counts once, however many come back for it
@@ -123,6 +128,8 @@ class Following:
         self._unwatch()
         self._reader.close()
         self._streams.remove(self)
+        if self.kept:
+            self._streams.router.ended(self.job_id, self.kept.line)
         if self.kept and not self._ended:
             spares = self._keep_stalled or isinstance(self._gone, Stopping)
             self._streams.say_farewell(self.kept, spares=spares)
@@ -131,9 +138,10 @@ class Following:
 class Streams:
     """All followings of a web process."""
 
-    def __init__(self, services: Services, snapshots: Snapshots, metrics: Metrics) -> None:
+    def __init__(self, services: Services, snapshots: Snapshots, router: Router, metrics: Metrics) -> None:
         self.settings: Settings = services.settings
         self.listener = Listener(services.redis)
+        self.router = router
         self.metrics = metrics
         self._services = services
         self._snapshots = snapshots

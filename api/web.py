@@ -1,4 +1,5 @@
-"""What a web process holds: its services, the streams of its clients, its memory of keys and of the registry, its counters."""
+"""What a web process holds: its services, the streams of its clients, its memory of keys, of the registry and of where requests go,
+its counters."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from api.metrics import Metrics
 from api.streams import Streams
 from localai_q.config import Settings
 from localai_q.services.keys import Authenticator
+from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services, connect
 from localai_q.store.keys import ApiKey
@@ -22,6 +24,7 @@ class Web:
     services: Services
     streams: Streams
     snapshots: Snapshots
+    router: Router
     authenticator: Authenticator
     metrics: Metrics
 
@@ -30,10 +33,13 @@ def make_web(settings: Settings) -> Web:
     """Connect a web process."""
     services = connect(settings)
     metrics, snapshots = Metrics(services), Snapshots(services)
+    router = Router(services, snapshots)
+    router.start()
     return Web(
         services=services,
-        streams=Streams(services, snapshots, metrics),
+        streams=Streams(services, snapshots, router, metrics),
         snapshots=snapshots,
+        router=router,
         authenticator=Authenticator(services),
         metrics=metrics,
     )

@@ -20,6 +20,7 @@ CONTROL_QUEUE = "control"
 # Channels.
 ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
 WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now
+PREFIXES_CHANNEL = "prefixes"  # what replicas have read, from web process to web process
 EVENTS_CHANNELS = "/*.celeryev/*"  # a pattern: Celery's events, by number of the database and kind of event
 
 SERVED_SINCE = "served-since"  # seconds since the epoch: the web has been there without a break
@@ -84,15 +85,24 @@ def web_missed_key(watcher: str) -> str:
     return f"web-missed:{watcher}"
 
 
+def pressure_key(model_id: str) -> str:
+    """How many requests a replica's load has lately kept from the one that had read the beginning of their prompt."""
+    return f"pressure:{model_id}"
+
+
 def dead_letters(queue: str) -> str:
     """List of what lay on a queue and was no message of ours, the newest first."""
     return f"dead:{queue}"
 
 
+def broker_keys(queue: str) -> list[str]:
+    """Where kombu keeps what lies on a queue, and that there is one, whoever consumes it or rings on it."""
+    return [queue, f"_kombu.binding.{queue}", f"_kombu.binding_permanent.{queue}"]
+
+
 def keys_of_queue(queue: str) -> list[str]:
-    """Every key that a consumer of this queue needs: ours, and those in which kombu keeps what is bound to it."""
-    return [queue, waiting_key(queue), leases_key(queue), dead_letters(queue), f"_kombu.binding.{queue}",
-            f"_kombu.binding_permanent.{queue}"]  # fmt: skip
+    """Every key that a consumer of this queue needs: ours, and kombu's."""
+    return [*broker_keys(queue), waiting_key(queue), leases_key(queue), dead_letters(queue)]
 
 
 def unacked_key(node_id: str) -> str:

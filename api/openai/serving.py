@@ -94,7 +94,7 @@ def result(job_id: str) -> Response:
 def _submit(asked: GenerationRequest, job_id: str, *, watcher: str, keep: Keep) -> Kept:
     process = web()
     kept = generations.submit(
-        process.services, process.snapshots, asked, key_id=caller().id, job_id=job_id, watcher=watcher, keep=keep
+        process.services, process.router, asked, key_id=caller().id, job_id=job_id, watcher=watcher, keep=keep
     )
     g.job_id = job_id
     return kept

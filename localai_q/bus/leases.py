@@ -290,6 +290,25 @@ class Leases:
         with broker_errors():
             return Counter(name.partition(".")[0] for name in self._owners(lines).values())
 
+    def at_work(self, line: str) -> tuple[dict[str, str], int]:
+        """Whose the jobs of a line are that somebody works on (the owners, as in `owners`), and how many jobs wait."""
+        with broker_errors():
+            held = {job_id: name.partition(".")[0] for job_id, name in self._owners([line]).items()}
+            return held, int(self._redis.zcard(names.waiting_key(line)))
+
+    def holders(self, job_ids: Sequence[str]) -> dict[str, str | None]:
+        """Who worked on each of these jobs last; None for one that waits. Those that Redis does not know are left out."""
+        pipe = self._redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.hmget(names.job_key(job_id), ["state", "owner"])
+        with broker_errors():
+            rows = pipe.execute() if job_ids else []
+        return {
+            job_id: None if state == "waiting" else (owner or "").partition(".")[0]
+            for job_id, (state, owner) in zip(job_ids, rows, strict=True)
+            if state
+        }
+
     def _owners(self, lines: Sequence[str]) -> dict[str, str]:
         """Whose the jobs of these lines are that somebody works on."""
         pipe = self._redis.pipeline(transaction=False)

@@ -37,6 +37,7 @@ class Demand:
     waiting: int = 0
     late: int = 0  # of these, since more than `PATIENCE`
     longest: float = 0.0  # seconds that the first in line has waited
+    pressure: int = 0  # requests that load has lately kept from the replica that had read the beginning of their prompt
 
 
 NOBODY = Demand()

@@ -57,6 +57,10 @@ class ModelConfig(BaseModel):
     )  # seconds after which an unused replica above the least goes; 0: never
     pinned: bool = False  # no replica is stopped to make room for another model
     concurrency_groups: tuple[GroupName, ...] = Field((), max_length=16)  # models that share one never share a node
+    route_policy: Literal["prefix_cache", "round_robin"] = "prefix_cache"
+    min_prefix_match: float = Field(0.0, ge=0, le=1)
+    balance_abs_threshold: int = Field(0, ge=0, le=1000)
+    balance_rel_threshold: float = Field(0.0, ge=0, le=1000)
     selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=16)  # labels that a node must have
 
     @model_validator(mode="after")

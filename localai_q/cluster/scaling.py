@@ -1,8 +1,8 @@
 """How many replicas a model should have. Pure.
 
 As many as `min_replicas`, and one more than none when somebody waits. One more than there are when too many wait for too
-long; one less when a replica was not used for `idle_timeout`. Where a model is to be on every node, as many as there are
-nodes.
+long, or when load keeps requests from the replicas that have read the beginning of their prompts; one less when a
+replica was not used for `idle_timeout`. Where a model is to be on every node, as many as there are nodes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     if config.spread_all:
         return len(board.matching(model)), "one on every ready node"
     alive = board.alive(model.id)
-    if config.min_replicas <= len(alive) < config.max_replicas and _is_short(board, model, alive):
+    may_grow = config.min_replicas <= len(alive) < config.max_replicas
+    if may_grow and _is_short(board, model, alive):
         return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"
+    if may_grow and demand.pressure and _settled_slots(board, alive):
+        return len(alive) + 1, f"load kept {demand.pressure} requests from the replica that had read their beginning"
     if demand.waiting and not config.min_replicas:
         return 1, f"{demand.waiting} waiting, none loaded"
     return config.min_replicas, f"min_replicas is {config.min_replicas}"
@@ -49,9 +52,12 @@ def superfluous(board: Board, model: Model) -> Replica | None:
 
 
 def _is_short(board: Board, model: Model, alive: list[Replica]) -> bool:
-    """Whether the replicas, which all had time to show what they do, leave too many waiting."""
-    settled = [
-        replica for replica in alive if replica.state is ReplicaState.READY and board.now - replica.changed >= PATIENCE
-    ]
-    slots = sum(replica.slots for replica in settled)
-    return bool(settled) and len(settled) == len(alive) and board.demand(model.id).late >= PRESSURE * slots
+    """Whether the replicas leave too many waiting."""
+    slots = _settled_slots(board, alive)
+    return bool(slots) and board.demand(model.id).late >= PRESSURE * slots
+
+
+def _settled_slots(board: Board, alive: list[Replica]) -> int:
+    """The slots of the replicas, if all of them had time to show what they do; else 0."""
+    settled = all(each.state is ReplicaState.READY and board.now - each.changed >= PATIENCE for each in alive)
+    return sum(each.slots for each in alive) if settled else 0

@@ -14,17 +14,16 @@ from localai_q.bus.leases import Kept, Submission
 from localai_q.cluster.events import End
 from localai_q.cluster.jobs import GENERATIONS, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
-from localai_q.cluster.routing import route
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Gone, LocalAIError, NotFound, Unavailable, to_record
-from localai_q.services.snapshots import Snapshots
+from localai_q.services.router import Router, Trip
 from localai_q.services.wiring import Services
 from localai_q.store import jobs
 
 
 def submit(
     services: Services,
-    snapshots: Snapshots,
+    router: Router,
     request: GenerationRequest,
     *,
     key_id: str,
@@ -41,29 +40,38 @@ def submit(
     Raises:
         ModelNotFound, UnsupportedByModel, ModelUnavailable, Busy, Unavailable: it was not accepted.
     """
-    model, snapshot = snapshots.model(request.model)
-    way = route(model, snapshot.replicas, request.kind, time.time())
+    trip = router.route(request, job_id)
+    way = trip.way
     timeout = services.settings.request_timeout
     created = time.time()
     outline = request.outline().to_json()
     body = request.to_json()
-    job = Job(id=job_id, kind=request.kind, state=JobState.OPEN, line=way.queue, model_id=model.id, key_id=key_id,
+    job = Job(id=job_id, kind=request.kind, state=JobState.OPEN, line=way.queue, model_id=trip.model.id, key_id=key_id,
               request=body, stream=request.stream, keep=keep)  # fmt: skip
-    with services.db.transaction() as db:
-        jobs.add(db, job, timeout=timeout)
     submission = Submission(job_id=job_id, line=way.queue, request=body, watcher=watcher, timeout=timeout,
                             lives=timeout + services.settings.journal_ttl, stream=request.stream, key_id=key_id,
                             outline=outline, keep=keep, created=created)  # fmt: skip
     try:
+        with services.db.transaction() as db:
+            jobs.add(db, job, timeout=timeout)
+        _enter(services, trip, submission, job)
+    except LocalAIError:
+        router.ended(job_id, way.queue)
+        raise
+    router.sent(trip)
+    return Kept(job_id=job_id, key_id=key_id, outline=outline, line=way.queue, created=int(created), left=timeout)
+
+
+def _enter(services: Services, trip: Trip, submission: Submission, job: Job) -> None:
+    try:
         with broker_errors():
             services.leases.submit(submission, longest_line=services.settings.max_waiting)
-            services.doorbells.ring(names.RUN_GENERATION, job_id, queue=way.queue)
-            if way.needs_load:
-                services.redis.publish(names.WAKE_CHANNEL, model.id)
+            services.doorbells.ring(names.RUN_GENERATION, job.id, queue=trip.way.doorbell)
+            if trip.way.needs_load:
+                services.redis.publish(names.WAKE_CHANNEL, trip.model.id)
     except LocalAIError as error:
         refuse(services, job, error)
         raise
-    return Kept(job_id=job_id, key_id=key_id, outline=outline, line=way.queue, created=int(created), left=timeout)
 
 
 def find(services: Services, job_id: str, *, key_id: str) -> Kept:

@@ -236,6 +236,13 @@ def _is_orphaned(state: LiveState, gone: Collection[str], now: float) -> bool:
 def bereave(services: Services, owner: str, line: str, why: str) -> None:
     """An owner is known to be dead: what it held goes back into its line at once, without waiting for the leases."""
     _take_up_again(services, services.leases.requeue_of(owner, line), line, why)
+    take_over_doorbells(services, owner, line)
+
+
+def take_over_doorbells(services: Services, replica_id: str, line: str) -> None:
+    """A replica takes no doorbells any more: all that serve its model are rung for those that lie on its own queue."""
+    services.redis.delete(*names.keys_of_queue(names.replica_queue(replica_id)))
+    _ring_again(services, line, older_than=0.0)
 
 
 def _take_up_again(services: Services, deaths: Mapping[str, int], line: str, why: str) -> None:
@@ -249,9 +256,9 @@ def _take_up_again(services: Services, deaths: Mapping[str, int], line: str, why
             services.doorbells.ring(_task_of(line), job_id, queue=line)
 
 
-def _ring_again(services: Services, line: str) -> None:
-    """Ring for those who wait, if the queue holds fewer doorbells than jobs wait."""
-    waiting = services.leases.waiting(line, older_than=UNCLAIMED)
+def _ring_again(services: Services, line: str, *, older_than: float = UNCLAIMED) -> None:
+    """Ring for those who have waited so long, if the queue holds fewer doorbells than jobs wait."""
+    waiting = services.leases.waiting(line, older_than=older_than)
     missing = len(waiting) - int(services.redis.llen(line))
     for job_id in waiting[: max(missing, 0)]:
         services.doorbells.ring(_task_of(line), job_id, queue=line)

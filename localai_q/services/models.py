@@ -113,7 +113,9 @@ def remove(services: Services, name: str) -> None:
         if replica.state is not ReplicaState.FAILED:
             services.doorbells.ring(names.STOP_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
     replica_services.fail_waiting(services, model.id, removed)
-    services.redis.delete(names.model_queue(model.id))
+    services.redis.delete(names.model_queue(model.id), names.pressure_key(model.id))
+    for replica in own:
+        services.redis.delete(*names.keys_of_queue(names.replica_queue(replica.id)))
     if unused and model.config.source.startswith(STORE):
         file_path(services, model.config.source.removeprefix(STORE)).unlink(missing_ok=True)
 

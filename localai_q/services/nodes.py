@@ -265,6 +265,7 @@ def watch_health(services: Services) -> None:
     process have been there without a break for as long as it may be silent.
     """
     interval = services.settings.heartbeat
+    silent: list[Replica] = []
     with services.db.transaction() as db:
         unhealthy = nodes.silent(db, UNHEALTHY_AFTER * interval)
         offline = nodes.silent(db, OFFLINE_AFTER * interval)
@@ -275,7 +276,9 @@ def watch_health(services: Services) -> None:
         for node in offline if served > OFFLINE_AFTER * interval else ():
             if nodes.move(db, node.id, NodeState.OFFLINE):
                 log.warning("node %s is offline", node.name)
-                _clear(services, db, node, "is offline")
+                silent += _clear(services, db, node, "is offline")
+    for replica in silent:  # what it holds it may still do; it loses that with its leases
+        jobs.take_over_doorbells(services, replica.id, names.model_queue(replica.model_id))
 
 
 def _clear(services: Services, db: Any, node: Node, why: str) -> list[Replica]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from localai_q import names
+from localai_q.bus import pressure
 from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
 from localai_q.cluster.draining import Drained, Drop, plan_drains
 from localai_q.cluster.events import End
@@ -42,11 +44,12 @@ def reconcile(services: Services) -> None:
         speeds = Speeds(measures.every(db), known)
     lines = {model.id: names.model_queue(model.id) for model in known}
     demand = services.leases.demand(list(lines.values()))
+    pressed = pressure.read(services.redis, list(lines))
     fleet = Fleet(
         models=known,
         nodes=where,
         replicas=what,
-        demand={model_id: demand[line] for model_id, line in lines.items()},
+        demand={model_id: replace(demand[line], pressure=pressed[model_id]) for model_id, line in lines.items()},
         busy=services.leases.owners(list(lines.values())),
         gpu_backends=catalog.gpu_backends(),
         speeds=speeds,
@@ -133,8 +136,10 @@ def place(services: Services, model: Model, node_id: str) -> None:
         if verdict is None or not verdict.fits:
             return  # somebody else was faster; the next plan knows it
         number = verdict.site.number(model.id)
-        replicas.place(db, model_id=model.id, node_id=node_id, number=number, revision=model.revision,
-                       slots=model.config.slots, booking=booking(model, verdict))  # fmt: skip
+        placed = replicas.place(db, model_id=model.id, node_id=node_id, number=number, revision=model.revision,
+                                slots=model.config.slots, booking=booking(model, verdict))  # fmt: skip
+    if placed:
+        pressure.relieve(services.redis, model.id)
 
 
 def _retry(services: Services, replica_id: str, known: dict[str, Model]) -> None:

@@ -42,7 +42,7 @@ def standings(
 
 def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
     """How far the model is; None when it is loaded, or nothing loads it."""
-    own = [replica for replica in snapshot.replicas if replica.model_id == model.id]
+    own = snapshot.of_model.get(model.id, [])
     stages = [replica.job_id for replica in own if replica.job_id]
     newest = journal.latest(services.redis, stages)
     progress = {job_id: event for job_id, event in newest.items() if isinstance(event, Progress)}
@@ -50,4 +50,4 @@ def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
 
 
 def _slots(snapshot: Snapshot, model: Model) -> int:
-    return sum(r.slots for r in snapshot.replicas if r.model_id == model.id and r.state is ReplicaState.READY)
+    return sum(r.slots for r in snapshot.of_model.get(model.id, []) if r.state is ReplicaState.READY)

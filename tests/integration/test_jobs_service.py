@@ -18,6 +18,7 @@ from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import Busy, GenerationFailed, Gone, ModelNotFound, NotFound, Unavailable, UnsupportedByModel
 from localai_q.services import generations, jobs
+from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as rows
@@ -31,7 +32,13 @@ def ask(services: Services, *, model: str = "m", stream: bool = False, kind: str
     """A request is accepted; its job."""
     request = GenerationRequest(kind=kind, model=model, body={"messages": []}, stream=stream)
     accepted = generations.submit(
-        services, Snapshots(services), request, key_id="k1", job_id=names.new_id(), watcher="w1", keep=Keep.NOT
+        services,
+        Router(services, Snapshots(services)),
+        request,
+        key_id="k1",
+        job_id=names.new_id(),
+        watcher="w1",
+        keep=Keep.NOT,
     )
     return accepted.job_id
 

@@ -86,6 +86,7 @@ def test_who_is_not_approved_is_no_user(services: Services) -> None:
         "PUBLISH /0.celery.pidbox x", "PUBLISH admin x", "SUBSCRIBE admin", "GET served-since", "SET watched-since 0",
         "GET web-alive:x", "SUBSCRIBE web:x", "SUBSCRIBE ends", "SUBSCRIBE /0.celeryev/task.multi",
         "PSUBSCRIBE /0.celeryev/*", "SMEMBERS ends", "DEL ends",
+        "SUBSCRIBE prefixes", "PUBLISH prefixes x", "GET pressure:{theirs}", "SET pressure:{theirs} 9",
     ],
 )  # fmt: skip
 def test_a_node_reaches_nothing_of_anybody_else(services: Services, node: Node, command: str) -> None:

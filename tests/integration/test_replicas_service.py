@@ -24,6 +24,7 @@ from localai_q.cluster.stages import SILENT_LOAD
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import GenerationFailed, ModelUnavailable, to_record
 from localai_q.services import generations, jobs, models, nodes, replicas
+from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -42,7 +43,13 @@ ADMIN = ApiKey(id="admin", name="admin", role="admin", hint="", created=0.0)
 def ask(services: Services, model: str = "m") -> str:
     request = GenerationRequest(kind="chat", model=model, body={"messages": []})
     accepted = generations.submit(
-        services, Snapshots(services), request, key_id="k", job_id=names.new_id(), watcher="w", keep=Keep.NOT
+        services,
+        Router(services, Snapshots(services)),
+        request,
+        key_id="k",
+        job_id=names.new_id(),
+        watcher="w",
+        keep=Keep.NOT,
     )
     return accepted.job_id
 
