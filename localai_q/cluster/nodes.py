@@ -74,4 +74,3 @@ class Replica:
     reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
     unseen: int = 0  # bytes of its RAM that its node does not report as used
     context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it
-    speed: float = 0.0  # tokens/s of one request, as it was measured; 0: not known
