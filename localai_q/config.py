@@ -84,6 +84,15 @@ class Settings(BaseSettings):
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
+    # Where a node gets models from.
+    allow_private_sources: bool = Field(False, validation_alias="LOCALAI_Q_ALLOW_PRIVATE_SOURCES")
+    hf_endpoint: str = Field("https://huggingface.co", validation_alias="HF_ENDPOINT")
+    hf_token: str = Field("", validation_alias="HF_TOKEN")
+    ollama_registry: str = Field("https://registry.ollama.ai", validation_alias="LOCALAI_Q_OLLAMA_REGISTRY")
+    s3_endpoint: str = Field("", validation_alias="AWS_ENDPOINT_URL_S3")  # empty: Amazon's
+    # Bytes that stay free when a model comes, and that cleaning keeps free. None: 5 % of the model, 1 GiB at least.
+    disk_spare: int | None = Field(None, ge=0, validation_alias="LOCALAI_Q_DISK_SPARE")
+    clean_grace: float = Field(600.0, ge=0, validation_alias="LOCALAI_Q_CLEAN_GRACE")  # of files that no model names
 
     # The command line's way to a cluster; empty: the one of this home folder.
     api_url: str = Field("", validation_alias="LOCALAI_Q_API")
@@ -100,6 +109,13 @@ class Settings(BaseSettings):
         if not colon or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
             raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
         return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
+
+    @field_validator("hf_endpoint", "ollama_registry", "s3_endpoint")
+    @classmethod
+    def _is_a_web_address(cls, value: str) -> str:
+        if value and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
+            raise ValueError("needs the form https://HOST or https://HOST:PORT")
+        return value
 
     @field_validator("database_url")
     @classmethod

@@ -20,7 +20,7 @@ from localai_q.cluster.models import ModelConfig, ModelName
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
-from localai_q.services import fleet, jobs, keys, models, nodes
+from localai_q.services import cleaning, fleet, jobs, keys, models, nodes
 
 routes = Blueprint("admin", __name__)
 
@@ -150,6 +150,12 @@ def set_slots(node: str) -> dict[str, Any]:
 @routes.delete("/api/nodes/<node>/max-replicas-per-model")
 def remove_slots(node: str) -> dict[str, Any]:
     return fleet.limit(web().services, node, "max_replicas_per_model", None)
+
+
+@routes.post("/api/nodes/<node>/models/clean")
+def clean_node(node: str) -> tuple[dict[str, Any], int]:
+    """With `dry_run=true` nothing is removed."""
+    return cleaning.clean(web().services, nodes.named(web().services, node), dry_run=_flag("dry_run")), 202
 
 
 @routes.get("/api/jobs")

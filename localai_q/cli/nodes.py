@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,9 @@ from rich.filesize import decimal
 
 from localai_q.cli.client import connect
 from localai_q.cli.show import AsJson, rows, text, when
-from localai_q.errors import InvalidValue
+from localai_q.errors import InvalidValue, from_record
+
+POLL = 0.3  # seconds between two looks at a job
 
 app = typer.Typer(no_args_is_help=True, help="List nodes, let new ones in, empty them for maintenance, delete them.")
 
@@ -128,6 +131,29 @@ def limit_node(
     found = api.call("GET", "/api/nodes/{}", node)
     for name in LIMITS:
         print(f"{name}={_limit(found, name)}")
+
+
+@app.command("clean")
+def clean_node(
+    node: NodeArgument,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Remove the files of models that no model of the cluster names. The cluster does so by itself, too.
+
+    Files that came lately are kept for a time (LOCALAI_Q_CLEAN_GRACE), for a model may be about to be added.
+    """
+    api = connect()
+    job_id = api.call("POST", "/api/nodes/{}/models/clean", node, params={"dry_run": str(dry_run).lower()})["job"]
+    while (job := api.call("GET", "/api/jobs/{}", job_id))["state"] == "open":
+        time.sleep(POLL)
+    if job["state"] != "done":
+        raise from_record(job["error"] or {})
+    result = job["result"]
+    shown = [{"sha256": blob["sha256"], "size": decimal(blob["size"])} for blob in result["removed"]]
+    rows([result] if as_json else shown, ["sha256", "size"], as_json=as_json, empty="There is nothing to remove.")
+    if shown and not as_json:
+        print(f"{'This would free' if dry_run else 'Freed'} {decimal(result['freed'])}.")
 
 
 @app.command("show")

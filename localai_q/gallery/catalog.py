@@ -12,14 +12,33 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-from localai_q.errors import NotFound, StartupError
+from localai_q.cluster.sources import parse
+from localai_q.errors import InvalidValue, NotFound, StartupError
+
+
+def _source(text: str) -> str:
+    try:
+        parse(text)
+    except InvalidValue as error:
+        raise ValueError(error.message) from error
+    return text
+
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-Source = Annotated[str, StringConstraints(pattern=r"^(pypi|store|file):.+$")]
+Source = Annotated[str, AfterValidator(_source)]
 _Entry = TypeVar("_Entry", bound=BaseModel)
 Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize"]
 
@@ -45,7 +64,7 @@ class ModelEntry(BaseModel):
 
     name: Name
     backend: Name
-    source: Source  # as `workers.node.fetcher` reads it
+    source: Source
     sha256: Digest
     size: int = Field(gt=0)  # bytes
     license: str = Field(min_length=1)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from localai_q import gguf, names
+from localai_q.cluster import sources
 from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
@@ -49,15 +50,7 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
         NotFound: there is no such backend.
         InvalidValue: it names a file that was not uploaded or is damaged, or no file for a backend that needs one.
     """
-    catalog.backend(config.backend)
-    if config.source.startswith(STORE) and not file_path(services, config.source.removeprefix(STORE)).exists():
-        raise InvalidValue(
-            "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
-        )
-    if not config.source and config.backend != "echo":
-        raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
-    if config.source and not config.sha256:
-        raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
+    _check(services, config)
     facts = _facts(services, config)
     with services.db.transaction() as db:
         model = models.add(db, name, config, facts=facts)
@@ -167,6 +160,22 @@ def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterato
     if not path.exists():
         raise NotFound(f"There is no file '{sha256}'.")
     return path.stat().st_size, _read(path, start)
+
+
+def _check(services: Services, config: ModelConfig) -> None:
+    """Refuse what no node could load."""
+    catalog.backend(config.backend)
+    if not config.source and config.backend != "echo":
+        raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
+    if not config.source and not config.mirrors:
+        return
+    source = sources.parse(config.source, config.mirrors)
+    if isinstance(source, sources.Stored) and not file_path(services, source.sha256).exists():
+        raise InvalidValue(
+            "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
+        )
+    if not config.sha256 and not isinstance(source, sources.TELLS_SHA256):
+        raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
 
 
 def _facts(services: Services, config: ModelConfig) -> Facts | None:

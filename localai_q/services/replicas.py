@@ -7,6 +7,8 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from localai_q import names
 from localai_q.bus import pressure
 from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
@@ -15,7 +17,7 @@ from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import Facts, Model
+from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import MOST_REASONS, Action, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.speeds import Speeds
@@ -216,20 +218,32 @@ def advance(services: Services) -> None:
         model = known.get(replica.model_id)
         if model:
             job = stages[replica.id]
-            model = _learned(services, model, job)
+            if job and replica.revision == model.revision:
+                model = _learned(services, model, job)
             step = next_step(replica, job, has_file=bool(model.config.source), now=time.time())
             _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
 
 
-def _learned(services: Services, model: Model, job: Job | None) -> Model:
-    """The model with what a node has read in its file."""
-    record = (job.result or {}).get("facts") if job and not model.facts else None
-    facts = Facts.from_json(record) if isinstance(record, dict) else None
-    if facts is None:
-        return model
-    with services.db.transaction() as db:
-        models.learn(db, model.id, facts)
-    return model.model_copy(update={"facts": facts})
+def _learned(services: Services, model: Model, job: Job) -> Model:
+    """The model with what a node has read in its file, and with its SHA-256 where only the source knew that."""
+    told = job.result or {}
+    record, content = told.get("facts"), told.get("sha256")
+    facts = Facts.from_json(record) if not model.facts and isinstance(record, dict) else None
+    if facts:
+        with services.db.transaction() as db:
+            models.learn(db, model.id, facts)
+        model = model.model_copy(update={"facts": facts})
+    if model.config.source and not model.config.sha256 and content:
+        try:
+            told = {"sha256": content, "size": told.get("size")}
+            learned = ModelConfig.model_validate({**model.config.model_dump(), **told})
+        except ValidationError as error:
+            log.warning("what was fetched for model %s cannot be what its node says: %s", model.name, error)
+            return model
+        with services.db.transaction() as db:
+            models.learn_content(db, model, str(learned.sha256), learned.size)
+        model = model.model_copy(update={"config": learned})
+    return model
 
 
 def _take(services: Services, step: Step, replica: Replica, model: Model, reason: str) -> None:
@@ -239,8 +253,8 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
             _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", model.id, request)
         case Step.FETCH:
             config = model.config
-            request = {"kind": "fetch_model", "source": config.source, "sha256": config.sha256, "size": config.size,
-                       "name": model.name}  # fmt: skip
+            request = {"kind": "fetch_model", "source": config.source, "mirrors": list(config.mirrors),
+                       "sha256": config.sha256, "size": config.size, "name": model.name}  # fmt: skip
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
         case Step.LOAD:
             node_users.extend(services, replica.node_id)

@@ -84,6 +84,12 @@ def find_open(db: Connection, *, kind: str, line: str, request: dict[str, Any]) 
     return found
 
 
+def newest(db: Connection, *, kind: str, line: str, limit: int) -> list[Job]:
+    """Jobs of a kind in a line without their requests, the newest first."""
+    query = select(*LISTED).where(jobs.c.kind == kind, jobs.c.line == line)
+    return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
+
+
 def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> str | None:
     """Write a job's end, once, and return its kind; None if it has an end already. The request is erased."""
     target = JobState(end.state)

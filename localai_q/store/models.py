@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, null, select, update
+from sqlalchemy import BigInteger, Connection, Row, Text, cast, delete, func, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.models import Facts, Model, ModelConfig
@@ -54,6 +54,14 @@ def note(db: Connection, model_id: str, unmet: Unmet | None) -> None:
     """Note that the model's wish for replicas cannot be met; None: that it can."""
     record = unmet.model_dump(mode="json") if unmet else null()
     db.execute(update(models).where(models.c.id == model_id).values(unmet=record))
+
+
+def learn_content(db: Connection, model: Model, sha256: str, size: int) -> None:
+    """Note what the file of a model is that was added without its SHA-256, unless that is known or it has another file."""
+    config = models.c.config
+    same = (models.c.id == model.id) & (models.c.revision == model.revision) & config["sha256"].astext.is_(None)
+    found = func.jsonb_build_object("sha256", cast(sha256, Text), "size", cast(size, BigInteger))
+    db.execute(update(models).where(same).values(config=config.op("||")(found)))
 
 
 def remove(db: Connection, model_id: str) -> None:

@@ -16,11 +16,13 @@ from typing import Any
 import grpc
 import pytest
 
+from localai_q.config import load_settings
 from localai_q.gallery import catalog
 from localai_q.proto import backend_pb2 as pb
 from localai_q.proto import backend_pb2_grpc
-from workers.node.fetcher import fetch
+from workers.node.fetcher import Wanted, fetch
 from workers.node.installer import install_backend, python_of
+from workers.node.sources import Access
 
 OPTIONS = [("grpc.max_receive_message_length", 50 << 20), ("grpc.max_send_message_length", 50 << 20)]
 TOOL = {
@@ -111,7 +113,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = catalog.default_model()
-    return fetch(model.source, model.sha256, tmp_path_factory.mktemp("models"), lambda _: None)
+    access = Access(load_settings(), "", "", "")
+    return fetch(
+        Wanted(source=model.source, sha256=model.sha256), tmp_path_factory.mktemp("models"), access, lambda _: None
+    )
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         ("a: b", MODELS, "must be a list of entries"),
         ("{", MODELS, "cannot read the catalogue"),
         (BACKENDS, MODELS.replace("backend: one", "backend: two"), "'tiny' names the unknown backend 'two'"),
-        (BACKENDS, MODELS.replace("pypi:", "https://x/"), "wrong at 'tiny', source"),
+        (BACKENDS, MODELS.replace("pypi:", "ftp://x/"), "wrong at 'tiny', source"),
         (BACKENDS, MODELS.replace("0000", "zz"), "wrong at 'tiny', sha256"),
     ],
 )

@@ -55,7 +55,7 @@ def test_the_home_of_the_user_is_not_taken_for_the_home_of_the_cluster(
 @pytest.mark.parametrize("field", Settings.model_fields)
 def test_every_setting_has_a_name_of_ours(field: str) -> None:
     alias = str(Settings.model_fields[field].validation_alias)
-    assert alias.startswith("LOCALAI_")
+    assert alias.startswith(("LOCALAI_", "HF_", "AWS_"))  # the last two: as the tools of those services call them
 
 
 def test_no_two_settings_share_a_name() -> None:

@@ -76,17 +76,6 @@ class NodeApi:
     def deregister(self) -> None:
         self._call("POST", "deregister", {})
 
-    @contextmanager
-    def open_file(self, sha256: str, start: int) -> Iterator[httpx.Response]:
-        """A stored file from byte `start` on, as a streaming response."""
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        path = f"/api/node/{self._id}/files/{sha256}"
-        with _errors(), self._http.stream("GET", path, headers=headers, timeout=httpx.Timeout(60.0)) as response:
-            if response.status_code >= httpx.codes.BAD_REQUEST:
-                response.read()
-                _raise(response)
-            yield response
-
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         with _errors():
             response = self._http.request(method, f"/api/node/{self._id}/{path}", json=body)

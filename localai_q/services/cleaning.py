@@ -1,0 +1,66 @@
+"""The files of models on nodes: those that no model names are removed, on nodes that were away as soon as they report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from localai_q import names
+from localai_q.cluster.disk import is_due, spare, unnamed
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import NodeState
+from localai_q.errors import Conflict
+from localai_q.services.jobs import submit_node_job
+from localai_q.services.wiring import Services
+from localai_q.store import jobs, models, nodes
+
+log = logging.getLogger(__name__)
+
+KIND = "clean_models"
+REACHABLE = (NodeState.READY, NodeState.DRAINING, NodeState.DRAINED)
+LOOKED_AT = 20  # cleanings of a node, to find one that was no dry run
+
+
+def tidy(services: Services) -> None:
+    """Have every node that reports remove what no model names."""
+    grace = services.settings.clean_grace
+    with services.db.transaction() as db:
+        known = models.every(db)
+        found = [(node, _unnamed(node, known)) for node in nodes.every(db) if node.state in REACHABLE]
+        due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=time.time())]
+    for node, files in due:
+        job_id = _submit(services, node, files, dry_run=False)
+        log.info("node %s is to remove %d files that no model names: job %s", node.name, len(files), job_id,
+                 extra={"action": "clean"})  # fmt: skip
+
+
+def clean(services: Services, node: Node, *, dry_run: bool) -> dict[str, Any]:
+    """Have a node remove what no model names, now. Returns `{"job", "files", "dry_run"}`; the job's result lists them.
+
+    Raises:
+        Conflict: the node is not there.
+    """
+    if node.state not in REACHABLE:
+        raise Conflict(f"Node '{node.name}' is {node.state}: it is cleaned when it is back.")
+    with services.db.transaction() as db:
+        files = _unnamed(node, models.every(db))
+    return {"job": _submit(services, node, files, dry_run=dry_run), "files": len(files), "dry_run": dry_run}
+
+
+def _unnamed(node: Node, known: list[Model]) -> list[str]:
+    return unnamed(node.hardware.get("files") or (), known)
+
+
+def _last(db: Any, node: Node) -> Job | None:
+    found = jobs.newest(db, kind=KIND, line=names.node_jobs_queue(node.id), limit=LOOKED_AT)
+    return next((job for job in found if not (job.result or {}).get("dry_run")), None)
+
+
+def _submit(services: Services, node: Node, files: list[str], *, dry_run: bool) -> str:
+    settings = services.settings
+    request = {"kind": KIND, "files": files, "grace": settings.clean_grace, "floor": spare(0, settings.disk_spare),
+               "dry_run": dry_run}  # fmt: skip
+    return submit_node_job(services, kind=KIND, node_id=node.id, model_id=None, request=request)

@@ -1,0 +1,236 @@
+"""A node's models by their content: `<models_root>/blobs/<sha256>`. Owns that folder: what is in it, who works on what,
+and what of it is removed.
+
+A name without a leading dot is a whole, verified file. `.<key>.…` belongs to a fetch: `key` is the SHA-256 where it is
+known, else made of the source.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO
+
+from localai_q.cluster.disk import Blob, spare
+from localai_q.cluster.events import Progress
+from localai_q.errors import Unavailable
+
+WATCH = 0.5  # seconds between two looks at how far somebody else is with the same file
+FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a partial file that nobody has gone on with is removed
+
+Report = Callable[[Progress], None]
+
+_NAME = re.compile(r"[0-9a-f]{64}")
+
+
+def key_of(source: str) -> str:
+    """What stands for the SHA-256 of a source as long as that is not known."""
+    return hashlib.sha256(source.encode()).hexdigest()[:32]
+
+
+class Store:
+    """The models on this node."""
+
+    def __init__(self, models_root: Path, spare_setting: int | None = None) -> None:
+        self.folder = models_root / "blobs"
+        self._spare = spare_setting
+
+    def find(self, sha256: str) -> Path | None:
+        """A file that is there; it counts as asked for just now."""
+        path = self.folder / sha256
+        if not _NAME.fullmatch(sha256) or not path.is_file():
+            return None
+        with self.alone(sha256):
+            if not path.is_file():  # cleaned at this moment
+                return None
+            self._used(sha256).touch()
+            return path
+
+    def part(self, key: str, kind: str = "part") -> Path:
+        """The name of a file that is on its way."""
+        return self.folder / f".{key}.{kind}"
+
+    @contextmanager
+    def alone(self, key: str, report: Report | None = None) -> Iterator[Report]:
+        """Be the only one, across threads and processes, to work on a file. Who waits reports what the other one does.
+
+        The lock is let go when its process dies. Yields what the holder is to report by.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f".{key}.lock"
+        while True:
+            with path.open("a+") as file:
+                if not _lock(file, wait=report is None):
+                    if report is not None:
+                        _repeat(file, report)
+                    time.sleep(WATCH)
+                    continue
+                if not _is_at(path, file):  # its holder removed it while this waited
+                    continue
+                try:
+                    yield _telling(file, report)
+                finally:
+                    path.unlink(missing_ok=True)  # while it is held: nobody else can have made a new one
+                return
+
+    def need_room(self, size: int, folder: Path | None = None) -> None:
+        """Refuse so many bytes if they would fill the disk.
+
+        Raises:
+            Unavailable: they would; the message says how much is missing.
+        """
+        free = shutil.disk_usage(folder or self.folder).free
+        missing = size + spare(size, self._spare) - free
+        if missing > 0:
+            raise Unavailable(
+                f"it needs {_mib(size)} and {_mib(spare(size, self._spare))} to spare, {_mib(free)} are free at "
+                f"{self.folder}: {_mib(missing)} are missing. To remove what no model needs: localai-q nodes clean NODE"
+            )
+
+    def keep(self, part: Path, sha256: str) -> Path:
+        """Give a whole, verified file its name, so that it survives a failure of power."""
+        place = self.folder / sha256
+        sync(part)
+        part.replace(place)
+        self._used(sha256).touch()
+        sync(self.folder)
+        return place
+
+    def brought(self, source: str) -> str | None:
+        """The SHA-256 of what a source brought the last time."""
+        with suppress(OSError):
+            found = self.part(key_of(source), "source").read_text()
+            return found if _NAME.fullmatch(found) else None
+        return None
+
+    def note(self, source: str, sha256: str) -> None:
+        """Remember what a source is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.part(key_of(source), "source").write_text(sha256)
+
+    def discard(self, key: str) -> None:
+        """Remove what a fetch that was cancelled has left, unless another goes on with it."""
+        with suppress(OSError), self._at_once(key):
+            self._remove_parts(key)
+
+    def clean(self, names: list[str], choose: Callable[[list[Blob]], list[Blob]], *, dry_run: bool) -> list[Blob]:
+        """Remove those of the named files that `choose` picks; what was removed, or would be. Forgotten parts go, too."""
+        found = [blob for name in names if _NAME.fullmatch(name) and (blob := self._blob(name))]
+        chosen = choose(found)
+        if dry_run:
+            return chosen
+        self._remove_forgotten()
+        return [blob for blob in chosen if self._remove(blob)]
+
+    def free(self) -> int:
+        """Bytes that are free on the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return shutil.disk_usage(self.folder).free
+
+    def _blob(self, sha256: str) -> Blob | None:
+        with suppress(OSError):
+            size = (self.folder / sha256).stat().st_size
+            return Blob(sha256=sha256, size=size, age=max(time.time() - self._asked_for(sha256), 0.0))
+        return None
+
+    def _asked_for(self, sha256: str) -> float:
+        for path in (self._used(sha256), self.folder / sha256):
+            with suppress(OSError):
+                return path.stat().st_mtime
+        return 0.0
+
+    def _remove(self, blob: Blob) -> bool:
+        """False if somebody has asked for it meanwhile."""
+        with suppress(OSError), self._at_once(blob.sha256):
+            if time.time() - self._asked_for(blob.sha256) + 1.0 < blob.age:
+                return False
+            (self.folder / blob.sha256).unlink()
+            self._used(blob.sha256).unlink(missing_ok=True)
+            return True
+        return False
+
+    def _remove_forgotten(self) -> None:
+        limit = time.time() - FORGOTTEN
+        for path in self.folder.glob(".*.part"):
+            key = path.name.split(".")[1]
+            with suppress(OSError), self._at_once(key):
+                if path.stat().st_mtime < limit:
+                    self._remove_parts(key)
+
+    def _remove_parts(self, key: str) -> None:
+        for path in self.folder.glob(f".{key}.*part*"):
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _at_once(self, key: str) -> Iterator[None]:
+        """Be alone with a file, or `BlockingIOError` where somebody works on it."""
+        path = self.folder / f".{key}.lock"
+        with path.open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_at(path, file):
+                raise BlockingIOError(f"{path} was taken a moment ago")
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+
+    def _used(self, sha256: str) -> Path:
+        return self.folder / f".{sha256}.used"
+
+
+def sync(path: Path) -> None:
+    """Have a file or a folder on the disk, not in memory only."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(file: IO[str], *, wait: bool) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _telling(file: IO[str], report: Report | None) -> Report:
+    """A report that those who wait for the lock can read."""
+
+    def tell(progress: Progress) -> None:
+        file.truncate(0)
+        file.write(json.dumps(asdict(progress)))
+        file.flush()
+        if report is not None:
+            report(progress)
+
+    return tell
+
+
+def _repeat(file: IO[str], report: Report) -> None:
+    """Report what the holder of the lock has said last."""
+    file.seek(0)
+    with suppress(ValueError, TypeError):  # it is about to say something else
+        report(Progress(**json.loads(file.read())))
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the path still leads to the open file."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _mib(size: int) -> str:
+    return f"{-(-size >> 20)} MiB"
