@@ -182,6 +182,10 @@ class Unavailable(LocalAIError):
     retry_after = 2
 
 
+class WrongContent(Unavailable):
+    """What came is not the file that was wanted."""
+
+
 class Stopping(Unavailable):
     """This process is being stopped. Come back for the answer, or send the request again."""
 

@@ -30,7 +30,7 @@ def node(services: Services) -> Node:
 
 
 def has(services: Services, node: Node, files: list[str]) -> Node:
-    nodes.heartbeat(services, node, hardware={"files": files, "disk_total": 1 << 40, "disk_free": 1 << 39}, running=[])
+    nodes.heartbeat(services, node, hardware={"files": files, "disk_total": 1 << 40, "disk_free": 1 << 39})
     return node_named(services, node.name)
 
 

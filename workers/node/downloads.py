@@ -21,7 +21,7 @@ from typing import IO, Any
 import httpx
 
 from localai_q.cluster.events import Progress
-from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable
+from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable, WrongContent
 from workers.node.sources import origin as origins
 from workers.node.sources.network import Network
 from workers.node.sources.origin import Origin, is_passing, pause_of, refusal, said
@@ -34,10 +34,6 @@ LEAST = 64 << 10  # bytes that must come within `STALL`, and between two failure
 STALL = 60.0  # seconds
 
 Room = Callable[[int], None]  # refuses so many bytes if the disk has no room for them
-
-
-class WrongContent(Unavailable):
-    """What came is not what was wanted."""
 
 
 class _Cut(httpx.TransportError):
