@@ -1,17 +1,24 @@
-"""The time that a plan takes for fleets of many nodes: `python -m bench.simulate`.
+"""Fleets of many nodes: `python -m bench.simulate [--quick | --plans] [--nodes N] [--plot FILE]`.
 
-The code that decides is the cluster's own; nodes and models are made up. Each fleet is brought up from nothing, then
-planned again when there is nothing to do, and when somebody waits for a model that fits only where others make room.
-Beside each time stands that for one node, and its ratio to the smallest fleet's: where that grows, something is worse
-than linear.
+The code that decides is the cluster's own; nodes, models and requests are made up.
+
+The time that a plan takes: each fleet is brought up from nothing, then planned again when there is nothing to do, and
+when somebody waits for a model that fits only where others make room. Beside each time stands that for one node, and
+its ratio to the smallest fleet's: where that grows, something is worse than linear.
+
+What becomes of requests: the same ones under our routing, without its choice of a replica, and under what load balancers
+do (`bench.simulation`).
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import time
 from dataclasses import replace
+from pathlib import Path
 
+from bench.simulation import comparison
 from localai_q.cluster.fleet import Demand, Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model, ModelConfig
@@ -67,8 +74,8 @@ def brought_up(fleet: Fleet, actions: list[object]) -> list[Replica]:
     ]  # fmt: skip
 
 
-def main() -> None:
-    """Print the table."""
+def time_plans() -> None:
+    """Print the table of plans."""
     first: dict[str, float] = {}
     print(f"{'nodes':>6} {'situation':22} {'decisions':>9} {'seconds':>8} {'µs/node':>8} {'ratio':>6}")
     for size in SIZES:
@@ -84,6 +91,22 @@ def main() -> None:
             each = seconds / size * 1e6
             first.setdefault(situation, each)
             print(f"{size:6} {situation:22} {len(decided):9} {seconds:8.3f} {each:8.1f} {each / first[situation]:6.2f}")
+
+
+def main() -> None:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small fleets only: less than a minute")
+    parser.add_argument("--plans", action="store_true", help="only the times of plans")
+    parser.add_argument("--nodes", type=int, help="only requests, and only in the fleet of so many nodes")
+    parser.add_argument("--plot", type=Path, help="where the picture of the full comparison goes, as SVG")
+    asked = parser.parse_args()
+    if not asked.quick and not asked.nodes:
+        time_plans()
+    fleets = () if asked.plans else comparison.QUICK if asked.quick else comparison.FULL
+    found = {fleet: comparison.compare(fleet) for fleet in fleets if asked.nodes in (None, fleet.nodes)}
+    if asked.plot:
+        comparison.picture(asked.plot, found)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import Action, GiveUp, Place, Retry, Stop, plan
+from localai_q.cluster.speeds import Measure, Speeds
 from localai_q.cluster.states import NodeState, ReplicaState
 
 HEARTBEAT = 10.0  # seconds
@@ -52,6 +53,9 @@ class Control:
         self._files: dict[str, set[str]] = {machine.id: set() for machine in machines}
         self._there: dict[str, set[str]] = {machine.id: set() for machine in machines}  # replicas
         self._down: set[str] = set()
+        self._measured: list[Measure] = []
+        self._known = 0, Speeds()  # what follows from so many of these
+        serving.policy.connect(lambda: (list(self.models.values()), list(self.replicas.values())))
 
     def start(self) -> None:
         """Bring up what is to be there before the first request, and begin to watch."""
@@ -76,7 +80,13 @@ class Control:
         """What a plan sees."""
         return Fleet(models=list(self.models.values()), nodes=list(self.nodes.values()),
                      replicas=list(self.replicas.values()), demand=self.serving.demand(), busy=dict(self.serving.busy),
-                     now=self.clock.now)  # fmt: skip
+                     speeds=self._speeds(), now=self.clock.now)  # fmt: skip
+
+    def _speeds(self) -> Speeds:
+        """What is to be expected of nodes; computed again when something new was measured."""
+        if self._known[0] != len(self._measured):
+            self._known = len(self._measured), Speeds(self._measured, self.models.values())
+        return self._known[1]
 
     def _plan(self) -> None:
         fleet = self.fleet()
@@ -91,6 +101,7 @@ class Control:
         match action:
             case Place():
                 replica = self._place(action.model_id, action.node_id)
+                self.serving.policy.relieve(replica.model_id)
                 model = self.models[replica.model_id]
                 there = self._sha(model.id) in self._files[replica.node_id]
                 self.clock.after(0 if there else model.config.size / NETWORK, self._staged, replica.id)
@@ -132,7 +143,8 @@ class Control:
         if replica and replica.node_id not in self._down:
             self._move(replica.id, ReplicaState.READY)
             self.tally.loads += 1
-            self.serving.add(Copy(replica.id, replica.model_id, self.machines[replica.node_id], replica.slots))
+            speed = self.machines[replica.node_id].speed_of(self.models[replica.model_id])
+            self.serving.add(Copy(replica.id, replica.model_id, speed, replica.slots))
 
     def _stop(self, copy: Copy) -> None:
         self._move(copy.id, ReplicaState.STOPPING)
@@ -161,10 +173,14 @@ class Control:
         hardware = {**self.nodes[node_id].hardware, "files": sorted(self._files[node_id]),
                     "ram_available": self.machines[node_id].memory - self._used[node_id]}  # fmt: skip
         self.nodes[node_id] = replace(self.nodes[node_id], state=NodeState.READY, hardware=hardware, last_heartbeat=now)
-        for replica_id in self._there[node_id]:
-            copy = self.serving.copies.get(replica_id)
-            if copy and copy.used > self.replicas[replica_id].used + HEARTBEAT:
-                self.replicas[replica_id] = replace(self.replicas[replica_id], used=copy.used)
+        for replica in self._on(node_id):
+            copy = self.serving.copies.get(replica.id)
+            if copy and copy.used > replica.used + HEARTBEAT:
+                self.replicas[replica.id] = replace(replica, used=copy.used, speed=copy.speed)
+                if not replica.speed:
+                    self._measured.append(
+                        Measure(node_id=node_id, model_id=copy.model_id, tokens_per_second=copy.speed)
+                    )
 
     def _fail(self, node_id: str) -> None:
         """A machine is away, with all that ran on it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
 
-from bench.simulation.fleet import PROMPT_FACTOR, Machine
+from bench.simulation.fleet import PROMPT_FACTOR
 from bench.simulation.trace import Request
 
 REMEMBERED = 6  # conversations that a copy's prompt cache holds besides those in its slots
@@ -13,7 +13,7 @@ REMEMBERED = 6  # conversations that a copy's prompt cache holds besides those i
 class Job:
     """A request on its way to its end."""
 
-    __slots__ = ("attempt", "began", "cached", "copy", "emitted", "first", "request", "rung", "turn")
+    __slots__ = ("attempt", "began", "cached", "copy", "emitted", "first", "request", "rung", "text", "turn", "web")
 
     def __init__(self, request: Request) -> None:
         self.request = request
@@ -24,6 +24,8 @@ class Job:
         self.first = 0.0  # when its first token came
         self.emitted = 0  # tokens written by attempts before this
         self.cached = 0  # tokens of its prompt that needed no reading, in the first attempt
+        self.text = b""  # the head of its prompt, where the policy reads that
+        self.web = 0  # the web process that answers for it, where there are several
         self.rung = False  # whether it waits in its model's queue too
 
 
@@ -52,14 +54,14 @@ class Cache:
 class Copy:
     """One replica's process."""
 
-    __slots__ = ("alive", "cache", "id", "machine", "model_id", "queue", "running", "slots", "stopping", "used")
+    __slots__ = ("alive", "cache", "id", "model_id", "queue", "running", "slots", "speed", "stopping", "used")
 
-    def __init__(self, replica_id: str, model_id: str, machine: Machine, slots: int) -> None:
+    def __init__(self, replica_id: str, model_id: str, speed: float, slots: int) -> None:
         self.id = replica_id
         self.model_id = model_id
-        self.machine = machine
+        self.speed = speed  # tokens/s of each slot
         self.slots = slots
-        self.running: set[Job] = set()
+        self.running: dict[Job, None] = {}
         self.queue: deque[Job] = deque()  # its own; what another has taken from there is skipped
         self.cache = Cache(slots + REMEMBERED)
         self.alive = True
@@ -75,11 +77,11 @@ class Copy:
         """Take a job into a slot. Seconds until its next token, and until its end."""
         assert self.has_room, f"{self.id} has no free slot"
         assert job.copy is None, "two copies work on one job"
-        self.running.add(job)
+        self.running[job] = None
         known = self.cache.use(job.request)
         if job.began is None:
             job.began, job.cached = now, known
         job.copy, job.turn = self, now
-        token = 1 / self.machine.speed
+        token = 1 / self.speed
         reading = (job.request.prompt + job.emitted - known) * token / PROMPT_FACTOR
         return reading + token, reading + (job.request.answer - job.emitted) * token

@@ -1,7 +1,7 @@
 """Made-up machines and models, the same for the same numbers.
 
-Machines differ in memory and speed, and some fail for a while. Models differ in size and in how often they are asked
-for; the popular ones have as many copies as their share of the requests needs, the rare ones none until somebody asks.
+Machines differ in memory and speed, and some fail for a while. Models differ in size, by which a machine is slower with
+them, and in how often they are asked for; the popular ones have as many copies as their share of the requests needs, the rare ones none until somebody asks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from localai_q.cluster.models import Model, ModelConfig
 
 GB = 10**9
 MEMORIES = (24, 48, 80)  # GB of a machine
-SPEEDS = (10.0, 60.0)  # tokens/s that one slot writes, least and most
+SPEEDS = (10.0, 60.0)  # tokens/s that one slot writes of a model of usual size, least and most
+USUAL = 8 * GB
 PROMPT_FACTOR = 20.0  # how many tokens of a prompt are read in the time in which one is written
 SIZES = (4, 5, 6, 8, 10, 16)  # GB of a model
 MOST_COPIES = 1000  # of one model, as its configuration allows
@@ -45,8 +46,12 @@ class Machine:
 
     id: str
     memory: int  # bytes
-    speed: float  # tokens/s that one slot writes
+    speed: float  # tokens/s that one slot writes of a model of usual size
     outage: tuple[float, float] | None  # from when until when it is away
+
+    def speed_of(self, model: Model) -> float:
+        """Tokens/s that one slot writes of the model: each token takes all its weights through the memory."""
+        return self.speed * USUAL / model.config.size
 
 
 def make_machines(scenario: Scenario) -> list[Machine]:
@@ -88,9 +93,12 @@ def _common(scenario: Scenario) -> int:
     return math.ceil(scenario.models * (1 - RARE))
 
 
-def mean_speed(machines: list[Machine]) -> float:
-    """Tokens/s of a slot, so that its inverse is the mean time of a token."""
-    return len(machines) / sum(1 / machine.speed for machine in machines)
+def token_seconds(scenario: Scenario) -> float:
+    """Mean time that a slot takes for a token."""
+    machines = make_machines(scenario)
+    usual = sum(1 / machine.speed for machine in machines) / len(machines)
+    sizes = [model.config.size / USUAL for model in make_models(scenario)]
+    return usual * sum(size * share for size, share in zip(sizes, shares(scenario), strict=True))
 
 
 def _outage(chance: random.Random, seconds: float) -> tuple[float, float]:

@@ -1,48 +1,81 @@
-"""Ways to choose the copy that a request goes to: the cluster's own, and what load balancers do."""
+"""Ways to choose the copy that a request goes to, beside the cluster's own, which is in `bench.simulation.ours`."""
 
 from __future__ import annotations
 
 import random
 from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 
-from bench.simulation.copies import Copy
-from bench.simulation.trace import Request
+from bench.simulation.copies import Copy, Job
+from localai_q.cluster.models import Model
+from localai_q.cluster.nodes import Replica
+
+Registry = Callable[[], tuple[Sequence[Model], Sequence[Replica]]]
 
 
 class Policy:
-    """Chooses among the copies that are ready; knows at once which are, and what each of them holds."""
+    """What the simulation asks and tells whoever routes. This one puts every request into its model's queue."""
 
-    name: str
-    pulls = False  # whether a copy takes what waits for its model when it has a free slot
+    name = "pull"
+    pulls = True  # whether a copy with a free slot takes what waits for its model
 
-    def __init__(self) -> None:
-        self._ready: defaultdict[str, list[Copy]] = defaultdict(list)
+    def connect(self, registry: Registry) -> None:
+        """What is known of models and replicas can be read there."""
+
+    def prepare(self, job: Job, waiting: int, now: float) -> None:
+        """A request is about to be routed, behind so many that wait. What this takes is not the policy's own time."""
+
+    def choose(self, job: Job, now: float) -> str | None:
+        """The replica that a request goes to; None: its model's queue."""
+        return None
 
     def ready(self, copy: Copy) -> None:
-        """A copy can be chosen."""
-        self._ready[copy.model_id].append(copy)
+        """A copy can take requests."""
 
     def gone(self, copy: Copy) -> None:
-        """A copy cannot be chosen any more."""
-        if copy in self._ready[copy.model_id]:
-            self._ready[copy.model_id].remove(copy)
+        """A copy takes no more requests."""
 
-    def took(self, copy: Copy, request: Request, now: float) -> None:
+    def took(self, copy: Copy, job: Job, now: float) -> None:
         """A copy has begun to work on a request."""
 
-    def left(self, copy: Copy) -> None:
-        """A copy works on one request less."""
+    def left(self, copy: Copy, job: Job) -> None:
+        """A copy works on a request no more."""
 
-    def choose(self, request: Request, now: float) -> Copy | None:
-        """Where the request waits; None: in its model's queue."""
-        among = self._ready[request.model_id]
-        return self._choose(request.model_id, among) if among else None
+    def pressure(self, now: float) -> Mapping[str, int]:
+        """Requests that load has lately kept from where they would best have gone, by model."""
+        return {}
+
+    def relieve(self, model_id: str) -> None:
+        """The model gets one more replica."""
+
+
+class Push(Policy):
+    """What load balancers do: each request goes into a copy's own queue at once, and stays there.
+
+    They know at once which copies serve and what each holds.
+    """
+
+    pulls = False
+
+    def __init__(self) -> None:
+        self._ready: defaultdict[str, dict[str, Copy]] = defaultdict(dict)
+
+    def ready(self, copy: Copy) -> None:
+        self._ready[copy.model_id][copy.id] = copy
+
+    def gone(self, copy: Copy) -> None:
+        self._ready[copy.model_id].pop(copy.id, None)
+
+    def choose(self, job: Job, now: float) -> str | None:
+        model_id = job.request.model_id
+        among = list(self._ready[model_id].values())
+        return self._choose(model_id, among).id if among else None
 
     def _choose(self, model_id: str, among: list[Copy]) -> Copy:
         raise NotImplementedError
 
 
-class Random(Policy):
+class Random(Push):
     name = "random"
 
     def __init__(self) -> None:
@@ -53,7 +86,7 @@ class Random(Policy):
         return self._chance.choice(among)
 
 
-class RoundRobin(Policy):
+class RoundRobin(Push):
     name = "round robin"
 
     def __init__(self) -> None:
@@ -65,7 +98,7 @@ class RoundRobin(Policy):
         return among[self._turn[model_id] % len(among)]
 
 
-class LeastInFlight(Policy):
+class LeastInFlight(Push):
     name = "least in flight"
 
     def __init__(self) -> None:
@@ -76,13 +109,3 @@ class LeastInFlight(Policy):
         load = [len(copy.running) + len(copy.queue) for copy in among]
         least = min(load)
         return self._chance.choice([copy for copy, held in zip(among, load, strict=True) if held == least])
-
-
-class Pull(Policy):
-    """Every request waits in its model's queue, from which free slots take."""
-
-    name = "pull"
-    pulls = True
-
-    def choose(self, request: Request, now: float) -> Copy | None:
-        return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from bench.simulation.fleet import Scenario
 from bench.simulation.tally import Tally, quantile
@@ -44,17 +44,13 @@ def title(scenario: Scenario, requests: int, copies: int) -> str:
     )
 
 
-def summary(tally: Tally) -> Mapping[str, Sequence[float]]:
-    """What a plot shows of a run: quantiles, as in `PARTS`."""
-    return {
-        "wait": [quantile(tally.waits, part) for part in PARTS],
-        "first token": [quantile(tally.first_tokens, part) for part in PARTS],
-        "routing": [quantile(tally.routing.seconds, part) for part in PARTS],
-    }
+def parts(values: Sequence[float]) -> list[float]:
+    """The quantiles of `PARTS`."""
+    return [quantile(values, part) for part in PARTS]
 
 
 def _parts(seconds: Sequence[float]) -> str:
-    return " / ".join(f"{quantile(seconds, part):.2f}" for part in PARTS)
+    return " / ".join(f"{value:.2f}" for value in parts(seconds))
 
 
 def _real(seconds: Sequence[float], unit: float) -> str:

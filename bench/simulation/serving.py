@@ -41,14 +41,14 @@ class Serving:
 
     def demand(self) -> dict[str, Demand]:
         """Who waits for which model."""
-        now = self.clock.now
-        found = {}
-        for model_id, waiting in self._waiting.items():
-            if waiting:
-                since = list(waiting.values())
-                late = sum(now - joined > PATIENCE for joined in since)
-                found[model_id] = Demand(waiting=len(since), late=late, longest=now - since[0])
-        return found
+        pressure = self.policy.pressure(self.clock.now)
+        asked = {model_id for model_id, waiting in self._waiting.items() if waiting} | pressure.keys()
+        return {model_id: self._demand(model_id, pressure.get(model_id, 0)) for model_id in sorted(asked)}
+
+    def _demand(self, model_id: str, pressure: int) -> Demand:
+        now, since = self.clock.now, list(self._waiting[model_id].values())
+        late = sum(now - joined > PATIENCE for joined in since)
+        return Demand(waiting=len(since), late=late, longest=now - min(since, default=now), pressure=pressure)
 
     def add(self, copy: Copy) -> None:
         """A copy is ready."""
@@ -101,13 +101,17 @@ class Serving:
 
     def _put(self, job: Job) -> None:
         """Let a job wait where the policy says."""
+        model_id, now = job.request.model_id, self.clock.now
+        self.policy.prepare(job, len(self._waiting[model_id]) - 1, now)
         with self.tally.routing.timed():
-            copy = self.policy.choose(job.request, self.clock.now)
-        if copy is None:
+            chosen = self.policy.choose(job, now)
+        if chosen is None:
             self._ring(job)
             return
-        copy.queue.append(job)
-        self._pull(copy)
+        copy = self.copies.get(chosen)  # none where its machine has died unnoticed
+        if copy:
+            copy.queue.append(job)
+            self._pull(copy)
         if self.policy.pulls and job.copy is None:
             self.clock.after(RING_AGAIN, self._ring, job)
 
@@ -150,7 +154,7 @@ class Serving:
         if not copy.has_room:
             self._free[copy.model_id].pop(copy, None)
         self.tally.began(now)
-        self.policy.took(copy, job.request, now)
+        self.policy.took(copy, job, now)
         self.clock.after(end, self._finish, job, job.attempt)
 
     def _finish(self, job: Job, attempt: int) -> None:
@@ -165,12 +169,12 @@ class Serving:
 
     def _leave(self, copy: Copy, job: Job) -> None:
         job.copy, copy.used = None, self.clock.now
-        copy.running.discard(job)
+        copy.running.pop(job, None)
         self.busy[copy.id] = len(copy.running)
         if not copy.running:
             del self.busy[copy.id]
         self.tally.ended(self.clock.now)
-        self.policy.left(copy)
+        self.policy.left(copy, job)
 
     def _cut(self, job: Job) -> None:
         """What becomes of a job whose copy has died."""
@@ -178,7 +182,7 @@ class Serving:
         assert copy is not None
         now = self.clock.now
         if now >= job.first:
-            written = job.emitted + int((now - max(job.first, job.turn)) * copy.machine.speed)
+            written = job.emitted + int((now - max(job.first, job.turn)) * copy.speed)
             job.emitted = min(max(written, 1), job.request.answer - 1)
         job.attempt += 1
         self.busy.setdefault(copy.id, 0)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from bench.simulation.fleet import PROMPT_FACTOR, Scenario, make_machines, make_models, mean_speed, shares
+from bench.simulation.fleet import PROMPT_FACTOR, Scenario, make_models, shares, token_seconds
 from localai_q.cluster.models import Model
 
 WAVE = 0.4  # by how much of the mean the requests at noon are more, at midnight fewer
@@ -61,7 +61,7 @@ def rate(scenario: Scenario) -> float:
     """Requests/s that keep the scenario's part of the slots at work."""
     history = SYSTEM[0] + (TURNS - 1) * (_mean(MESSAGE) + _mean(ANSWER))
     tokens = _mean(ANSWER) + (history + _mean(MESSAGE)) * (1 - CACHED) / PROMPT_FACTOR
-    seconds = tokens / mean_speed(make_machines(scenario))
+    seconds = tokens * token_seconds(scenario)
     return scenario.load * scenario.nodes * scenario.copies * scenario.slots / seconds
 
 
