@@ -49,6 +49,14 @@ class ReplicaReport(BaseModel):
     hardware: Hardware = Field(default_factory=Hardware)
 
 
+class NewSecret(BaseModel):
+    """What a node will be known by."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    secret_hash: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 @routes.before_request
 def bound() -> None:
     """Reports are short."""
@@ -81,6 +89,13 @@ def report(node_id: str, replica_id: str) -> dict[str, Any]:
     body = parse(ReplicaReport, request.get_data())
     state = ReplicaState(body.state)
     nodes.report_replica(web().services, g.node, replica_id, state, body.reason, body.hardware.told())
+    return {}
+
+
+@routes.post("/secret")
+def secret(node_id: str) -> dict[str, Any]:
+    """The SHA-256 of the secret that the node will use next."""
+    nodes.announce_secret(web().services, g.node, parse(NewSecret, request.get_data()).secret_hash)
     return {}
 
 

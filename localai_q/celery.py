@@ -14,6 +14,7 @@ from celery import Celery, signals
 
 from localai_q import names
 from localai_q.bus import celery_events, celery_guards, safe_transport
+from localai_q.bus.connection import Secret, credentials
 from localai_q.config import exit_on_startup_error, settings
 from localai_q.errors import LocalAIError, StartupError
 
@@ -38,14 +39,18 @@ def role_of(queues: str | list[str] | None) -> str:
     return "jobs" if listed[0].startswith("node.") else "replica"
 
 
-def use_broker(conf: Any, redis_url: str, node_id: str) -> None:
-    """Have a worker of a node talk to this Redis, with keys of that node's own for what kombu has to remember."""
+def use_broker(conf: Any, redis_url: str, node_id: str, secret: Secret) -> None:
+    """Have a worker of a node talk to this Redis, with keys of that node's own for what kombu has to remember.
+
+    `secret`: the password of the user whom the URL names without one.
+    """
     conf.broker_url = redis_url
     conf.broker_transport_options = {
         **broker_options(),
         "unacked_key": names.unacked_key(node_id),
         "unacked_index_key": names.unacked_index_key(node_id),
         "unacked_mutex_key": names.unacked_mutex_key(node_id),
+        safe_transport.CREDENTIALS: credentials(redis_url, secret),
     }
 
 

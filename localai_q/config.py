@@ -77,6 +77,7 @@ class Settings(BaseSettings):
     node_name: str = Field("", validation_alias="LOCALAI_NODE_NAME")
     heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
     load_stall: float = Field(300.0, ge=1, validation_alias="LOCALAI_Q_LOAD_STALL")  # of a load in which nothing moves
+    secret_days: float = Field(30.0, gt=0, validation_alias="LOCALAI_Q_NODE_SECRET_DAYS")  # that a node keeps a secret
     drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
     # Of the memory that models lie in: bytes, 8GB, or 50%. Empty: all of it.
     vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")
@@ -196,6 +197,8 @@ def write_private(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 

@@ -47,7 +47,7 @@ class ReplicaSpec(BaseModel):
 
 
 class ChildSpec(BaseModel):
-    """What a node tells a child. It holds the node's secret, so its file is private."""
+    """What a node tells a child. It may hold the broker's password, so its file is private."""
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -62,7 +62,7 @@ class ChildSpec(BaseModel):
     backends: Path
     models: Path
     api_url: str
-    secret: str
+    identity: Path  # the file of the node's secret
     replica: ReplicaSpec | None = None
 
 
@@ -72,7 +72,7 @@ def write_spec(path: Path, spec: ChildSpec) -> None:
 
 
 def read_spec() -> ChildSpec:
-    """The spec that this process was started with; its file goes, for it holds the node's secret.
+    """The spec that this process was started with; its file goes, for it may hold a password.
 
     Raises:
         StartupError: it was not started by a node.

@@ -104,6 +104,12 @@ def resume_node(node: str) -> dict[str, Any]:
     return nodes.resume(web().services, nodes.named(web().services, node))
 
 
+@routes.post("/api/nodes/<node>/rotate")
+def rotate_secret(node: str) -> dict[str, Any]:
+    """Have the node make itself a new secret."""
+    return nodes.ask_to_rotate(web().services, node)
+
+
 @routes.get("/api/nodes/<node>/labels")
 def node_labels(node: str) -> dict[str, Any]:
     return fleet.labels(web().services, node)

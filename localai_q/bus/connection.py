@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import ExponentialBackoff
@@ -16,11 +17,38 @@ CONNECT_TIMEOUT = 3.0
 SOCKET_TIMEOUT = 10.0
 
 
+Secret = Callable[[], str]
+
+
+class Credentials(redis.CredentialProvider):
+    """A user and how his password is found, which may be another one at each connection."""
+
+    def __init__(self, user: str, secret: Secret) -> None:
+        self._user = user
+        self._secret = secret
+
+    def get_credentials(self) -> tuple[str, str]:
+        return self._user, self._secret()
+
+
+def credentials(url: str, secret: Secret | None) -> Credentials | None:
+    """Whom to be at this URL, where it names a user without a password."""
+    parts = urlsplit(url)
+    return Credentials(parts.username, secret) if secret and parts.username and not parts.password else None
+
+
 @cache
-def client(url: str) -> redis.Redis:
-    """The process's pooled client for this URL. Replies are text."""
+def client(url: str, secret: Secret | None = None) -> redis.Redis:
+    """The process's pooled client for this URL. Replies are text.
+
+    Args:
+        secret: the password of the user whom the URL names without one; asked for at each connection.
+    """
+    found = credentials(url, secret)
+    parts = urlsplit(url)
     return redis.Redis.from_url(
-        url,
+        urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if found else url,
+        credential_provider=found,
         decode_responses=True,
         socket_connect_timeout=CONNECT_TIMEOUT,
         socket_timeout=SOCKET_TIMEOUT,

@@ -25,6 +25,7 @@ from localai_q import names
 
 log = logging.getLogger(__name__)
 
+CREDENTIALS = "credentials"  # the option of the transport that holds `bus.connection.Credentials`
 KEPT = 1000  # items of one list of dead letters
 LARGEST = 256 << 10  # bytes of an item that is kept or read; ours have a few hundred
 SHOWN = 200  # characters of a refused item in the log
@@ -34,6 +35,12 @@ class SafeChannel(kombu_redis.Channel):
     """Delivers an item only if kombu can make a message of it, and keeps the client that it talks to Redis with."""
 
     _kept: redis.Redis | None = None
+
+    def _connparams(self, asynchronous: bool = False) -> dict[str, Any]:
+        """As the base's, with a password that is looked up at each connection where the options say how."""
+        found: dict[str, Any] = super()._connparams(asynchronous=asynchronous)
+        self._process_credential_provider(self.connection.client.transport_options.get(CREDENTIALS), found)
+        return found
 
     @contextmanager
     def conn_or_acquire(self, client: redis.Redis | None = None) -> Iterator[redis.Redis]:

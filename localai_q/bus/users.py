@@ -21,22 +21,31 @@ class NotAllowed(Exception):
     """This Redis does not let us make users."""
 
 
-def make(client: redis.Redis, node_id: str, secret_hash: str, rights: Collection[str]) -> None:
-    """A user with the node's own secret and just these rights, whatever it had before.
+def make(client: redis.Redis, node_id: str, hashes: Collection[str], rights: Collection[str]) -> None:
+    """A user with the node's own secrets, by their SHA-256, and just these rights, whatever it had before.
 
     Raises:
         NotAllowed: see there.
     """
-    _call(client, "SETUSER", names.node_user(node_id), "reset", *_rules(secret_hash, rights))
+    _call(client, "ACL", "SETUSER", names.node_user(node_id), "reset", *_rules(hashes, rights))
 
 
-def extend(client: redis.Redis, node_id: str, secret_hash: str, rights: Collection[str]) -> None:
-    """The same with these rights besides those that it has: what it works on may need those until it ends.
+def extend(client: redis.Redis, node_id: str, hashes: Collection[str], rights: Collection[str]) -> None:
+    """The same with just these secrets, and these rights besides those that it has: what it works on may need those.
 
     Raises:
         NotAllowed: see there.
     """
-    _call(client, "SETUSER", names.node_user(node_id), *_rules(secret_hash, rights))
+    _call(client, "ACL", "SETUSER", names.node_user(node_id), *_rules(hashes, rights))
+
+
+def cut(client: redis.Redis, node_id: str) -> None:
+    """End the user's connections: they outlive the secret that they were made with.
+
+    Raises:
+        NotAllowed: see there.
+    """
+    _call(client, "CLIENT", "KILL", "USER", names.node_user(node_id))
 
 
 def remove(client: redis.Redis, node_id: str) -> None:
@@ -45,7 +54,7 @@ def remove(client: redis.Redis, node_id: str) -> None:
     Raises:
         NotAllowed: see there.
     """
-    _call(client, "DELUSER", names.node_user(node_id))
+    _call(client, "ACL", "DELUSER", names.node_user(node_id))
 
 
 def known(client: redis.Redis) -> dict[str, frozenset[str]]:
@@ -54,19 +63,20 @@ def known(client: redis.Redis) -> dict[str, frozenset[str]]:
     Raises:
         NotAllowed: see there.
     """
-    words = [line.split() for line in _call(client, "LIST")]
+    words = [line.split() for line in _call(client, "ACL", "LIST")]
     prefix = names.node_user("")
     return {user.removeprefix(prefix): frozenset(rules) for _, user, *rules in words if user.startswith(prefix)}
 
 
-def _rules(secret_hash: str, rights: Collection[str]) -> list[str]:
+def _rules(hashes: Collection[str], rights: Collection[str]) -> list[str]:
     speaks = " ".join(f"&{channel}" for channel in SPEAKS_ON)
-    return ["on", f"#{secret_hash}", "-@all", *COMMANDS, *sorted(rights), "clearselectors", f"(+publish {speaks})"]
+    own = [f"#{each}" for each in hashes]
+    return ["on", "resetpass", *own, "-@all", *COMMANDS, *sorted(rights), "clearselectors", f"(+publish {speaks})"]
 
 
 def _call(client: redis.Redis, *words: str) -> Any:
     try:
-        return client.execute_command("ACL", *words)  # type: ignore[no-untyped-call]
+        return client.execute_command(*words)  # type: ignore[no-untyped-call]
     except redis.exceptions.NoPermissionError as error:
         raise NotAllowed(str(error)) from error
     except redis.ResponseError as error:

@@ -55,6 +55,13 @@ def resume_node(node: NodeArgument) -> None:
     print(f"{made['name']} is {made['state']}.")
 
 
+@app.command("rotate")
+def rotate_secret(node: NodeArgument) -> None:
+    """Have a node make itself a new secret, with its next report. What it works on goes on; the old one is withdrawn."""
+    made = connect().call("POST", "/api/nodes/{}/rotate", node)
+    print(f"{made['name']} makes itself a new secret.")
+
+
 @app.command("delete")
 def delete_node(
     node: NodeArgument,

@@ -20,6 +20,8 @@ class Node:
     state: NodeState
     approved: bool
     secret_hash: str
+    next_secret_hash: str = ""  # of a secret that it has announced and not used yet
+    rotate: bool = False  # it is to make itself a new secret
     version: str = ""
     hardware: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)  # those that it has by what it is, under those it was given
@@ -36,6 +38,11 @@ class Node:
     def replica_slots(self) -> int:
         """How many replicas of one model it may have."""
         return replica_slots(self.hardware, self.given_slots)
+
+    @property
+    def secret_hashes(self) -> tuple[str, ...]:
+        """SHA-256 of every secret by which it is known."""
+        return (self.secret_hash, *filter(None, [self.next_secret_hash]))
 
     @property
     def serving_state(self) -> NodeState:

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 def admit(services: Services, node: Node) -> bool:
     """Make the user of a node that begins anew. False: this Redis lets us make none, so nodes share ours."""
     try:
-        users.make(services.redis, node.id, node.secret_hash, _rights(node, []))
+        users.make(services.redis, node.id, node.secret_hashes, _rights(node, []))
     except users.NotAllowed:
         _complain()
         return False
@@ -31,9 +31,18 @@ def extend(services: Services, node_id: str) -> None:
         own = replicas.every(db, node_id=node_id)
     if node is not None:
         try:
-            users.extend(services.redis, node.id, node.secret_hash, _rights(node, own))
+            users.extend(services.redis, node.id, node.secret_hashes, _rights(node, own))
         except users.NotAllowed:
             _complain()
+
+
+def withdraw(services: Services, node_id: str) -> None:
+    """A node uses its new secret: nobody is let in by the one before, or stays in."""
+    extend(services, node_id)
+    try:
+        users.cut(services.redis, node_id)
+    except users.NotAllowed:
+        _complain()
 
 
 def dismiss(services: Services, node: Node) -> None:
@@ -53,9 +62,13 @@ def restore(services: Services) -> None:
             every = replicas.every(db)
         for node in found:
             needed = _rights(node, [replica for replica in every if replica.node_id == node.id])
-            if not known.get(node.id, frozenset()) >= {*needed, f"#{node.secret_hash}"}:
+            rules, hashes = known.get(node.id, frozenset()), {f"#{each}" for each in node.secret_hashes}
+            has = {rule for rule in rules if rule.startswith("#")}
+            if not rules >= needed or has != hashes:
                 log.info("node %s gets its rights on Redis", node.name)
-                users.extend(services.redis, node.id, node.secret_hash, needed)
+                users.extend(services.redis, node.id, node.secret_hashes, needed)
+            if has - hashes:
+                users.cut(services.redis, node.id)
         for node_id in known.keys() - {node.id for node in found}:
             users.remove(services.redis, node_id)
     except users.NotAllowed:

@@ -45,7 +45,7 @@ def register(
         raise Forbidden("The registration token is wrong. 'localai-q up' prints the right one when it starts.")
     with services.db.transaction() as db:
         node = nodes.by_name(db, name) or nodes.add(db, name, secret_hash)
-        if node is None or not hmac.compare_digest(node.secret_hash, secret_hash):
+        if node is None or not _is_known(node, secret_hash):
             log.warning("a machine asked to join under the name of node %r without its secret", name)
             raise Conflict(
                 f"The name '{name}' belongs to another node. Give this one a name of its own with LOCALAI_NODE_NAME."
@@ -97,11 +97,55 @@ def authenticate(services: Services, node_id: str, secret: str) -> Node:
     """
     with services.db.transaction() as db:
         node = nodes.by_id(db, node_id)
-    if node is None or not hmac.compare_digest(node.secret_hash, digest(secret)):
+    shown = digest(secret)
+    if node is None or not _is_known(node, shown):
         raise Forbidden("This is not the secret of that node. Start the node again to have it register anew.")
     if not node.approved:
         raise Forbidden(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
+    return _settled(services, node) if shown == node.next_secret_hash else node
+
+
+def announce_secret(services: Services, node: Node, secret_hash: str) -> None:
+    """A node has made itself a new secret. Both count until it uses that."""
+    if secret_hash == node.secret_hash:
+        return  # it has used it since
+    with services.db.transaction() as db:
+        nodes.announce_secret(db, node.id, secret_hash)
+    node_users.extend(services, node.id)
+
+
+def ask_to_rotate(services: Services, id_or_name: str) -> dict[str, Any]:
+    """Have a node make itself a new secret when it reports next.
+
+    Raises:
+        NotFound: there is none of that id or name.
+        Conflict: it is not in yet.
+    """
+    node = named(services, id_or_name)
+    _need_approval(node)
+    with services.db.transaction() as db:
+        nodes.want_rotation(db, node.id)
+    return {"id": node.id, "name": node.name, "rotate": True}
+
+
+def _settled(services: Services, node: Node) -> Node:
+    """The node, which uses its announced secret: the one before is worth nothing any more."""
+    with services.db.transaction() as db:
+        settled = nodes.settle_secret(db, node.id, node.next_secret_hash)
+        node = _existing(db, node.id)
+    if settled:
+        log.warning("node %s uses a new secret; the one before is withdrawn", node.name)
+        node_users.withdraw(services, node.id)
     return node
+
+
+def _is_known(node: Node, secret_hash: str) -> bool:
+    return any(hmac.compare_digest(known, secret_hash) for known in node.secret_hashes)
+
+
+def _need_approval(node: Node) -> None:
+    if not node.approved or node.state is NodeState.PENDING:
+        raise Conflict(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
 
 
 def heartbeat(
@@ -119,7 +163,8 @@ def heartbeat(
     _bereave(services, found.lost, reports.LOST)
     if found.adopt or found.ready or found.lost:
         services.redis.publish(names.WAKE_CHANNEL, node.id)
-    return {"state": node.state, "stop": sorted(found.stop)}
+    wanted = {"rotate": True} if node.rotate else {}
+    return {"state": node.state, "stop": sorted(found.stop), **wanted}
 
 
 def report_replica(
@@ -220,8 +265,7 @@ def resume(services: Services, node: Node) -> dict[str, Any]:
 
 
 def _set_drain(services: Services, node: Node, *, wanted: bool) -> dict[str, Any]:
-    if not node.approved or node.state is NodeState.PENDING:
-        raise Conflict(f"Node '{node.name}' waits for approval: localai-q nodes approve {node.name}")
+    _need_approval(node)
     with services.db.transaction() as db:
         nodes.set_drain(db, node.id, wanted)
         node = _existing(db, node.id)

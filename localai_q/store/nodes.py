@@ -62,6 +62,21 @@ def approve(db: Connection, node_id: str) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(approved=True))
 
 
+def want_rotation(db: Connection, node_id: str) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(rotate=True))
+
+
+def announce_secret(db: Connection, node_id: str, secret_hash: str) -> None:
+    db.execute(update(nodes).where(nodes.c.id == node_id).values(next_secret_hash=secret_hash))
+
+
+def settle_secret(db: Connection, node_id: str, secret_hash: str) -> bool:
+    """The announced secret takes the place of the one before. False if it was not the announced one."""
+    announced = (nodes.c.id == node_id) & (nodes.c.next_secret_hash == secret_hash)
+    values = {"secret_hash": secret_hash, "next_secret_hash": "", "rotate": False}
+    return db.execute(update(nodes).where(announced).values(values)).rowcount == 1
+
+
 def held(db: Connection, node_id: str) -> Node | None:
     """The node, which until the transaction ends nobody else changes."""
     row = db.execute(select(nodes).where(nodes.c.id == node_id).with_for_update()).one_or_none()
@@ -109,6 +124,8 @@ def _node(row: Row[Any]) -> Node:
         state=NodeState(row.state),
         approved=row.approved,
         secret_hash=row.secret_hash,
+        next_secret_hash=row.next_secret_hash,
+        rotate=row.rotate,
         version=row.version,
         hardware=row.hardware,
         last_heartbeat=row.last_heartbeat.timestamp() if row.last_heartbeat else None,

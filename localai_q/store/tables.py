@@ -46,6 +46,8 @@ nodes = Table(
     Column("state", Text, nullable=False),
     Column("approved", Boolean, nullable=False, server_default=text("false")),
     Column("secret_hash", Text, nullable=False),  # SHA-256 of the secret that the node made itself
+    Column("next_secret_hash", Text, nullable=False, server_default=""),  # of one that it has not used yet
+    Column("rotate", Boolean, nullable=False, server_default=text("false")),  # an admin wants it to make a new one
     Column("version", Text, nullable=False, server_default=""),
     Column("hardware", JSONB, nullable=False, server_default=text("'{}'")),
     Column("last_heartbeat", DateTime(timezone=True)),
@@ -86,6 +88,7 @@ replicas = Table(
     Column("job_id", Text),  # the stage that is under way
     Column("failures", Integer, nullable=False, server_default=text("0")),
     Column("changed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("told_at", DateTime(timezone=True)),  # when its node was last told again what to do with it
     Column("used_at", DateTime(timezone=True)),  # written at most every 10 s
     Column("reserved", BigInteger, nullable=False, server_default=text("0")),  # bytes of RAM that are booked for it
     Column("reserved_vram", BigInteger, nullable=False, server_default=text("0")),  # bytes of GPU memory

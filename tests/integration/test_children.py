@@ -17,6 +17,7 @@ from localai_q.cluster.reports import Report
 from localai_q.embedded.valkey import Valkey
 from localai_q.gallery import catalog
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
+from workers.identity import Identity
 from workers.node import children as module
 from workers.node import leftovers
 from workers.node.children import Children, Load
@@ -32,6 +33,8 @@ class Node:
         self.told: list[tuple[str, str, str]] = []
         self.children = Children(home, lambda *report: self.told.append(report), drain_timeout=0.5)
         self.load_stall = 300.0
+        self.identity = home / "identity.json"
+        Identity(self.identity)
         self._redis_url = redis_url
         self._echo = echo
 
@@ -48,7 +51,7 @@ class Node:
     def spec(self, replica: ReplicaSpec | None = None) -> ChildSpec:
         return ChildSpec(
             node_id="n1", node_name="alpha", redis_url=self._redis_url, lease=5.0, journal_ttl=60.0, journal_max=1000,
-            load_stall=self.load_stall, status_fd=-1, backends=self.home, models=self.home, api_url="", secret="", replica=replica,
+            load_stall=self.load_stall, status_fd=-1, backends=self.home, models=self.home, api_url="", identity=self.identity, replica=replica,
         )  # fmt: skip
 
     def hears(self, replica_id: str, state: str, seconds: float = 30.0) -> str:

@@ -104,7 +104,7 @@ def test_what_the_node_does_about_it(services: Services, node: Node, tmp_path) -
         store.part(sha256).write_bytes(b"12345")
         store.keep(store.part(sha256), sha256)
     spec = ChildSpec(node_id="n", node_name="n", redis_url="", lease=1, journal_ttl=1, journal_max=1, load_stall=1,
-                     status_fd=-1, backends=tmp_path, models=tmp_path, api_url="", secret="")  # fmt: skip
+                     status_fd=-1, backends=tmp_path, models=tmp_path, api_url="", identity=tmp_path / "identity.json")  # fmt: skip
     request = {"files": [B], "grace": 600.0, "floor": 0, "dry_run": False}
 
     def cleaned(**changes: object) -> dict:

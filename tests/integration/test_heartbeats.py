@@ -15,6 +15,7 @@ from waiting import wait_for
 
 from localai_q.config import load_settings
 from localai_q.errors import Forbidden
+from workers.identity import Identity
 from workers.node import api
 from workers.node.worker import Node
 
@@ -75,7 +76,7 @@ def test_a_heartbeat_survives_every_answer_and_heeds_the_one_that_ends_it(
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda _, signum: killed.append(signum))
     cfg = load_settings(home=tmp_path, register_to=url, registration_token="t", node_name="n1")
-    node = Node(cfg, {"id": "n1", "name": "n1", "heartbeat": 0.01}, "secret")
+    node = Node(cfg, {"id": "n1", "name": "n1", "heartbeat": 0.01}, Identity(tmp_path / "identity.json"))
     beats = threading.Thread(target=node._heartbeats, daemon=True)
     beats.start()
     assert wait_for(lambda: len(handler.seen) > len(ANSWERS) + 3, 20)

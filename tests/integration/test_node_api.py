@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from workers.node.api import Identity, NodeApi, register
+from workers.identity import Identity
+from workers.node.api import NodeApi, register
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -46,7 +47,7 @@ def test_a_proxy_of_the_environment_is_not_asked(url: str, tmp_path: Path, monke
         monkeypatch.delenv(name, raising=False)
     answer = register(f"{url}/", "token", "alpha", Identity(tmp_path / "identity.json"), {})
     assert answer["redis_url"] == "redis://x"
-    assert NodeApi(url, "n1", "secret").heartbeat({}, [])["stop"] == []
+    assert NodeApi(url, "n1", Identity(tmp_path / "identity.json")).heartbeat({}, [])["stop"] == []
 
 
 @pytest.mark.parametrize("name", ["../../evil", ".hidden", "a/b", "a b", "x" * 64])

@@ -9,6 +9,7 @@ from cluster_data import SECRET, add_model, join, node_named, ready_node
 
 from localai_q import names
 from localai_q.bus import users
+from localai_q.bus.connection import credentials
 from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Submission
 from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import Delta, End
@@ -17,7 +18,6 @@ from localai_q.cluster.states import JobState
 from localai_q.services import node_users, nodes
 from localai_q.services.wiring import Services, make_leases
 from localai_q.store import replicas
-from workers.node.api import with_secret
 
 
 @pytest.fixture(autouse=True)
@@ -55,9 +55,8 @@ def submit(services: Services, job_id: str, line: str) -> None:
 def test_a_node_is_handed_a_user_and_no_password(services: Services, node: Node) -> None:
     url = join(services)["redis_url"]
     assert urlsplit(url).password is None
-    own = with_secret(url, "s/e?c")
-    assert own == url.replace("@", ":s%2Fe%3Fc@")
-    assert with_secret("redis://:shared@h/0", "x") == "redis://:shared@h/0"
+    assert credentials(url, lambda: "s/e?c").get_credentials() == (names.node_user(node.id), "s/e?c")
+    assert credentials("redis://:shared@h/0", lambda: "x") is None
     assert as_node(services, node).ping()
     with pytest.raises(redis.AuthenticationError):
         as_node(services, node, "wrong").ping()
@@ -141,7 +140,7 @@ def test_users_that_redis_lost_are_made_again_and_strangers_removed(services: Se
     line = give_model(services, node)
     before = users.known(services.redis)
     users.remove(services.redis, node.id)
-    users.make(services.redis, "stranger", "ab" * 32, [])
+    users.make(services.redis, "stranger", ["ab" * 32], [])
     node_users.restore(services)
     assert users.known(services.redis) == before
     assert as_node(services, node).llen(line) == 0
@@ -190,7 +189,7 @@ def test_where_no_users_can_be_made_nodes_share_ours_and_it_is_said_once(
 
 
 def test_a_node_that_comes_back_has_its_own_secret_only(services: Services, node: Node) -> None:
-    users.extend(services.redis, node.id, "ab" * 32, [])
+    users.extend(services.redis, node.id, ["ab" * 32], [])
     assert "#" + "ab" * 32 in users.known(services.redis)[node.id]
     join(services)
     assert {rule for rule in users.known(services.redis)[node.id] if rule.startswith("#")} == {f"#{node.secret_hash}"}

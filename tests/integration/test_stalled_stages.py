@@ -21,6 +21,7 @@ from localai_q.services import jobs
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
+from workers.identity import Identity
 from workers.node.jobs import Jobs
 from workers.node.stalls import Watch
 
@@ -75,9 +76,9 @@ def worker(services: Services, node: Node, home: Path, source: Source) -> Jobs:
     spec = ChildSpec(
         node_id=node.id, node_name=node.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
         journal_max=1000, load_stall=2.0, status_fd=-1, backends=home / "backends", models=home / "models",
-        api_url=f"http://127.0.0.1:{source.server_port}", secret="s",
+        api_url=f"http://127.0.0.1:{source.server_port}", identity=home / "identity.json",
     )  # fmt: skip
-    return Jobs(spec, home / "run")
+    return Jobs(spec, Identity(spec.identity), home / "run")
 
 
 def fetch(services: Services, node: Node) -> str:

@@ -1,24 +1,20 @@
-"""What a node says to the API, and the identity by which it does. Owns the HTTP of a node; decides nothing."""
+"""What a node says to the API. Owns the HTTP of a node; decides nothing."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import secrets
 import ssl
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import httpx
 
 from localai_q import __version__
-from localai_q.config import write_private
-from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError, Unavailable
+from localai_q.errors import Conflict, Forbidden, LocalAIError, NotFound, StartupError, Unavailable
+from workers.identity import Identity
 from workers.node.installer import certificates
 
 log = logging.getLogger(__name__)
@@ -29,39 +25,19 @@ REMIND = 30.0  # seconds between two lines that say what is waited for
 PATIENCE = 5.0  # seconds before the first such line about an API that does not answer: it may be starting, too
 
 
-class Identity:
-    """The node's secret, made by itself once and kept in a private file."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self.secret: str = json.loads(path.read_text())["secret"]
-        except FileNotFoundError:
-            self.secret = secrets.token_urlsafe(32)
-            try:
-                write_private(path, json.dumps({"secret": self.secret}))
-            except OSError as error:
-                raise StartupError(
-                    f"cannot write {path}: {error.strerror}. Set LOCALAI_Q_HOME to a folder of yours."
-                ) from error
-        except (OSError, ValueError, KeyError) as error:
-            raise StartupError(
-                f"cannot read this node's identity in {path}: {error}. Delete it to register anew."
-            ) from error
-
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(self.secret.encode()).hexdigest()
-
-
 class NodeApi:
     """The API as a registered node uses it."""
 
-    def __init__(self, url: str, node_id: str, secret: str) -> None:
+    def __init__(self, url: str, node_id: str, identity: Identity) -> None:
         self._id = node_id
-        self._http = _client(url, headers={"Authorization": f"Bearer {secret}"})
+        self._identity = identity
+        self._http = _client(url)
 
     def heartbeat(self, hardware: dict[str, Any], replicas: list[dict[str, Any]]) -> dict[str, Any]:
-        """Report, as `localai_q.cluster.reports.Report` has it; returns `{"state", "stop": [replica ids]}`."""
+        """Report, as `localai_q.cluster.reports.Report` has it.
+
+        Returns `{"state", "stop": [replica ids]}`, and `rotate` if a new secret is wanted.
+        """
         return self._call("POST", "heartbeat", {"hardware": hardware, "replicas": replicas})
 
     def report(self, replica_id: str, state: str, reason: str, hardware: dict[str, Any]) -> None:
@@ -73,12 +49,26 @@ class NodeApi:
         """The spec of one of this node's replicas; `NotFound` when it should not run."""
         return self._call("GET", f"replicas/{replica_id}")
 
+    def announce_secret(self, secret_hash: str) -> None:
+        """Say what the next secret will be; from now on both count, until the next one is used."""
+        self._call("POST", "secret", {"secret_hash": secret_hash})
+
     def deregister(self) -> None:
         self._call("POST", "deregister", {})
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        secret = self._identity.secret()
+        try:
+            return self._ask(method, path, body, secret)
+        except Forbidden:
+            if (newer := self._identity.secret()) == secret:
+                raise
+            return self._ask(method, path, body, newer)  # the other was withdrawn on the way
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, secret: str) -> dict[str, Any]:
         with _errors():
-            response = self._http.request(method, f"/api/node/{self._id}/{path}", json=body)
+            url = f"/api/node/{self._id}/{path}"
+            response = self._http.request(method, url, json=body, headers=_bearer(secret))
         if response.status_code >= httpx.codes.BAD_REQUEST:
             _raise(response)
         try:
@@ -99,10 +89,16 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
     if urlsplit(url).scheme not in ("http", "https"):
         raise StartupError(f"LOCALAI_REGISTER_TO={url!r} is no URL: it needs the form http://HOST:8080")
     body = {"name": name, "token": token, "secret_hash": identity.hash, "version": __version__, "hardware": hardware}
-    say_at, pending = time.monotonic() + PATIENCE, False
+    say_at, pending, fell_back = time.monotonic() + PATIENCE, False, False
     with _client(url) as http:
         while True:
-            answer, waiting_for = _ask(http, url, name, body)
+            try:
+                answer, waiting_for = _ask(http, url, name, body)
+            except Conflict as error:
+                if fell_back or not identity.fall_back():
+                    raise StartupError(error.message) from error
+                body["secret_hash"], fell_back = identity.hash, True
+                continue
             if answer and "redis_url" in answer:
                 return answer
             if (answer and not pending) or time.monotonic() > say_at:
@@ -112,13 +108,8 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
             time.sleep(POLL if answer else POLL / 4)
 
 
-def with_secret(redis_url: str, secret: str) -> str:
-    """The URL of Redis with this node's secret, where that is the password of the user whom it names."""
-    parts = urlsplit(redis_url)
-    if not parts.username or parts.password:
-        return redis_url
-    address = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{parts.username}:{quote(secret, safe='')}@{address}"))
+def _bearer(secret: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {secret}"}
 
 
 def _client(url: str, **more: Any) -> httpx.Client:
@@ -135,7 +126,8 @@ def _ask(http: httpx.Client, url: str, name: str, body: dict[str, Any]) -> tuple
     if response.status_code >= httpx.codes.INTERNAL_SERVER_ERROR:
         return None, f"waiting for the API at {url}: it answers {response.status_code}"
     if response.status_code >= httpx.codes.BAD_REQUEST:
-        raise StartupError(f"the API at {url} refuses this node: {_message(response)}")
+        kind = Conflict if response.status_code == httpx.codes.CONFLICT else StartupError
+        raise kind(f"the API at {url} refuses this node: {_message(response)}")
     try:
         answer: dict[str, Any] = response.json()
     except ValueError as error:

@@ -28,6 +28,7 @@ from localai_q.errors import Cancelled, GenerationFailed, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
+from workers.identity import Identity
 from workers.node.job_child import DISCARD, PRESENT, JobOrder
 from workers.node.stalls import LOOK, Watch
 
@@ -40,8 +41,8 @@ DEATHS = 3
 class Jobs:
     """Does this node's long jobs."""
 
-    def __init__(self, spec: ChildSpec, folder: Path) -> None:
-        redis = client(spec.redis_url)
+    def __init__(self, spec: ChildSpec, identity: Identity, folder: Path) -> None:
+        redis = client(spec.redis_url, identity.secret)
         leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
         self.claims = Claims(redis, leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease)
         self._spec = spec
@@ -118,13 +119,14 @@ def prepare(worker: Any, conf: Any) -> None:
     """Make the worker the one that does its node's jobs."""
     spec = read_spec()
     watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
-    use_broker(conf, spec.redis_url, spec.node_id)
+    identity = Identity(spec.identity)
+    use_broker(conf, spec.redis_url, spec.node_id, identity.secret)
     conf.worker_concurrency = CONCURRENCY
     folder = settings().child_spec
     assert folder is not None
     status = StatusPipe(spec.status_fd)
-    jobs = Jobs(spec, folder.parent)
-    probe = Probe(app, client(spec.redis_url), names.node_jobs_queue(spec.node_id), slots=CONCURRENCY)
+    jobs = Jobs(spec, identity, folder.parent)
+    probe = Probe(app, client(spec.redis_url, identity.secret), names.node_jobs_queue(spec.node_id), slots=CONCURRENCY)
 
     @app.task(name=names.RUN_JOB)
     def run_job(job_id: str) -> None:

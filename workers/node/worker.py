@@ -24,6 +24,7 @@ from localai_q.config import Settings, settings
 from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError
 from localai_q.gallery import catalog
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
+from workers.identity import Identity
 from workers.node import api, hardware
 from workers.node.children import Children
 from workers.node.installer import installed_path
@@ -39,7 +40,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")  # as the API has it
 class Node:
     """This machine, registered."""
 
-    def __init__(self, cfg: Settings, answer: dict[str, Any], secret: str) -> None:
+    def __init__(self, cfg: Settings, answer: dict[str, Any], identity: Identity) -> None:
         self.id: str = answer["id"]
         self.name: str = answer["name"]
         self.home = cfg.node_home
@@ -48,8 +49,8 @@ class Node:
         self._sockets = socket_folder(self.home)
         self._cfg = cfg
         self._answer = answer
-        self._secret = secret
-        self._api = api.NodeApi(cfg.api_of_node, self.id, secret)
+        self._identity = identity
+        self._api = api.NodeApi(cfg.api_of_node, self.id, identity)
         self._stopping = threading.Event()
         self._member = True
         self.children = Children(self.home, self._report, drain_timeout=cfg.drain_timeout)
@@ -87,17 +88,30 @@ class Node:
 
     def _heartbeats(self) -> None:
         while not self._stopping.is_set():
+            pause = float(self._answer["heartbeat"])
             try:
                 answer = self._api.heartbeat(self._hardware(), self.children.reports())
                 for replica_id in answer.get("stop", []):
                     self.children.stop_replica(replica_id)
+                if self._renew_secret(asked=bool(answer.get("rotate"))):
+                    pause = 0.0
             except Forbidden:
                 self._removed()
             except (LocalAIError, OSError) as error:
                 log.warning("heartbeat: %s", error)
             except Exception:
                 log.exception("heartbeat: it is tried again")
-            self._stopping.wait(float(self._answer["heartbeat"]))
+            self._stopping.wait(pause)
+
+    def _renew_secret(self, *, asked: bool) -> bool:
+        """After a heartbeat: go on to a new secret when that is due, which the next heartbeat uses. Whether it was."""
+        self._identity.settle()
+        if not (asked or self._identity.begun or self._identity.older_than(self._cfg.secret_days)):
+            return False
+        self._api.announce_secret(self._identity.prepare())
+        self._identity.adopt()
+        log.info("this node has made itself a new secret")
+        return True
 
     def _removed(self) -> None:
         """The API knows this node no more: end, as on SIGTERM."""
@@ -132,7 +146,7 @@ class Node:
             backends=self.backends,
             models=self.models,
             api_url=self._cfg.api_of_node,
-            secret=self._secret,
+            identity=self._identity.path,
             replica=replica,
             **shared,
         )
@@ -164,13 +178,12 @@ def prepare(worker: Any, conf: Any) -> None:
             "'localai-q up' prints both when it starts"
         )
     check_name(cfg.effective_node_name)
-    identity = api.Identity(cfg.node_home / "identity.json")
+    identity = Identity(cfg.node_home / "identity.json")
     hold_home(cfg.node_home)
     logging.basicConfig(level=cfg.log_level, format="%(asctime)s %(levelname)s %(message)s")
     answer = api.register(cfg.api_of_node, cfg.registration_token, cfg.effective_node_name, identity, reading(cfg))
-    answer["redis_url"] = api.with_secret(answer["redis_url"], identity.secret)
-    node = Node(cfg, answer, identity.secret)
-    use_broker(conf, answer["redis_url"], node.id)
+    node = Node(cfg, answer, identity)
+    use_broker(conf, answer["redis_url"], node.id, identity.secret)
     consume(names.node_queue(node.id), conf)
     conf.worker_concurrency = CONCURRENCY
     worker.hostname = f"node@{node.name}"

@@ -21,6 +21,7 @@ from localai_q.errors import StartupError
 from localai_q.processes import watch_parent
 from workers.child import FINISH, ChildSpec, ReplicaSpec, StatusPipe, read_spec
 from workers.claims import Claims
+from workers.identity import Identity
 from workers.replica.backend import Backend
 from workers.replica.runner import Runner
 
@@ -35,7 +36,8 @@ def prepare(worker: Any, conf: Any) -> None:
     assert spec.replica is not None
     watch_parent(os.getppid(), lambda: os.kill(os.getpid(), signal.SIGTERM))
     status = StatusPipe(spec.status_fd)
-    use_broker(conf, spec.redis_url, spec.node_id)
+    identity = Identity(spec.identity)
+    use_broker(conf, spec.redis_url, spec.node_id, identity.secret)
     conf.worker_concurrency = spec.replica.model.slots
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
@@ -46,11 +48,11 @@ def prepare(worker: Any, conf: Any) -> None:
     except StartupError as error:
         status.say("failed", error.message)
         raise
-    runner = make_runner(spec, spec.replica, backend)
+    runner = make_runner(spec, spec.replica, identity, backend)
     status.figures = runner.figures
     drain_timeout = settings().drain_timeout
     queue, slots = names.replica_queue(spec.replica.id), spec.replica.model.slots
-    probe = Probe(app, client(spec.redis_url), queue, slots=slots, drain=drain_timeout)
+    probe = Probe(app, client(spec.redis_url, identity.secret), queue, slots=slots, drain=drain_timeout)
 
     @app.task(name=names.RUN_GENERATION)
     def run_generation(job_id: str) -> None:
@@ -65,9 +67,9 @@ def prepare(worker: Any, conf: Any) -> None:
     signals.worker_shutdown.connect(lambda **_: backend.stop(), weak=False)
 
 
-def make_runner(spec: ChildSpec, replica: ReplicaSpec, backend: Backend) -> Runner:
+def make_runner(spec: ChildSpec, replica: ReplicaSpec, identity: Identity, backend: Backend) -> Runner:
     """The runner of this replica's jobs."""
-    redis = client(spec.redis_url)
+    redis = client(spec.redis_url, identity.secret)
     leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
     claims = Claims(redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease)
     line = names.model_queue(replica.model.id)

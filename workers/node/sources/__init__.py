@@ -9,6 +9,7 @@ from localai_q.cluster.sources import Bucket, HuggingFace, Image, OnNode, Source
 from localai_q.config import Settings
 from localai_q.errors import NotFound
 from workers.child import ChildSpec
+from workers.identity import Identity
 from workers.node.sources import huggingface, images, network, s3, wheels
 from workers.node.sources.network import Network, Trust
 from workers.node.sources.origin import Origin
@@ -26,7 +27,7 @@ class Access:
 
     @classmethod
     def of(cls, settings: Settings, spec: ChildSpec) -> Access:
-        return cls(settings, spec.api_url, spec.node_id, spec.secret, spec.redis_url)
+        return cls(settings, spec.api_url, spec.node_id, Identity(spec.identity).secret(), spec.redis_url)
 
     def network(self) -> Network:
         """The network as sources may use it."""
