@@ -84,7 +84,8 @@ def label_node(
 ) -> None:
     """Give a node labels, take them back, or show all it has.
 
-    A node has some by what it is: node.name, node.os, node.arch, gpu.vendor, gpu.vram. One that you give goes before
+    A node has some by what it is: node.name, node.os, node.arch, gpu.vendor, gpu.vram,
+    gpu.compute-capability. One that you give goes before
     these, and stays when the node registers again.
 
     Examples:
@@ -186,7 +187,7 @@ def _shown(node: dict[str, Any]) -> dict[str, Any]:
         **node,
         "cpus": hardware.get("cpus"),
         "ram_free": decimal(hardware["ram_available"]) if hardware.get("ram_available") else None,
-        "gpus": ", ".join(gpu["name"] for gpu in hardware.get("gpus", [])),
+        "gpus": ", ".join(gpu.get("name", "?") for gpu in hardware.get("gpus", [])),
         "runs": ", ".join(f"{replica['model']}: {replica['state']}" for replica in node["replicas"]),
         "remains": _remains(node["remains"]),
         "labels": _pairs(node["given_labels"]),

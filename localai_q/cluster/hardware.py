@@ -42,6 +42,9 @@ class Gpu(_Reading):
     vendor: Word = ""
     vram_total: Bytes = 0
     vram_free: Bytes = 0
+    vram_others: Bytes | None = None  # used by processes that are not the node's
+    compute_capability: str | None = Field(None, pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")
+    driver: Word | None = None
 
 
 class Hardware(_Reading):
@@ -76,4 +79,4 @@ def _read(told: dict[str, Any]) -> dict[str, Any]:
     """The part that was read: no machine has nothing."""
     failed = {total for total in FREE_OF if told.get(total) == 0} | ({"cpus"} if told.get("cpus") == 0 else set())
     failed |= {FREE_OF[total] for total in failed & FREE_OF.keys()}
-    return {name: value for name, value in told.items() if name not in failed}
+    return {name: value for name, value in told.items() if name not in failed and value != ""}

@@ -22,13 +22,14 @@ class Labels(RootModel[dict[LabelKey, LabelValue]]):
 def found_labels(name: str, hardware: dict[str, Any], slots: int) -> dict[str, str]:
     """The labels that a node has by its name and its hardware, with LocalAI's names where it has them.
 
-    `node.name`, `node.os`, `node.arch`; `node.replica-slots`, the replicas of one model that it may have; with a GPU
-    `gpu.vendor` and `gpu.vram`, the size class of the largest.
+    `node.name`, `node.os`, `node.arch`; `node.replica-slots`, the replicas of one model that it may have; of the largest
+    GPU `gpu.vendor`, `gpu.compute-capability` and `gpu.vram`, its size class.
     """
     found = {"node.name": name, "node.os": hardware.get("os"), "node.arch": hardware.get("arch"),
              "node.replica-slots": str(slots)}  # fmt: skip
     largest = max(hardware.get("gpus") or [{}], key=lambda gpu: int(gpu.get("vram_total", 0)))
     found["gpu.vendor"] = largest.get("vendor")
+    found["gpu.compute-capability"] = largest.get("compute_capability")
     size = largest.get("vram_total", 0) / 1e9
     found["gpu.vram"] = next((bucket for least, bucket in VRAM_BUCKETS.items() if size >= least), None)
     return {key: value for key, value in found.items() if value}

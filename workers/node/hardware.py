@@ -20,6 +20,9 @@ from workers.node import cgroups
 
 log = logging.getLogger(__name__)
 MOST_FILES = 2000  # as the API takes them
+DRM = Path("/sys/class/drm")
+VENDORS = {"0x1002": "amd", "0x8086": "intel"}  # by PCI's number
+LEAST_VRAM = 1 << 30  # bytes; less is what firmware sets aside for a screen
 _said: set[str] = set()  # complaints: each is made once
 
 
@@ -33,7 +36,7 @@ def read(models: Path, budget_of: Callable[[int], int]) -> dict[str, Any]:
     found: dict[str, Any] = {"os": platform.system().lower(), "arch": platform.machine().lower()}
     for part in (_processors, _memory, lambda: _disk(models), _devices):
         found |= _tolerant(part)
-    total = sum(gpu["vram_total"] for gpu in found.get("gpus", [])) or found.get("ram_total", 0)
+    total = sum(gpu.get("vram_total", 0) for gpu in found.get("gpus", [])) or found.get("ram_total", 0)
     return found | {"budget": budget_of(total)} if total else found
 
 
@@ -67,22 +70,85 @@ def _disk(models: Path) -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    """NVIDIA devices by NVML: index, name, vendor, vram_total, vram_free. No devices where there is no driver."""
+    """Every device that computes; one whose memory is the machine's own has no numbers of memory."""
+    found = [*_nvidia(), *_others()]
+    return {"gpus": [{"index": index, **device} for index, device in enumerate(found)]}
+
+
+def _nvidia() -> list[dict[str, Any]]:
+    """NVIDIA devices by NVML. None where there is no driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError_LibraryNotFound:
-        return {"gpus": []}
+        return []
     try:
-        return {"gpus": [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())]}
+        driver = _asked(lambda: {"driver": str(pynvml.nvmlSystemGetDriverVersion())})
+        own = _own_processes()
+        return [{**_nvidia_device(index, own), **driver} for index in range(pynvml.nvmlDeviceGetCount())]
     finally:
         pynvml.nvmlShutdown()
 
 
-def _gpu(index: int) -> dict[str, Any]:
+def _nvidia_device(index: int, own: set[int]) -> dict[str, Any]:
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    return {"index": index, "name": str(pynvml.nvmlDeviceGetName(handle)), "vendor": "nvidia",
-            "vram_total": int(memory.total), "vram_free": int(memory.free)}  # fmt: skip
+    found: dict[str, Any] = {"vendor": "nvidia"}
+    found |= _asked(lambda: {"name": str(pynvml.nvmlDeviceGetName(handle))})
+    found |= _asked(lambda: {"compute_capability": _capability(handle)})
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    except pynvml.NVMLError_NotSupported:  # it has none of its own
+        return found
+    found |= {"vram_total": int(memory.total), "vram_free": int(memory.free)}
+    return found | _asked(lambda: _used_by_others(handle, int(memory.total) - int(memory.free), own))
+
+
+def _capability(handle: Any) -> str:
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return f"{major}.{minor}"
+
+
+def _used_by_others(handle: Any, used: int, own: set[int]) -> dict[str, Any]:
+    """What processes that are not this node's use. Not known where the system does not say what each uses, as WSL."""
+    ours = [process.usedGpuMemory for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if process.pid in own]  # fmt: skip
+    return {} if None in ours else {"vram_others": max(used - sum(ours), 0)}
+
+
+def _own_processes() -> set[int]:
+    """This node and all below it."""
+    node = psutil.Process()
+    return {node.pid, *(child.pid for child in node.children(recursive=True))}
+
+
+def _asked(question: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The answer, or nothing from a device or driver that does not say."""
+    try:
+        return question()
+    except (pynvml.NVMLError, psutil.Error):
+        return {}
+
+
+def _others() -> list[dict[str, Any]]:
+    """Devices of other vendors whose driver tells of their memory in sysfs, in the order of their numbers."""
+    cards = sorted(DRM.glob("card[0-9]*/device"), key=lambda path: (len(path.parent.name), path.parent.name))
+    return [device for card in cards if (device := _card(card))]
+
+
+def _card(folder: Path) -> dict[str, Any] | None:
+    vendor = VENDORS.get(_text(folder / "vendor"))
+    total, used = (_text(folder / f"mem_info_vram_{what}") for what in ("total", "used"))
+    if vendor is None or not total.isdecimal() or int(total) < LEAST_VRAM:
+        return None
+    name = _text(folder / "product_name") or f"{vendor} {_text(folder / 'device')}"
+    found = {"vendor": vendor, "name": name, "vram_total": int(total)}
+    return found | ({"vram_free": max(int(total) - int(used), 0)} if used.isdecimal() else {})
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
 
 
 def _existing(path: Path) -> Path:
