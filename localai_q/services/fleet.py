@@ -17,7 +17,14 @@ from localai_q.services import nodes as node_services
 from localai_q.services.wiring import Services
 from localai_q.store import models, nodes, replicas
 
-INNER = ("secret_hash", "next_secret_hash", "given_budget", "given_slots", "report", "missed")  # of a node, nobody is shown
+INNER = (
+    "secret_hash",
+    "next_secret_hash",
+    "given_budget",
+    "given_slots",
+    "report",
+    "missed",
+)  # of a node, nobody is shown
 
 
 def listed(services: Services) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import httpx
 import openai
 import psutil
 import pytest
+import redis
 from e2e_cluster import BIN, CHAT_MODEL, Cluster, clean_environment, kill_all, processes_of, until
 
 
@@ -322,6 +323,32 @@ def test_a_node_may_not_speak_for_another(cluster: Cluster) -> None:
     began = time.time()
     assert httpx.post(own, json={"running": []}, headers=headers).status_code == 200
     assert cluster.node("alpha")["last_heartbeat"] >= began - 1
+
+
+def test_a_nodes_secret_changes_while_it_works_and_the_one_before_opens_nothing(calm: Cluster) -> None:
+    file = calm.home / "worker/nodes/alpha/identity.json"
+    node_id, old = calm.ready["node_ids"][0], json.loads(file.read_text())["secret"]
+    running = {replica["id"] for replica in calm.node("alpha")["replicas"] if replica["state"] == "ready"}
+    with ThreadPoolExecutor(4) as pool:
+        told = [pool.submit(calm.say, "[[echo tokens=150 delay_ms=50]]") for _ in range(4)]
+        until(lambda: len(calm.open_generations()) == 4, 10, "four at work")
+        assert "makes itself a new secret" in calm.cli("nodes", "rotate", "alpha")
+        until(lambda: json.loads(file.read_text()).keys() == {"secret", "since"} and old not in file.read_text(), 30,
+              "a new secret")  # fmt: skip
+        headers = {"Authorization": f"Bearer {old}"}
+        assert httpx.post(f"{calm.base_url}/api/node/{node_id}/heartbeat", json={}, headers=headers).status_code == 403
+        with calm.redis() as client:
+            address = {name: client.connection_pool.connection_kwargs[name] for name in ("host", "port")}
+            with pytest.raises(redis.AuthenticationError):
+                redis.Redis(**address, username=f"node-{node_id}", password=old).ping()
+            settled = client.acl_getuser(f"node-{node_id}")["passwords"]
+        assert len(settled) == 1
+        texts = [answer.result(60).choices[0].message.content for answer in told]
+    assert len({len(text.split()) for text in texts}) == 1, "no answer lacks a word"
+    calm.say("again")
+    calm.say("again", model="echo-one")
+    ready = {replica["id"] for replica in calm.node("alpha")["replicas"] if replica["state"] == "ready"}
+    assert running <= ready, "nothing was loaded again"
 
 
 def test_a_node_is_on_redis_as_itself_and_lacks_nothing_there(calm: Cluster) -> None:

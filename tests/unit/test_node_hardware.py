@@ -99,7 +99,7 @@ def test_a_device_is_read_with_what_others_use_of_it(tmp_path: Path, monkeypatch
     found = read_with(Driver(), tmp_path, monkeypatch)
     assert found["gpus"] == [WHOLE]
     assert found["budget"] == 24 * GIB
-    labels = found_labels("n", found)
+    labels = found_labels("n", found, 1)
     assert (labels["gpu.vendor"], labels["gpu.vram"], labels["gpu.compute-capability"]) == ("nvidia", "24GB", "8.6")
 
 
