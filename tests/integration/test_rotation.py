@@ -10,6 +10,8 @@ import httpx
 import pytest
 import redis
 from cluster_data import claim, join, node_named
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 from sqlalchemy import text
 from werkzeug.serving import make_server
 
@@ -80,7 +82,8 @@ class Machine:
 
     def as_thief(self, secret: str) -> redis.Redis:
         parts = urlsplit(self.services.settings.redis_url)
-        return redis.Redis(host=parts.hostname, port=parts.port, username=names.node_user(self.id), password=secret)
+        return redis.Redis(host=parts.hostname, port=parts.port, username=names.node_user(self.id), password=secret,
+                           retry=Retry(NoBackoff(), 0))  # fmt: skip
 
 
 @pytest.fixture
