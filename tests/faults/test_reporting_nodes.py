@@ -1,4 +1,4 @@
-"""Nodes fall silent, or nobody is there to hear them: what they have loaded serves on, and is not loaded again."""
+"""What nodes report, and what becomes of what they have loaded when they cannot: it serves on, and is not loaded again."""
 
 from collections.abc import Callable
 
@@ -36,7 +36,7 @@ def test_replicas_of_nodes_that_were_offline_are_taken_back_as_they_are(
     assert (pids(cluster, "replica"), pids(cluster, "backend")) == (processes, engines), "nothing was loaded again"
 
 
-def test_while_no_web_process_is_there_no_node_is_given_up(cluster: Cluster, ask: Ask) -> None:
+def test_what_is_loaded_outlives_a_time_without_any_web_process(cluster: Cluster, ask: Ask) -> None:
     until(lambda: {state for _, state in loaded(cluster)} == {"ready"}, 30, "replicas that are ready")
     rows, processes = loaded(cluster), pids(cluster, "replica")
 
@@ -46,8 +46,20 @@ def test_while_no_web_process_is_there_no_node_is_given_up(cluster: Cluster, ask
 
     with stopped(pids(cluster, "web")):
         until(lambda: silence() > OFFLINE_AFTER + 2, 20, "a long silence")
-        assert states(cluster) == {"ready"}
-    until(lambda: silence() < 1.5, 10, "a heartbeat")
+    until(lambda: states(cluster) == {"ready"} and loaded(cluster) == rows, 10, "the same replicas")
     assert ask("again").whole() == "again"
-    assert states(cluster) == {"ready"}
-    assert (loaded(cluster), pids(cluster, "replica")) == (rows, processes)
+    assert pids(cluster, "replica") == processes
+
+
+def test_what_a_replica_generates_is_measured_and_shown(cluster: Cluster, ask: Ask) -> None:
+    assert ask(numbers(60, delay_ms=20), "echo-one").whole() == counted(60)
+
+    def shown() -> list[dict]:
+        models = cluster.http.get("/api/nodes/models").raise_for_status().json()["models"]
+        return [each for each in models if each["model"] == "echo-one" and each["tokens_per_second"]]
+
+    [found] = until(shown, 15, "a measured speed")
+    assert 10 < found["tokens_per_second"] < 60, "50 at most, and some for its way"
+    assert 0.1 < found["load_seconds"] < 60
+    assert found["reported"] > 0
+    assert f"{found['tokens_per_second']:.3g}" in cluster.cli("nodes", "show", found["node"])
