@@ -14,8 +14,7 @@ routes = Blueprint("loads", __name__)
 
 @routes.get("/api/models/<path:name>/load-status")
 def load_status(name: str) -> dict[str, Any]:
-    """LocalAI's `loading` object of a model that is on its way up; null when it is not."""
+    """LocalAI's `loading` object of a model that is on its way up, and its last failure; null where there is none."""
     process = web()
     model, snapshot = process.snapshots.model(name)
-    load = waiting.load(process.services, snapshot, model)
-    return {"model": name, "loading": load.body() if load else None}
+    return {"model": name, **waiting.status(process.services, snapshot, model)}

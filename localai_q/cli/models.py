@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from localai_q.cli.client import Api, connect
-from localai_q.cli.show import AsJson, rows
+from localai_q.cli.show import AsJson, rows, when
 from localai_q.errors import InvalidValue
 
 app = typer.Typer(no_args_is_help=True, help="List, add and remove models.")
@@ -25,8 +26,8 @@ GGUF = b"GGUF"
 def list_models(as_json: AsJson = False) -> None:
     """Show every model and where it is loaded."""
     found = connect().call("GET", "/api/models")["models"]
-    shown = found if as_json else [{**model, "replicas": _replicas(model)} for model in found]
-    rows(shown, ["name", "backend", "context_size", "slots", "replicas"], as_json=as_json,
+    shown = found if as_json else [{**model, "replicas": _replicas(model), "load": _load(model)} for model in found]
+    rows(shown, ["name", "backend", "context_size", "slots", "replicas", "load"], as_json=as_json,
          empty="No models yet: localai-q models add NAME --file my.gguf")  # fmt: skip
 
 
@@ -146,6 +147,22 @@ def _read(file: Path, advance: Any) -> Iterator[bytes]:
         while chunk := opened.read(CHUNK):
             advance(len(chunk))
             yield chunk
+
+
+def _load(model: dict[str, Any]) -> str:
+    """How far the model is on its way up, which attempt that is, and when the next is made."""
+    loading, failure, parts = model["loading"], model["failure"], []
+    if loading:
+        parts.append(f"{loading['state']} since {when(loading['since'])}")
+        parts += [f"{loading['progress']:.0f} %"] if loading["progress"] else []
+        parts += [f"{decimal(loading['bytes_sent'])} of {decimal(loading['total_bytes'])}"] * bool(
+            loading["total_bytes"]
+        )
+        parts += [f"{loading['eta_seconds']} s left"] * (loading["eta_seconds"] is not None)
+        parts += [f"attempt {loading['attempt']}"] * (loading["attempt"] > 1)
+    elif failure and failure["retry_at"]:
+        parts.append(f"failed {failure['attempts']} times, tried again at {when(failure['retry_at'])}")
+    return ", ".join(parts)
 
 
 def _replicas(model: dict[str, Any]) -> str:

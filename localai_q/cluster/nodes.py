@@ -77,6 +77,7 @@ class Replica:
     job_id: str | None = None
     failures: int = 0
     changed: float = 0.0  # seconds since the epoch
+    told: float = 0.0  # when its node was last told again what to do with it
     used: float = 0.0  # when a job of its model last ended on its node, to 10 s
     reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
     unseen: int = 0  # bytes of its RAM that its node does not report as used

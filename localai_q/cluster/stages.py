@@ -35,6 +35,7 @@ def next_step(replica: Replica, job: Job | None, *, has_file: bool, now: float) 
         if job.state is JobState.OPEN:
             return Step.WAIT
         return Step.FETCH if replica.state is ReplicaState.INSTALLING and has_file else Step.LOAD
-    if replica.state in (ReplicaState.LOADING, ReplicaState.STOPPING) and now > replica.changed + SILENT_LOAD:
+    silent = now > max(replica.changed, replica.told) + SILENT_LOAD
+    if replica.state in (ReplicaState.LOADING, ReplicaState.STOPPING) and silent:
         return Step.REMIND
     return Step.WAIT

@@ -14,14 +14,15 @@ from typing import IO, Any
 from localai_q import gguf, names
 from localai_q.cluster import sources
 from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
-from localai_q.services import jobs
+from localai_q.services import jobs, snapshots, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
-from localai_q.store import marks, models, nodes, replicas
+from localai_q.store import marks, models, replicas
 
 CHUNK = 1 << 20
 HEADROOM = 1 << 30  # bytes that an upload leaves free on the disk
@@ -61,11 +62,9 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
 
 
 def listed(services: Services) -> list[dict[str, Any]]:
-    """Every model with its replicas."""
-    with services.db.transaction() as db:
-        known = models.every(db)
-        every = replicas.every(db)
-        node_names = {node.id: node.name for node in nodes.every(db)}
+    """Every model with its replicas and, as long as Redis can tell, how far it is on its way up."""
+    snapshot = snapshots.take(services)
+    node_names, every = snapshot.node_names, snapshot.replicas
     return [
         {
             "id": model.id,
@@ -75,14 +74,22 @@ def listed(services: Services) -> list[dict[str, Any]]:
             "created": model.created,
             "unmet": model.unmet.shown() if model.unmet else None,
             **model.config.model_dump(mode="json"),
+            **_status(services, snapshot, model),
             "replicas": [
                 {"id": r.id, "node": node_names.get(r.node_id, r.node_id), "number": r.number, "state": r.state,
                  "slots": r.slots, "reason": r.reason, "memory": asdict(r.reserved)}
                 for r in every if r.model_id == model.id
             ],
         }
-        for model in known
+        for model in snapshot.models.values()
     ]  # fmt: skip
+
+
+def _status(services: Services, snapshot: Snapshot, model: Model) -> dict[str, Any]:
+    try:
+        return waiting.status(services, snapshot, model)
+    except Unavailable:
+        return {"loading": None, "failure": None}
 
 
 def remove(services: Services, name: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
 from localai_q import names
 from localai_q.bus import journal
@@ -11,7 +13,7 @@ from localai_q.cluster.events import Progress
 from localai_q.cluster.models import Model
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
-from localai_q.cluster.waiting import Load, Standing, expected_wait, load_of
+from localai_q.cluster.waiting import Load, Standing, expected_wait, failure_of, load_of
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 
@@ -47,6 +49,13 @@ def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
     newest = journal.latest(services.redis, stages)
     progress = {job_id: event for job_id, event in newest.items() if isinstance(event, Progress)}
     return load_of(model, own, snapshot.node_names, progress, snapshot.speeds, time.time())
+
+
+def status(services: Services, snapshot: Snapshot, model: Model) -> dict[str, Any]:
+    """`loading`, as `Load.body` has it, and the last `failure`; each None where there is none."""
+    failure = failure_of(snapshot.of_model.get(model.id, []), snapshot.node_names)
+    found = load(services, snapshot, model)
+    return {"loading": found.body() if found else None, "failure": asdict(failure) if failure else None}
 
 
 def _slots(snapshot: Snapshot, model: Model) -> int:

@@ -74,8 +74,8 @@ def move(
 
 
 def touch(db: Connection, replica_id: str) -> None:
-    """Note that something was done for the replica, without a change of state."""
-    db.execute(update(replicas).where(replicas.c.id == replica_id).values(changed_at=func.now()))
+    """Note that its node was told again what to do with the replica."""
+    db.execute(update(replicas).where(replicas.c.id == replica_id).values(told_at=func.now()))
 
 
 def use(db: Connection, job_ids: Collection[str]) -> None:
@@ -112,6 +112,7 @@ def _replica(row: Row[Any]) -> Replica:
         job_id=row.job_id,
         failures=row.failures,
         changed=row.changed_at.timestamp(),
+        told=row.told_at.timestamp() if row.told_at else 0.0,
         used=row.used_at.timestamp() if row.used_at else 0.0,
         reserved=Memory(ram=row.reserved, vram=row.reserved_vram),
         unseen=row.unseen,

@@ -191,6 +191,31 @@ def test_a_failed_replica_is_tried_again_after_its_back_off_and_not_before(servi
     assert (only(services).failures, only(services).reason) == (0, "")
 
 
+def test_how_a_load_goes_is_shown_with_its_last_failure_and_the_next_attempt(services: Services, node: Node) -> None:
+    add_model(services, spread_all=True)
+    replicas.reconcile(services)
+    (shown,) = models.listed(services)
+    assert (shown["loading"]["state"], shown["loading"]["node"], shown["loading"]["attempt"]) == ("installing", "n1", 1)
+    assert shown["loading"]["since"] == only(services).changed
+    assert shown["failure"] is None
+    stage(services, node, failed="no network")
+    replicas.reconcile(services)
+    failed, (shown,) = only(services), models.listed(services)
+    assert shown["loading"] is None
+    assert shown["failure"] == {
+        "node": "n1", "reason": "installing: no network", "attempts": 1, "retry_at": failed.changed + 1.0
+    }  # fmt: skip
+    older(services, 1.1)
+    replicas.reconcile(services)
+    (shown,) = models.listed(services)
+    assert (shown["loading"]["attempt"], shown["failure"]["retry_at"]) == (2, None)
+    stage(services, node)
+    replicas.reconcile(services)
+    report(services, node, ReplicaState.READY)
+    (shown,) = models.listed(services)
+    assert (shown["loading"], shown["failure"]) == (None, None)
+
+
 def test_a_cancelled_stage_fails_its_replica(services: Services, node: Node) -> None:
     add_model(services)
     ask(services)

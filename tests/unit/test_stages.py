@@ -48,3 +48,9 @@ def test_only_a_node_that_should_load_or_stop_is_reminded_and_only_after_a_silen
     told = state in (S.LOADING, S.STOPPING)
     assert (next_step(replica, JOB, has_file=True, now=1001.0 + SILENT_LOAD) is Step.REMIND) == told
     assert next_step(replica, JOB, has_file=True, now=999.0 + SILENT_LOAD) is not Step.REMIND
+
+
+def test_a_node_that_was_told_again_is_given_time() -> None:
+    replica = replace(REPLICA, state=S.LOADING, changed=1000.0, told=1040.0)
+    assert next_step(replica, None, has_file=True, now=1040.0 + SILENT_LOAD) is Step.WAIT
+    assert next_step(replica, None, has_file=True, now=1041.0 + SILENT_LOAD) is Step.REMIND

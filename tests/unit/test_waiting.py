@@ -1,5 +1,7 @@
 """What those who wait are told."""
 
+from dataclasses import replace
+
 import pytest
 
 from localai_q.cluster.events import Progress
@@ -7,7 +9,7 @@ from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.speeds import Measure, Speeds
 from localai_q.cluster.states import ReplicaState
-from localai_q.cluster.waiting import Load, Standing, expected_wait, load_of
+from localai_q.cluster.waiting import Failure, Load, Standing, expected_wait, failure_of, load_of
 
 NAMES = {"n1": "alpha", "n2": "beta"}
 MODEL = Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", size=1000))
@@ -35,13 +37,14 @@ def test_the_load_that_is_furthest_is_told_with_its_progress() -> None:
     load = load_of(MODEL, own, NAMES, progress, Speeds(), now=110.0)
     assert load is not None
     assert load.body() == {"model": "m", "state": "staging", "node": "beta", "progress": 25.0, "bytes_sent": 25,
-                           "total_bytes": 100, "eta_seconds": 30, "ready_in_seconds": None}  # fmt: skip
+                           "total_bytes": 100, "eta_seconds": 30, "ready_in_seconds": None, "since": 100.0,
+                           "attempt": 1}  # fmt: skip
     assert str(Standing(place=2, load=load)) == ("waiting: m is staging on beta, 25 % downloading, about 30 s left")
 
 
 def test_a_load_without_progress_has_its_state_only() -> None:
     load = load_of(MODEL, [replica(ReplicaState.PLACED)], NAMES, {}, KNOWN, now=110.0)
-    assert load == Load(model="m", state="placed", node="alpha")
+    assert load == Load(model="m", state="placed", node="alpha", since=100.0)
     assert load.body()["state"] == "pending"
     assert load.body()["eta_seconds"] is None
     assert str(load) == "m is placed on alpha"
@@ -84,3 +87,28 @@ def test_where_nothing_must_be_waited_for_there_is_no_load(own: list[Replica]) -
 def test_a_place_is_told_with_the_time_where_that_is_known() -> None:
     assert str(Standing(place=3)) == "waiting: place 3"
     assert str(Standing(place=3, seconds=11.2)) == "waiting: place 3, about 12 s"
+
+
+FAILED = replace(replica(ReplicaState.FAILED), failures=3, reason="no memory")
+AGAIN = replace(replica(ReplicaState.STAGING, "n2"), failures=1, reason="no network", changed=200.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "failure"),
+    [
+        ([], None),
+        ([replica(ReplicaState.STAGING)], None),
+        ([FAILED, replica(ReplicaState.READY, "n2")], None),
+        ([FAILED], Failure(node="alpha", reason="no memory", attempts=3, retry_at=104.0)),
+        ([AGAIN], Failure(node="beta", reason="no network", attempts=1, retry_at=None)),
+        ([AGAIN, FAILED], Failure(node="alpha", reason="no memory", attempts=3, retry_at=104.0)),
+    ],
+)
+def test_the_last_failure_is_told_until_the_model_is_loaded(own: list[Replica], failure: Failure | None) -> None:
+    assert failure_of(own, NAMES) == failure
+
+
+def test_a_load_after_a_failure_is_another_attempt() -> None:
+    load = load_of(MODEL, [AGAIN], NAMES, {}, Speeds(), now=201.0)
+    assert load is not None
+    assert (load.body()["attempt"], load.body()["since"]) == (2, 200.0)
