@@ -28,7 +28,8 @@ INNER = (
 
 
 def listed(services: Services) -> list[dict[str, Any]]:
-    """Every node with its replicas. What they hold is None while Redis cannot tell."""
+    """Every node with its replicas. While Redis cannot tell what they hold, that of a replica is what its node said last,
+    and that of a node None."""
     with services.db.transaction() as db:
         found = nodes.every(db)
     return _shown(services, found)
@@ -158,17 +159,18 @@ def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
 def _one(node: Node, own: list[Replica], by_id: Mapping[str, Model], held: Mapping[str, int] | None) -> dict[str, Any]:
     record = {name: value for name, value in asdict(node).items() if name not in INNER}
     shown = [{"id": r.id, "model": by_id[r.model_id].name, "number": r.number, "state": r.state, "slots": r.slots,
-              "in_flight": held.get(r.id, 0) if held is not None else None, "reason": r.reason,
-              "memory": asdict(r.reserved), **_reported(node, r)} for r in own]  # fmt: skip
+              "reason": r.reason, "memory": asdict(r.reserved), **_figures(node, r, held)} for r in own]  # fmt: skip
     in_flight = sum(held.get(owner, 0) for owner in (node.id, *(r.id for r in own))) if held is not None else None
     remains = {"replicas": len(own), "in_flight": in_flight} if node.state is NodeState.DRAINING else None
     return {**record, **_limits_of(node), "in_flight": in_flight, "remains": remains, "replicas": shown}
 
 
-def _reported(node: Node, replica: Replica) -> dict[str, Any]:
-    """What was measured of the replica, and when its node last said that it lives; None: it never did."""
+def _figures(node: Node, replica: Replica, held: Mapping[str, int] | None) -> dict[str, Any]:
+    """What the replica holds and what was measured of it, and when its node last said that it lives; None: it never did."""
     said = node.report.get(replica.id)
+    told = said["in_flight"] if said else None
     return {
+        "in_flight": told if held is None else held.get(replica.id, 0),
         "tokens_per_second": replica.speed,
         "load_seconds": said["load_seconds"] if said else 0.0,
         "reported": node.reported if said else None,

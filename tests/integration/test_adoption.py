@@ -1,6 +1,7 @@
 """What nodes report of their replicas, and what becomes of the registry's rows: adopted, cleared, measured, shown."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 from cluster_data import add_model, claim, model_named, node_named, ready_node, reported, rung, watched
@@ -8,14 +9,15 @@ from sqlalchemy import text
 from test_nodes_service import served_for, silent_for
 from test_replicas_service import GB, all_replicas, ask, has, only
 
-from localai_q import names
+from localai_q import names, ports
+from localai_q.bus.connection import client
 from localai_q.cluster.capacity import Site
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.services import fleet, jobs, models, nodes, replicas
 from localai_q.services.reports import LOST
-from localai_q.services.wiring import Services
+from localai_q.services.wiring import Services, make_leases
 from localai_q.store import measures
 from localai_q.store import replicas as rows
 
@@ -221,6 +223,15 @@ def test_what_was_measured_and_reported_is_shown(services: Services, ready: Repl
     (shown,) = fleet.show(services, "n1")["replicas"]
     assert shown["reported"] is None
     assert {"secret_hash", "report", "missed"}.isdisjoint(fleet.show(services, "n1"))
+
+
+def test_while_redis_is_away_the_last_report_says_what_a_replica_holds(services: Services, ready: Replica) -> None:
+    beat(services, ready, in_flight=1)
+    away = replace(services, leases=make_leases(client(f"redis://127.0.0.1:{ports.choose()}"), services.settings))
+    shown = fleet.show(away, "n1")
+    assert (shown["in_flight"], [each["in_flight"] for each in shown["replicas"]]) == (None, [1])
+    beat(services)
+    assert [each["in_flight"] for each in fleet.show(away, "n1")["replicas"]] == [None]
 
 
 def test_ends_of_what_an_adopted_replica_held_are_written(services: Services, ready: Replica) -> None:
