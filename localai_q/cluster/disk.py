@@ -10,8 +10,8 @@ from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Model
 from localai_q.cluster.states import JobState
 
-LEAST_SPARE = 1 << 30  # bytes
-SPARE_SHARE = 20  # a twentieth of a file
+SPARE = 1 << 30  # bytes that stay free, where nobody says otherwise
+SHARE = 20  # a twentieth of a file, where that is more
 AGAIN = 60.0  # seconds after which a cleaning that failed, or that left something, is tried again at the earliest
 
 
@@ -24,9 +24,9 @@ class Blob:
     age: float  # seconds since it came, or was asked for
 
 
-def spare(payload: int, setting: int | None = None) -> int:
+def spare(payload: int, least: int = SPARE) -> int:
     """Bytes that stay free on a disk when a file of so many comes."""
-    return max(payload // SPARE_SHARE, LEAST_SPARE) if setting is None else setting
+    return max(payload // SHARE, least)
 
 
 def surplus(unnamed: Sequence[Blob], *, grace: float, free: int, floor: int) -> list[Blob]:

@@ -55,6 +55,7 @@ class Hardware(_Reading):
     ram_available: Bytes | None = None
     disk_total: Bytes | None = None  # of the models' folder
     disk_free: Bytes | None = None
+    disk_spare: Bytes | None = None  # that stay free of it, at least, when a model comes
     files: list[Sha256] | None = Field(None, max_length=MOST_FILES)  # models that lie here
     budget: Bytes | None = None  # how much models may take
     max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)

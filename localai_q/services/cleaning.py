@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from localai_q import names
-from localai_q.cluster.disk import is_due, spare, unnamed
+from localai_q.cluster.disk import is_due, unnamed
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node
@@ -61,6 +61,6 @@ def _last(db: Any, node: Node) -> Job | None:
 
 def _submit(services: Services, node: Node, files: list[str], *, dry_run: bool) -> str:
     settings = services.settings
-    request = {"kind": KIND, "files": files, "grace": settings.clean_grace, "floor": spare(0, settings.disk_spare),
+    request = {"kind": KIND, "files": files, "grace": settings.clean_grace, "floor": settings.disk_spare,
                "dry_run": dry_run}  # fmt: skip
     return submit_node_job(services, kind=KIND, node_id=node.id, model_id=None, request=request)

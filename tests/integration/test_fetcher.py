@@ -105,6 +105,13 @@ def test_a_server_without_ranges_is_read_from_the_start(tmp_path: Path, server: 
     assert get(tmp_path, url).read_bytes() == CONTENT
 
 
+def test_a_server_that_begins_again_and_again_is_given_up(tmp_path: Path, server: FileServer) -> None:
+    url = server.put("/m.gguf", Remote(CONTENT, ranges=False, cuts=[100_000, 200_000] * 9))
+    with pytest.raises(Unavailable, match="the network failed"):
+        get(tmp_path, url)
+    assert len(server.seen) < 8
+
+
 def test_a_file_that_changed_meanwhile_is_read_from_the_start(tmp_path: Path, server: FileServer) -> None:
     remote = Remote(OTHER, etag='"old"', cuts=[1 << 20])
     url = server.put("/m.gguf", remote)
@@ -250,8 +257,8 @@ def test_a_disk_without_room_is_noticed_before_the_download(
     with pytest.raises(
         Unavailable, match=r"needs 3 MiB and 1024 MiB to spare, 1 MiB are free at .* 1026 MiB are missing"
     ):
-        fetch(Wanted(source=url, sha256=DIGEST), tmp_path, access(disk_spare=None), ignore)
-    with pytest.raises(Unavailable, match="needs 3 MiB and 0 MiB to spare"):
+        fetch(Wanted(source=url, sha256=DIGEST), tmp_path, access(disk_spare=1 << 30), ignore)
+    with pytest.raises(Unavailable, match="needs 3 MiB and 1 MiB to spare"):
         get(tmp_path, url)
     assert os.path.getsize(Store(tmp_path).part(DIGEST)) == 0
 
@@ -269,6 +276,41 @@ def private(root: Path, source: str, **more: object) -> Path:
 def test_addresses_of_no_public_network_are_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(InvalidValue, match=r"LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that"):
         private(tmp_path, f"http://{host}/m.gguf")
+
+
+def proxied(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the environment name this server as its proxy."""
+    for name in ("no_proxy", "NO_PROXY", "HTTP_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", server.url)
+    server.answer = lambda seen: server.files.get(seen.path)
+
+
+def test_a_proxy_of_the_environment_is_used(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxied(server, monkeypatch)
+    server.files["http://only.the.proxy.knows.invalid/m"] = Remote(CONTENT)
+    assert private(tmp_path, "http://only.the.proxy.knows.invalid/m").read_bytes() == CONTENT
+
+
+def test_a_proxy_is_no_way_around_what_can_be_checked(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxied(server, monkeypatch)
+    with pytest.raises(InvalidValue, match=r"LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true"):
+        private(tmp_path, "http://10.0.0.1/m")
+    assert server.seen == []
+
+
+def test_the_api_is_asked_without_the_proxy(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proxied(server, monkeypatch)
+    with serve() as api:
+        api.put("/api/node/n1/files/" + DIGEST, Remote(CONTENT))
+        fetch(Wanted(source=f"store:{DIGEST}"), tmp_path, access(api.url), ignore)
+    assert server.seen == []
 
 
 def resolving(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str]]) -> None:

@@ -156,10 +156,11 @@ class TestExamine:
 
     def test_the_file_needs_room_on_the_disk_unless_it_lies_there(self) -> None:
         big = {"source": "file:/x", "sha256": "a" * 64, "size": 3 * GB}
-        assert refused(node(disk_free=GB), model(**big)) == "needs 3.1 GB of disk, 1.0 GB free"
+        assert refused(node(disk_free=GB), model(**big)) == "needs 4.1 GB of disk, 1.0 GB free"
         assert refused(node(disk_free=GB, files=["a" * 64]), model(**big)) == ""
+        assert refused(node(disk_free=GB, disk_spare=0), model(**big)) == "needs 3.1 GB of disk, 1.0 GB free"
         assert refused(node(disk_free=4 * GB), model(**{**big, "source": "pypi:a==1#b"})) == (
-            "needs 6.1 GB of disk, 4.0 GB free"
+            "needs 7.1 GB of disk, 4.0 GB free"
         )
 
     def test_a_context_is_cut_to_what_fits_and_booked_so(self) -> None:

@@ -19,8 +19,8 @@ def blob(sha256: str, size: int, age: float) -> Blob:
 def test_what_stays_free() -> None:
     assert spare(100) == GIB
     assert spare(100 * GIB) == 5 * GIB
-    assert spare(100 * GIB, 7) == 7
-    assert spare(100, 0) == 0
+    assert spare(100 * GIB, 7) == 5 * GIB
+    assert spare(100, 7) == 7
 
 
 def test_the_oldest_go_first_and_the_young_stay_while_there_is_room() -> None:

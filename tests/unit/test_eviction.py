@@ -132,7 +132,7 @@ def test_all_victims_stand_on_one_node_the_one_where_fewest_go() -> None:
     ("place", "why"),
     [
         (node("b", labels={"zone": "2"}), "lacks the label zone=1"),
-        (replace(B, hardware={**B.hardware, "disk_free": 0}), "needs 67.1 MB of disk, 0 B free"),
+        (replace(B, hardware={**B.hardware, "disk_free": 0}), "needs 1.1 GB of disk, 0 B free"),
     ],
 )
 def test_nothing_is_stopped_where_the_model_cannot_go_anyway(place, why) -> None:

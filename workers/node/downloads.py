@@ -201,16 +201,16 @@ class _Transfer:
     most: int
 
     def run(self, url: str, net: Network) -> None:
-        """Go on until all has come; as long as something comes, failures in between do not count."""
-        failed = 0
+        """Go on until all has come; as long as more comes than ever before, failures in between do not count."""
+        failed, furthest = 0, self.growing.done
         while not (self.origin.size and self.growing.done == self.origin.size):
-            before = self.growing.done
             try:
                 pause = self._connect(url, net, failed)
                 if pause is None:
                     return
             except httpx.HTTPError as error:
-                failed = 1 if self.growing.done - before >= LEAST else failed + 1
+                failed = 1 if self.growing.done - furthest >= LEAST else failed + 1
+                furthest = max(furthest, self.growing.done)
                 if failed >= origins.TRIES:
                     raise Unavailable(said(error)) from error
                 pause = origins.PAUSE * 2 ** (failed - 1)

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO
 
-from localai_q.cluster.disk import Blob, spare
+from localai_q.cluster.disk import SPARE, Blob, spare
 from localai_q.cluster.events import Progress
 from localai_q.errors import Unavailable
 
@@ -40,9 +40,9 @@ def key_of(source: str) -> str:
 class Store:
     """The models on this node."""
 
-    def __init__(self, models_root: Path, spare_setting: int | None = None) -> None:
+    def __init__(self, models_root: Path, least_spare: int = SPARE) -> None:
         self.folder = models_root / "blobs"
-        self._spare = spare_setting
+        self._spare = least_spare
 
     def find(self, sha256: str) -> Path | None:
         """A file that is there; it counts as asked for just now."""
@@ -89,10 +89,11 @@ class Store:
             Unavailable: they would; the message says how much is missing.
         """
         free = shutil.disk_usage(folder or self.folder).free
-        missing = size + spare(size, self._spare) - free
+        kept = spare(size, self._spare)
+        missing = size + kept - free
         if missing > 0:
             raise Unavailable(
-                f"it needs {_mib(size)} and {_mib(spare(size, self._spare))} to spare, {_mib(free)} are free at "
+                f"it needs {_mib(size)} and {_mib(kept)} to spare, {_mib(free)} are free at "
                 f"{self.folder}: {_mib(missing)} are missing. To remove what no model needs: localai-q nodes clean NODE"
             )
 
