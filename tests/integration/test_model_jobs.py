@@ -1,0 +1,123 @@
+"""Fetching and cleaning as a node does them: jobs in processes of their own, which a cancellation ends without a trace."""
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from cluster_data import ready_node
+from file_server import FileServer, Remote, serve
+
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState
+from localai_q.errors import Cancelled
+from localai_q.services import jobs
+from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
+from workers.child import ChildSpec
+from workers.node.jobs import Jobs
+
+CONTENT = os.urandom(2 << 20)
+DIGEST = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def node(services: Services, monkeypatch: pytest.MonkeyPatch) -> Node:
+    monkeypatch.setenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES", "true")
+    return ready_node(services)
+
+
+@pytest.fixture
+def worker(services: Services, node: Node, tmp_path: Path) -> Jobs:
+    spec = ChildSpec(
+        node_id=node.id, node_name=node.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
+        journal_max=1000, load_stall=60.0, status_fd=-1, backends=tmp_path / "backends", models=tmp_path / "models",
+        api_url="http://127.0.0.1:9", secret="s",
+    )  # fmt: skip
+    return Jobs(spec, tmp_path / "run")
+
+
+def submit(services: Services, node: Node, kind: str, **request: object) -> str:
+    request = {"kind": kind, **request}
+    return jobs.submit_node_job(services, kind=kind, node_id=node.id, model_id=None, request=request)
+
+
+def result(services: Services, job_id: str) -> tuple[JobState, dict]:
+    jobs.apply_ends(services)
+    with services.db.transaction() as db:
+        found = job_rows.by_id(db, job_id)
+    return found.state, found.result or found.error
+
+
+def everything(root: Path) -> list[str]:
+    return sorted(path.name for path in (root / "models" / "blobs").iterdir())
+
+
+def test_a_file_is_fetched_described_and_removed(
+    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path
+) -> None:
+    url = server.put("/m", Remote(CONTENT))
+    job_id = submit(services, node, "fetch_model", source=server.url + "/gone", mirrors=[url], sha256=DIGEST, size=0)
+    worker.run(job_id)
+    assert result(services, job_id) == (JobState.DONE, {"sha256": DIGEST, "size": len(CONTENT), "facts": None})
+    again = submit(services, node, "fetch_model", source=url, sha256=DIGEST)
+    worker.run(again)
+    assert result(services, again)[0] is JobState.DONE
+    assert len(server.seen) == 2
+    cleaning = submit(services, node, "clean_models", files=[DIGEST], grace=0.0, floor=0, dry_run=False)
+    worker.run(cleaning)
+    state, told = result(services, cleaning)
+    assert (state, told["freed"], told["kept"]) == (JobState.DONE, len(CONTENT), [])
+    assert everything(tmp_path) == []
+
+
+def test_what_the_network_policy_refuses_reaches_the_job(
+    services: Services, node: Node, worker: Jobs, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES")
+    job_id = submit(services, node, "fetch_model", source=server.put("/m", Remote(CONTENT)), sha256=DIGEST)
+    worker.run(job_id)
+    state, error = result(services, job_id)
+    assert (state, error["error"]) == (JobState.FAILED, "InvalidValue")
+    assert "an address of this cluster" in error["message"]
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_goes_on(
+    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path, cancelled: bool
+) -> None:
+    url = server.put("/m", Remote(CONTENT, pause=0.3))
+    job_id = submit(services, node, "fetch_model", source=url, sha256=DIGEST, size=len(CONTENT))
+    working = threading.Thread(target=worker.run, args=(job_id,))
+    working.start()
+    part = tmp_path / "models" / "blobs" / f".{DIGEST}.part"
+    deadline = time.monotonic() + 30
+    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert part.stat().st_size
+    if cancelled:
+        with services.db.transaction() as db:
+            job = job_rows.by_id(db, job_id)
+        jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    else:
+        worker.claims.cancel_all("drain")
+    working.join(30)
+    assert not working.is_alive()
+    if cancelled:
+        assert result(services, job_id)[0] is JobState.CANCELLED
+        assert everything(tmp_path) == []
+        return
+    server.put("/m", Remote(CONTENT))
+    worker.run(job_id)
+    assert result(services, job_id)[0] is JobState.DONE
+    assert server.ranges()[1].startswith("bytes=")
