@@ -69,15 +69,18 @@ class Site:
     @cached_property
     def free(self) -> Memory:
         """Bytes that are not used and not booked; may be less than nothing."""
-        booked = pending = Memory()
+        room, most = available(self.node), budget(self.node)
+        ram, vram, ram_booked, vram_booked = room.ram, room.vram, 0, 0
         for replica in self.there:
             if replica.state not in WITHOUT_PROCESS:
-                booked += replica.reserved
-                pending += Memory(ram=replica.unseen) if _settled(replica, self.node) else replica.reserved
-        left, most = available(self.node) - pending, budget(self.node)
+                settled, reserved = _settled(replica, self.node), replica.reserved
+                ram -= replica.unseen if settled else reserved.ram
+                vram -= 0 if settled else reserved.vram
+                ram_booked += reserved.ram
+                vram_booked += reserved.vram
         if self.gpus:
-            return Memory(left.ram, min(left.vram, most - booked.vram))
-        return Memory(min(left.ram, most - booked.ram), left.vram)
+            return Memory(ram, min(vram, most - vram_booked))
+        return Memory(min(ram, most - ram_booked), vram)
 
     def own(self, model_id: str) -> list[Replica]:
         """The model's replicas there."""
@@ -194,7 +197,7 @@ def budget(node: Node) -> int:
 
 def matches(model: Model, node: Node) -> bool:
     """Whether the node has the labels that the model asks for."""
-    return all(node.labels.get(name) == value for name, value in model.config.selector.items())
+    return model.config.selector.items() <= node.labels.items()
 
 
 def human(amount: int) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from localai_q.cluster.capacity import Verdict
 from localai_q.cluster.fleet import Board
+from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.scaling import last_used
 from localai_q.cluster.states import COMING_UP, ReplicaState
@@ -42,10 +43,10 @@ def _victims(board: Board, verdict: Verdict) -> list[Replica]:
     idle = sorted((replica for replica in there if _is_idle(board, replica)), key=last_used)
     idle.sort(key=lambda replica: replica.id not in verdict.rivals)  # those must go in any case
     idle = _above_minimum(board, idle)
+    if not _fits(verdict, leaving + idle):
+        return []
     chosen: list[Replica] = []
     while not _fits(verdict, leaving + chosen):
-        if len(chosen) == len(idle):
-            return []
         chosen.append(idle[len(chosen)])
     for replica in reversed(chosen):  # the last used one stays if it can
         rest = [other for other in chosen if other is not replica]
@@ -69,8 +70,10 @@ def _above_minimum(board: Board, leaving: Iterable[Replica]) -> list[Replica]:
 
 
 def _fits(verdict: Verdict, gone: Sequence[Replica]) -> bool:
-    freed = sum((replica.reserved for replica in gone), start=verdict.site.free)
-    enough = verdict.need is None or verdict.need.memory.within(freed)
+    room = verdict.site.free
+    ram = room.ram + sum(replica.reserved.ram for replica in gone)
+    vram = room.vram + sum(replica.reserved.vram for replica in gone)
+    enough = verdict.need is None or verdict.need.memory.within(Memory(ram, vram))
     return enough and verdict.rivals <= {replica.id for replica in gone}
 
 

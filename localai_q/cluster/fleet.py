@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -41,6 +41,7 @@ class Demand:
 
 
 NOBODY = Demand()
+NOWHERE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Board:
         self.nodes = {node.id: node for node in fleet.nodes}
         self.ready = {node.id for node in fleet.nodes if node.state is NodeState.READY}
         self._alive: dict[str, list[Replica]] = {}  # of models that have not changed since it was asked for
-        self._matching: dict[tuple[tuple[str, str], ...], list[str]] = {}  # by selector
+        self._matching: dict[tuple[tuple[str, str], ...], dict[str, None]] = {}  # by selector
         self._seekers: dict[str, Seeker] = {}
         self._sites: dict[str, Site] = {}  # of nodes that have not changed since it was asked for
         self._on_node: dict[str, dict[str, Replica]] = defaultdict(dict)
@@ -110,14 +111,43 @@ class Board:
             ]
         return self._alive[model_id]
 
-    def matching(self, model: Model) -> list[str]:
+    def matching(self, model: Model) -> Collection[str]:
         """The nodes that are ready and have the labels that the model asks for."""
         selector = tuple(sorted(model.config.selector.items()))
         if selector not in self._matching:
-            self._matching[selector] = [
+            self._matching[selector] = dict.fromkeys(
                 node_id for node_id, node in self.nodes.items() if node_id in self.ready and matches(model, node)
-            ]
+            )
         return self._matching[selector]
+
+    def with_file(self, sha256: str | None) -> Set[str]:
+        """The nodes that are ready and have this file."""
+        return self._with_file.get(sha256 or "", NOWHERE)
+
+    @cached_property
+    def _with_file(self) -> dict[str, set[str]]:
+        found: dict[str, set[str]] = defaultdict(set)
+        for node_id in self.ready:
+            for sha256 in self.site(node_id).files:
+                found[sha256].add(node_id)
+        return found
+
+    def tiers(self) -> list[list[str]]:
+        """The nodes that are ready, in groups of those that have equally much to do and equally many replicas, least
+        first."""
+        return [list(self._tiers[load]) for load in sorted(self._tiers)]
+
+    @cached_property
+    def _tiers(self) -> dict[tuple[int, int], set[str]]:
+        found: dict[tuple[int, int], set[str]] = defaultdict(set)
+        for node_id in self.ready:
+            found[self.load(node_id)].add(node_id)
+        return found
+
+    def load(self, node_id: str) -> tuple[int, int]:
+        """How many jobs are at work on the node, and how many replicas it has."""
+        there = self._on_node[node_id]
+        return sum(map(self.busy, there)) if self.fleet.busy else 0, len(there)
 
     def demand(self, model_id: str) -> Demand:
         return self.fleet.demand.get(model_id, NOBODY)
@@ -144,7 +174,11 @@ class Board:
                           slots=model.config.slots, reserved=booking(model, verdict).memory))  # fmt: skip
 
     def _set(self, replica: Replica) -> None:
+        before = self.load(replica.node_id)
         self._on_node[replica.node_id][replica.id] = replica
         self._of_model[replica.model_id][replica.id] = replica
+        if "_tiers" in self.__dict__ and replica.node_id in self._tiers[before]:
+            self._tiers[before].discard(replica.node_id)
+            self._tiers[self.load(replica.node_id)].add(replica.node_id)
         self._sites.pop(replica.node_id, None)
         self._alive.pop(replica.model_id, None)

@@ -20,9 +20,9 @@ The decision, in order:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from heapq import heapify, heappop, heapreplace
+from heapq import heapify, heappop, heappush
 from itertools import islice
 from typing import Any
 
@@ -87,23 +87,23 @@ Action = Place | Retry | Stop | GiveUp | Note
 
 
 class Survey:
-    """What was found of every node when a model looked for a place; put into words when somebody asks."""
+    """Every node as a model that looks for a place finds it; put into words when somebody asks."""
 
     def __init__(self, board: Board, model: Model) -> None:
-        self.verdicts = [board.examine(model, node_id) for node_id in board.matching(model)]
         self._board = board
         self._model = model
         self.chosen: set[str] = set()  # node ids
 
     def passed_over(self, most: int | None = None) -> dict[str, str]:
-        """Why the model does not go to each of the nodes that were not chosen, by name; of so many at most."""
-        looked_at = {verdict.node.id: verdict for verdict in self.verdicts}
-        others = (node for node in self._board.nodes.values() if node.id not in self.chosen)
-        return {node.name: self._why_not(looked_at.get(node.id), node.id) for node in islice(others, most)}
+        """Why the model does not go to the nodes that were not chosen, by name, once the whole plan is carried out.
 
-    def _why_not(self, verdict: Verdict | None, node_id: str) -> str:
-        verdict = verdict or self._board.examine(self._model, node_id)
-        return verdict.reason or "fits, but another suits better"
+        `most`: of so many at most.
+        """
+        others = (node for node in self._board.nodes.values() if node.id not in self.chosen)
+        return {node.name: self._why_not(node.id) for node in islice(others, most)}
+
+    def _why_not(self, node_id: str) -> str:
+        return self._board.examine(self._model, node_id).reason or "fits, but another suits better"
 
 
 def hopeless(replica: Replica) -> bool:
@@ -158,14 +158,13 @@ def _of_model(board: Board, model: Model) -> list[Action]:
             return [GiveUp(model_id=model.id, reason=known.reason)]
         if not urgent:
             return actions
-    survey = Survey(board, model)
-    places = _places(board, model, survey, lacking, reason)
+    places = _places(board, model, lacking, reason)
     actions += places
     if len(places) == lacking:
         return actions
     given_up = None
     if urgent and not places:
-        actions = _make_room(board, model, survey)
+        actions = _make_room(board, model)
         given_up = next((action for action in actions if isinstance(action, GiveUp)), None)
         if given_up is None:
             return actions  # it is a matter of time
@@ -188,22 +187,46 @@ def _retries(board: Board, model: Model, failed: Sequence[Replica], most: int) -
     return found
 
 
-def _places(board: Board, model: Model, survey: Survey, most: int, reason: str) -> list[Action]:
-    """So many places, each the best once those before it are taken."""
-    fitting = [(_score(board, model, verdict), verdict) for verdict in survey.verdicts if verdict.fits]
-    heapify(fitting)
+def _places(board: Board, model: Model, most: int, reason: str) -> list[Action]:
+    survey = Survey(board, model)
     actions: list[Action] = []
-    while fitting and len(actions) < most:
-        node_id = fitting[0][1].node.id
-        actions.append(Place(model_id=model.id, node_id=node_id, reason=reason, survey=survey))
-        survey.chosen.add(node_id)
-        board.book(model, fitting[0][1])
-        again = board.examine(model, node_id)
-        if again.fits:
-            heapreplace(fitting, (_score(board, model, again), again))
-        else:
-            heappop(fitting)
+    for verdict in islice(best(board, model), most):
+        survey.chosen.add(verdict.node.id)
+        actions.append(Place(model_id=model.id, node_id=verdict.node.id, reason=reason, survey=survey))
     return actions
+
+
+def best(board: Board, model: Model) -> Iterator[Verdict]:
+    """Places for the model, each the best by `_score` once those before it are booked, which they are when given.
+
+    The nodes are looked at in groups, each of which has nothing but better ones than those after it, so that a good
+    place is found without a look at every node.
+    """
+    for group in _groups(board, model):
+        fitting = [(_score(board, model, verdict), verdict) for verdict in group if verdict.fits]
+        heapify(fitting)
+        while fitting:
+            _, verdict = heappop(fitting)
+            board.book(model, verdict)
+            yield verdict
+            if verdict.site.own(model.id) and (again := board.examine(model, verdict.node.id)).fits:
+                heappush(fitting, (_score(board, model, again), again))
+
+
+def _groups(board: Board, model: Model) -> Iterator[Iterable[Verdict]]:
+    """The nodes that match: those without a replica of the model, first with its file, then by what they have to do;
+    last those with replicas of it, as they are by then."""
+    matching = board.matching(model)
+    with_file = board.with_file(model.config.sha256)
+
+    def examined(nodes: Iterable[str]) -> Iterable[Verdict]:
+        return (board.examine(model, node_id) for node_id in nodes if node_id in matching)
+
+    taken = {replica.node_id for replica in board.of(model.id)}
+    yield examined(with_file - taken)
+    for tier in board.tiers():
+        yield examined([node_id for node_id in tier if node_id not in taken and node_id not in with_file])
+    yield examined({replica.node_id for replica in board.of(model.id)})
 
 
 def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
@@ -215,8 +238,7 @@ def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
     return (
         len(site.own(model.id)),
         model.config.sha256 not in site.files,
-        sum(board.busy(replica.id) for replica in site.there),
-        len(site.there),
+        *board.load(site.node.id),
         -speed if speed else -math.inf,
         -left,
         site.node.name,
@@ -224,9 +246,10 @@ def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
     )
 
 
-def _make_room(board: Board, model: Model, survey: Survey) -> list[Action]:
+def _make_room(board: Board, model: Model) -> list[Action]:
     """What to do for a model that somebody waits for and that has room nowhere."""
-    crowded = [verdict for verdict in survey.verdicts if verdict.crowded]
+    verdicts = [board.examine(model, node_id) for node_id in board.matching(model)]
+    crowded = [verdict for verdict in verdicts if verdict.crowded]
     leaving = next((verdict for verdict in crowded if eviction.is_leaving(board, verdict)), None)
     if leaving:
         board.book(model, leaving)  # so that nothing else takes what becomes free
