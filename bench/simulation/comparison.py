@@ -17,9 +17,9 @@ from bench.simulation.trace import make_trace
 POLICIES: tuple[type[Policy], ...] = (Ours, Policy, LeastInFlight, RoundRobin, Random)
 QUICK = (Scenario(nodes=10, models=10, seconds=300.0), Scenario(nodes=100, models=20, seconds=60.0))
 FULL = (
-    Scenario(nodes=10, models=10, seconds=1200.0),
-    Scenario(nodes=1000, models=60, seconds=120.0),
-    Scenario(nodes=10_000, models=300, seconds=20.0, every=5.0),
+    Scenario(nodes=10, models=10, seconds=600.0),
+    Scenario(nodes=1000, models=60, seconds=60.0),
+    Scenario(nodes=10_000, models=300, seconds=10.0, every=5.0),
 )
 SHOWN = 1  # the fleet whose requests the picture shows
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import count
 
 from bench.simulation.clock import Clock
 from bench.simulation.copies import Copy
-from bench.simulation.fleet import Machine, Scenario
+from bench.simulation.fleet import Machine, Scenario, make_machines, make_models
 from bench.simulation.serving import Serving
 from bench.simulation.tally import Tally
 from localai_q.cluster.capacity import Site
@@ -59,10 +60,9 @@ class Control:
 
     def start(self) -> None:
         """Bring up what is to be there before the first request, and begin to watch."""
-        for action in plan(self.fleet()):
-            if isinstance(action, Place):
-                self._files[action.node_id].add(self._sha(action.model_id))
-                self._loading(self._place(action.model_id, action.node_id))
+        for model_id, node_id in first_places(self.scenario):
+            self._files[node_id].add(self._sha(model_id))
+            self._loading(self._place(model_id, node_id))
         for replica in list(self.replicas.values()):
             self._loaded(replica.id)
             self.replicas[replica.id] = replace(self.replicas[replica.id], changed=LONG_AGO)
@@ -222,6 +222,14 @@ class Control:
 
     def _sha(self, model_id: str) -> str:
         return self.models[model_id].config.sha256 or ""
+
+
+@lru_cache(maxsize=1)
+def first_places(scenario: Scenario) -> list[tuple[str, str]]:
+    """What a plan puts where, model and node, when nothing is there yet: the same under every policy."""
+    nodes = [_node(machine) for machine in make_machines(scenario)]
+    actions = plan(Fleet(models=make_models(scenario), nodes=nodes, replicas=[], now=0.0))
+    return [(action.model_id, action.node_id) for action in actions if isinstance(action, Place)]
 
 
 def _node(machine: Machine) -> Node:

@@ -76,7 +76,7 @@ def make_models(scenario: Scenario) -> list[Model]:
 
 
 def shares(scenario: Scenario) -> list[float]:
-    """Which part of the requests is for each model: as Zipf says, but for none more than the copies it may have carry."""
+    """Which part of the work each model is: as Zipf says, but none more than the copies that it may have carry."""
     copies, common = scenario.nodes * scenario.copies, _common(scenario)
     rare = [RARELY / copies] * (scenario.models - common)
     left, most = 1 - sum(rare), MOST_COPIES / copies
@@ -93,12 +93,18 @@ def _common(scenario: Scenario) -> int:
     return math.ceil(scenario.models * (1 - RARE))
 
 
+def asked(scenario: Scenario) -> list[float]:
+    """Which part of the requests is for each model: those to a large one are more work."""
+    times = [share / model.config.size for share, model in zip(shares(scenario), make_models(scenario), strict=True)]
+    return [each / sum(times) for each in times]
+
+
 def token_seconds(scenario: Scenario) -> float:
     """Mean time that a slot takes for a token."""
     machines = make_machines(scenario)
     usual = sum(1 / machine.speed for machine in machines) / len(machines)
     sizes = [model.config.size / USUAL for model in make_models(scenario)]
-    return usual * sum(size * share for size, share in zip(sizes, shares(scenario), strict=True))
+    return usual * sum(size * part for size, part in zip(sizes, asked(scenario), strict=True))
 
 
 def _outage(chance: random.Random, seconds: float) -> tuple[float, float]:

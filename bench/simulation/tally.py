@@ -16,16 +16,16 @@ def quantile(values: Sequence[float], part: float) -> float:
 
 
 class Stopwatch:
-    """Seconds of processor time that each decision of a kind takes, so that other work on the machine does not count."""
+    """Real seconds of each decision of a kind. Other work on the machine shows in the highest of them."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        started = time.process_time()
+        started = time.perf_counter()
         yield
-        self.seconds.append(time.process_time() - started)
+        self.seconds.append(time.perf_counter() - started)
 
 
 class Integral:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
-from bench.simulation.fleet import PROMPT_FACTOR, Scenario, make_models, shares, token_seconds
+from bench.simulation.fleet import PROMPT_FACTOR, Scenario, asked, make_models, token_seconds
 from localai_q.cluster.models import Model
 
 WAVE = 0.4  # by how much of the mean the requests at noon are more, at midnight fewer
@@ -47,7 +47,7 @@ def make_trace(scenario: Scenario) -> list[Request]:
     chance = random.Random(f"trace {scenario.seed}")
     models = make_models(scenario)
     systems = [int(_length(chance, SYSTEM)) for _ in range(SYSTEMS * len(models))]
-    weights = list(accumulate(shares(scenario)))
+    weights = list(accumulate(asked(scenario)))
     found: list[Request] = []
     for number, start in enumerate(_starts(chance, scenario, rate(scenario) / TURNS)):
         rank = chance.choices(range(len(models)), cum_weights=weights)[0]
