@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from e2e_cluster import folder_of_homes
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
 
@@ -44,12 +45,14 @@ def own_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    server = Postgres(tmp_path_factory.mktemp("postgres"))
-    server.start()
-    server.wait_ready()
-    yield server
-    server.stop(5.0)
+def postgres() -> Iterator[Postgres]:
+    # Not below pytest's folder: another session closes that to other users, such as the one Postgres runs as under root.
+    with folder_of_homes("lqpg") as folder:
+        server = Postgres(folder)
+        server.start()
+        server.wait_ready()
+        yield server
+        server.stop(5.0)
 
 
 @pytest.fixture(scope="session")
