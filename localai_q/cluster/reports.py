@@ -78,7 +78,8 @@ def compare(
         strangers: the ids of reported processes that are replicas of other nodes.
     """
     told = {report.id: report for report in reports}
-    older = [replica for replica in own if node.reported is not None and replica.changed < node.reported]
+    since = node.reported or 0.0
+    older = [replica for replica in own if max(replica.changed, replica.told) < since]
     absent = [replica for replica in older if replica.state in RUNNING and replica.id not in told]
     lost = [replica for replica in absent if replica.id in node.missed]
     stop = {

@@ -91,6 +91,7 @@ def test_a_row_without_a_process_is_lost_the_second_time(state: ReplicaState) ->
 def test_a_report_says_nothing_of_what_was_decided_after_it(reported: float | None) -> None:
     node = replace(NODE, reported=reported, missed=("a",))
     assert compared([], [replica("a")], node) == Comparison()
+    assert compared([], [replica("a", S.LOADING, changed=0.0, told=50.0)], node) == Comparison()
     assert compared([report("a")], [replica("a", S.PLACED)], node) == Comparison()
     assert compared([report("a")], [replica("a", S.LOADING)], node) == Comparison()
 
