@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import flask
-from pydantic import BaseModel, ValidationError
 from werkzeug.exceptions import RequestEntityTooLarge
 
 from api.strictjson import load_object
-from localai_q.errors import InvalidValue, MissingParameter, UnknownParameter
-
-Body = TypeVar("Body", bound=BaseModel)
+from localai_q.documents import Document, checked
 
 
 class Request(flask.Request):
@@ -26,22 +23,10 @@ class Request(flask.Request):
         return data
 
 
-def parse(model: type[Body], data: bytes) -> Body:
+def parse(model: type[Document], data: bytes) -> Document:
     """The body as this model.
 
     Raises:
         InvalidJSON, MissingParameter, UnknownParameter, InvalidValue: it is not; the error names the field.
     """
-    body = load_object(data or b"{}")
-    try:
-        return model.model_validate(body)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        name = ".".join(str(part) for part in problem["loc"])
-        match problem["type"]:
-            case "missing":
-                raise MissingParameter(f"Missing required parameter: '{name}'.", param=name) from error
-            case "extra_forbidden":
-                raise UnknownParameter(f"Unknown parameter: '{name}'.", param=name) from error
-        message = problem["msg"].removeprefix("Value error, ")
-        raise InvalidValue(f"Invalid value for '{name}': {message}.", param=name) from error
+    return checked(model, load_object(data or b"{}"))

@@ -90,13 +90,16 @@ class Held:
 
 
 class Claims:
-    """The leases of this process."""
+    """The leases of this process. `revision`: of the model that it serves, if it serves one."""
 
-    def __init__(self, client: Any, leases: Leases, *, owner: str, node_id: str, lease: float) -> None:
+    def __init__(
+        self, client: Any, leases: Leases, *, owner: str, node_id: str, lease: float, revision: int = 0
+    ) -> None:
         self._redis = client
         self._leases = leases
         self._owner = f"{owner}.{names.new_id()}"  # another one for each process, even of the same owner
         self._node_id = node_id
+        self._revision = revision
         self._renew_every = min(lease / 3, 2.0)
         self._held: dict[str, Held] = {}
         self._lock = threading.Lock()
@@ -108,7 +111,7 @@ class Claims:
 
     def claim(self, job_id: str, line: str) -> Held | Refusal:
         """Take the job, if it is to be had."""
-        answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id)
+        answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id, revision=self._revision)
         if isinstance(answer, Refusal):
             if answer.why == "cancelled":  # its owner died after it was asked to stop, and nobody else would end it
                 end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))

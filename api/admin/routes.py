@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.bodies import parse
 from api.metrics import CONTENT_TYPE
+from api.strictjson import load_object
 from api.web import web
 from localai_q.cluster.amounts import Amount
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
@@ -182,6 +183,12 @@ def add_model() -> tuple[dict[str, Any], int]:
     body = parse(NewModel, request.get_data())
     config = ModelConfig.model_validate(body.model_dump(exclude={"name"}))
     return models.add(web().services, body.name, config), 201
+
+
+@routes.patch("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)
+def edit_model(name: str) -> dict[str, Any]:
+    """The body has the fields that change, as `POST` takes them."""
+    return models.edit(web().services, name, load_object(request.get_data()))
 
 
 @routes.delete("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)  # slashes are part of a name

@@ -56,6 +56,7 @@ class Submission:
     outline: dict[str, Any] = field(default_factory=dict)  # what the form of the answer depends on
     keep: Keep = Keep.NOT
     created: float = 0.0  # seconds since the epoch
+    revision: int = 0  # of its model when it was accepted: a replica of an older one may not have it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ class Refusal:
     """A claim that failed."""
 
     job_id: str
-    why: str  # unknown | ended | cancelled | late | leased
+    why: str  # unknown | ended | cancelled | late | leased | newer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,17 +130,17 @@ class Leases:
         keys = [names.job_key(job.job_id), names.waiting_key(job.line)]
         args = [job.job_id, json.dumps(job.request, separators=(",", ":")), job.line, int(job.timeout * 1000),
                 longest_line, int(job.lives * 1000), job.watcher, int(job.stream), job.attempt, job.key_id,
-                json.dumps(job.outline, separators=(",", ":")), job.keep, int(job.created)]  # fmt: skip
+                json.dumps(job.outline, separators=(",", ":")), job.keep, int(job.created), job.revision]  # fmt: skip
         with broker_errors():
             place = int(self._run["submit"](keys=keys, args=args))
         if place == 0:
             raise Busy(f"{longest_line} requests wait for this model already. Try again later.")
         return max(place, 0)
 
-    def claim(self, job_id: str, line: str, *, owner: str, node_id: str) -> Lease | Refusal:
-        """Take the job for `owner`, if it is to be had."""
+    def claim(self, job_id: str, line: str, *, owner: str, node_id: str, revision: int = 0) -> Lease | Refusal:
+        """Take the job for `owner`, who serves this revision of its model, if it is to be had."""
         keys = [*self._job_keys(job_id, line), names.EPOCH]
-        args = [job_id, owner, node_id, self._lease_ms, self._open_journal_ms, names.new_id()]
+        args = [job_id, owner, node_id, self._lease_ms, self._open_journal_ms, names.new_id(), revision]
         answer = self._run["claim"](keys=keys, args=args)
         if int(answer[0]) == 0:
             return Refusal(job_id=job_id, why=answer[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +14,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from localai_q.cli.client import Api, connect
 from localai_q.cli.show import AsJson, rows, when
+from localai_q.cluster.models import ModelConfig
 from localai_q.errors import InvalidValue
 
-app = typer.Typer(no_args_is_help=True, help="List, add and remove models.")
+app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
 CHUNK = 1 << 20
 GGUF = b"GGUF"
@@ -31,35 +32,77 @@ def list_models(as_json: AsJson = False) -> None:
          empty="No models yet: localai-q models add NAME --file my.gguf")  # fmt: skip
 
 
+def _default(value: str, help: str) -> Any:
+    """An option that says what a new model has where it is not given."""
+    return typer.Option(help=f"{help} (a new model: {value})")
+
+
+def _of_a_model(act: Callable[[Api, str, dict[str, Any]], None]) -> Callable[..., None]:
+    """The command that does this with a name and with those fields of a model that were given."""
+
+    def command(
+        name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
+        file: Annotated[Path | None, typer.Option(help="A GGUF file on this machine; it is uploaded.")] = None,
+        source: Annotated[
+            str | None,
+            typer.Option(help="Instead of a file: where the nodes get it; 'models add --help' has the forms."),
+        ] = None,
+        mirrors: Annotated[
+            list[str] | None, typer.Option("--mirror", help="A further URL of the same file; repeatable; '': none.")
+        ] = None,
+        sha256: Annotated[str | None, typer.Option(help="The SHA-256 of what --source names.")] = None,
+        backend: Annotated[str | None, _default("xllamacpp", "The engine; echo needs no file.")] = None,
+        context_size: Annotated[int | None, _default("4096", "Tokens that one request may use.")] = None,
+        slots: Annotated[int | None, _default("4", "Requests that one copy works on at once.")] = None,
+        threads: Annotated[int | None, _default("0", "Threads of the engine; 0: it decides.")] = None,
+        embeddings: Annotated[bool | None, _default("no", "The model embeds; it does not chat.")] = None,
+        spread_all: Annotated[
+            bool | None,
+            typer.Option("--spread/--no-spread", help="One copy on every node, before anybody asks. (a new model: no)"),
+        ] = None,
+        min_replicas: Annotated[int | None, _default("0", "Copies that are loaded before anybody asks.")] = None,
+        max_replicas: Annotated[
+            int | None,
+            _default("1", "Copies at most, when many ask; on nodes of their own as long as there are some."),
+        ] = None,
+        idle_timeout: Annotated[
+            float | None, _default("0", "Seconds after which an unused copy goes; 0: never.")
+        ] = None,
+        pinned: Annotated[bool | None, _default("no", "No copy is stopped to make room for others.")] = None,
+        selector: Annotated[
+            list[str] | None, typer.Option(help="key=value: a label of its nodes; repeatable; '': none.")
+        ] = None,
+        concurrency_groups: Annotated[
+            list[str] | None,
+            typer.Option("--group", help="A group: no two models of one are on one node; repeatable; '': none."),
+        ] = None,
+        memory: Annotated[int | None, _default("0", "Bytes that one copy takes; 0: estimated from the file.")] = None,
+        fit_context: Annotated[
+            bool | None, _default("no", "Cut the context to what fits, where the whole does not.")
+        ] = None,
+        options: Annotated[
+            list[str] | None, typer.Option("--option", help="key:value for the backend; repeatable; '': none.")
+        ] = None,
+    ) -> None:
+        given = {field: value for field, value in locals().items() if field in ModelConfig.model_fields}
+        config = {field: value for field, value in given.items() if value is not None}
+        config |= {
+            field: [each for each in value if each] for field, value in config.items() if isinstance(value, list)
+        }
+        if "selector" in config:
+            config["selector"] = _labels(config["selector"])
+        api = connect()
+        if file is not None:
+            config |= upload(api, file)
+        act(api, name, config)
+
+    command.__doc__ = act.__doc__
+    return command
+
+
 @app.command("add")
-def add_model(
-    name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
-    file: Annotated[Path | None, typer.Option(help="A GGUF file on this machine; it is uploaded.")] = None,
-    source: Annotated[str, typer.Option(help="Instead of a file: where the nodes get it; the forms stand above.")] = "",
-    mirror: Annotated[list[str] | None, typer.Option(help="A further URL of the same file; repeatable.")] = None,
-    sha256: Annotated[str, typer.Option(help="The SHA-256 of what --source names.")] = "",
-    backend: Annotated[str, typer.Option(help="The engine: xllamacpp, or echo, which needs no file.")] = "xllamacpp",
-    context_size: Annotated[int, typer.Option(help="Tokens that one request may use.")] = 4096,
-    slots: Annotated[int, typer.Option(help="Requests that one copy works on at once.")] = 4,
-    threads: Annotated[int, typer.Option(help="Threads of the engine; 0: it decides.")] = 0,
-    embeddings: Annotated[bool, typer.Option("--embeddings", help="The model embeds; it does not chat.")] = False,
-    spread: Annotated[bool, typer.Option("--spread", help="One copy on every node, before anybody asks.")] = False,
-    min_replicas: Annotated[int, typer.Option(help="Copies that are loaded before anybody asks.")] = 0,
-    max_replicas: Annotated[
-        int, typer.Option(help="Copies at most, when many ask; on nodes of their own as long as there are some.")
-    ] = 1,
-    idle_timeout: Annotated[float, typer.Option(help="Seconds after which an unused copy goes; 0: never.")] = 0.0,
-    pinned: Annotated[bool, typer.Option("--pinned", help="No copy is stopped to make room for others.")] = False,
-    selector: Annotated[list[str] | None, typer.Option(help="key=value: a label of its nodes; repeatable.")] = None,
-    group: Annotated[
-        list[str] | None, typer.Option(help="A group: no two models of one are on one node; repeatable.")
-    ] = None,
-    memory: Annotated[int, typer.Option(help="Bytes that one copy takes; 0: estimated from the file.")] = 0,
-    fit_context: Annotated[
-        bool, typer.Option("--fit-context", help="Cut the context to what fits, where the whole does not.")
-    ] = False,
-    option: Annotated[list[str] | None, typer.Option(help="key:value for the backend; may be repeated.")] = None,
-) -> None:
+@_of_a_model
+def add_model(api: Api, name: str, config: dict[str, Any]) -> None:
     """Register a model. It is loaded when somebody asks for it, or at once with --spread or --min-replicas.
 
     A --source can be https://host/path (with --mirror), huggingface://owner/repo/file[@revision], ollama://name[:tag],
@@ -78,19 +121,25 @@ def add_model(
 
         localai-q models add parrot --backend echo
     """
-    labels = _labels(selector or [])
-    api = connect()
-    config: dict[str, Any] = {"name": name, "backend": backend, "context_size": context_size, "slots": slots,
-                              "threads": threads, "embeddings": embeddings, "spread_all": spread,
-                              "options": option or [], "min_replicas": min_replicas, "max_replicas": max_replicas,
-                              "idle_timeout": idle_timeout, "pinned": pinned, "selector": labels, "memory": memory,
-                              "fit_context": fit_context, "concurrency_groups": group or []}  # fmt: skip
-    if file is not None:
-        config |= upload(api, file)
-    elif source:
-        config |= {"source": source, "mirrors": mirror or [], "sha256": sha256 or None}
-    api.call("POST", "/api/models", json=config)
+    api.call("POST", "/api/models", json={"name": name, **config})
     print(f"Added {name}. Try: localai-q chat --model {name}")
+
+
+@app.command("edit")
+@_of_a_model
+def edit_model(api: Api, name: str, config: dict[str, Any]) -> None:
+    """Change what is given of a model. No request is cut off: copies that must be loaded anew finish what they hold.
+
+    Examples:
+
+        localai-q models edit mine --context-size 8192
+
+        localai-q models edit busy --max-replicas 8 --no-pinned
+    """
+    if not config:
+        raise InvalidValue("nothing to change was given: localai-q models edit --help")
+    changed = api.call("PATCH", "/api/models/{}", name, json=config)
+    print(f"Changed {name}, which is at revision {changed['revision']}.")
 
 
 @app.command("remove")

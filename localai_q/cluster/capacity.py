@@ -82,9 +82,9 @@ class Site:
             return Memory(ram, min(vram, most - vram_booked))
         return Memory(min(ram, most - ram_booked), vram)
 
-    def own(self, model_id: str) -> list[Replica]:
-        """The model's replicas there."""
-        return [replica for replica in self.there if replica.model_id == model_id]
+    def own(self, model: Model) -> list[Replica]:
+        """The replicas there of the model as it is now."""
+        return [each for each in self.there if each.model_id == model.id and not each.is_outdated(model)]
 
     def number(self, model_id: str) -> int:
         """The least number that none of the model's replicas there has, from 1."""
@@ -224,7 +224,7 @@ def _unfit(model: Model, site: Site, now: float) -> Callable[[], str] | None:
         return lambda: str(node.state)
     if not matches(model, node):
         return lambda: _lacking(model, node)
-    own = site.own(model.id)
+    own = site.own(model)
     if own:
         failed = next((replica for replica in own if cooling(replica, now)), None)
         if failed:

@@ -10,18 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from localai_q.cluster.nodes import Node, Replica
-from localai_q.cluster.placement import Stop
+from localai_q.cluster.placement import Drop, Stop, ending
 from localai_q.cluster.states import NodeState, ReplicaState
-
-RUNNING = (ReplicaState.LOADING, ReplicaState.READY)  # there is a process
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drop:
-    """Forget a replica that has no process, and end the stage that is under way for it."""
-
-    replica_id: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +27,10 @@ def plan_drains(nodes: Sequence[Node], replicas: Sequence[Replica]) -> list[Stop
     for node in nodes:
         if node.state is NodeState.DRAINING:
             own = [replica for replica in replicas if replica.node_id == node.id]
-            actions += [_end(replica, node) for replica in own if replica.state is not ReplicaState.STOPPING]
+            actions += [
+                ending(replica, f"node {node.name} is draining")
+                for replica in own
+                if replica.state is not ReplicaState.STOPPING
+            ]
             actions += [] if own else [Drained(node_id=node.id)]
     return actions
-
-
-def _end(replica: Replica, node: Node) -> Stop | Drop:
-    kind = Stop if replica.state in RUNNING else Drop
-    return kind(replica_id=replica.id, reason=f"node {node.name} is draining")

@@ -60,7 +60,7 @@ class Fleet:
     @cached_property
     def circumstances(self) -> str:
         """What decides for which models there is room."""
-        models = [(model.id, model.revision) for model in self.models]
+        models = [(model.id, model.config) for model in self.models]
         replicas = [(each.id, each.state, each.reserved) for each in self.replicas if each.state not in WITHOUT_PROCESS]
         return circumstances([models, replicas, *map(_footing, self.nodes)])
 
@@ -166,6 +166,13 @@ class Board:
         """Let a replica have another state."""
         self._set(replace(replica, state=state, **values))
 
+    def remove(self, replica: Replica) -> None:
+        """Let there be no such replica."""
+        before = self.load(replica.node_id)
+        del self._on_node[replica.node_id][replica.id]
+        del self._of_model[replica.model_id][replica.id]
+        self._note_change(replica, before)
+
     def book(self, model: Model, verdict: Verdict) -> None:
         """Let a replica of the model be placed where the verdict says."""
         number = self.site(verdict.node.id).number(model.id)
@@ -177,6 +184,10 @@ class Board:
         before = self.load(replica.node_id)
         self._on_node[replica.node_id][replica.id] = replica
         self._of_model[replica.model_id][replica.id] = replica
+        self._note_change(replica, before)
+
+    def _note_change(self, replica: Replica, before: tuple[int, int]) -> None:
+        """Keep what was found out so far true; `before`: the load of the replica's node until now."""
         if "_tiers" in self.__dict__ and replica.node_id in self._tiers[before]:
             self._tiers[before].discard(replica.node_id)
             self._tiers[self.load(replica.node_id)].add(replica.node_id)

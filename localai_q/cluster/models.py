@@ -16,6 +16,13 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
 LARGEST = 1 << 50  # of any number that a header says
 
+# Fields that only say where replicas are and how many, which of them gets a request, and where their file can be had, too.
+# A change of any other makes another replica: it gives the model a new revision.
+AROUND_REPLICAS = frozenset({
+    "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned", "concurrency_groups", "selector",
+    "route_policy", "min_prefix_match", "balance_abs_threshold", "balance_rel_threshold", "mirrors",
+})  # fmt: skip
+
 
 def _named(value: str) -> str:
     if not NAME.fullmatch(value):
@@ -72,6 +79,10 @@ class ModelConfig(BaseModel):
         if self.spread_all and self.idle_timeout:
             raise ValueError("idle_timeout would stop what spread_all loads on every node: give one of them")
         return self
+
+    def makes_same_replica(self, other: ModelConfig) -> bool:
+        """Whether replicas of this and of the other are alike, so that one can stay when the other is wanted."""
+        return self.model_dump(exclude=set(AROUND_REPLICAS)) == other.model_dump(exclude=set(AROUND_REPLICAS))
 
     @property
     def tasks(self) -> frozenset[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localai_q.cluster.memory import Memory
+from localai_q.cluster.models import Model
 from localai_q.cluster.states import NodeState, ReplicaState
 
 MOST_SLOTS = 64  # replicas of one model on one node
@@ -82,3 +83,7 @@ class Replica:
     reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
     unseen: int = 0  # bytes of its RAM that its node does not report as used
     context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it
+
+    def is_outdated(self, model: Model) -> bool:
+        """Whether its model has been changed since it was placed, so that a replica of that is another one."""
+        return self.revision < model.revision

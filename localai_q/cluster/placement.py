@@ -2,7 +2,8 @@
 
 The decision, in order:
 
-1. A replica of a model that has changed since it was placed is stopped.
+1. A replica of a model that has changed since it was placed, or on a node that lacks the model's labels, is stopped; one
+   that has not come up is dropped.
 2. The models, those first for which somebody waits longest, get as many replicas as `scaling` says.
 3. A failed replica is tried again once its back-off is over. Where one has failed for the first time, its next try comes
    sooner than a load elsewhere.
@@ -27,7 +28,7 @@ from itertools import islice
 from typing import Any
 
 from localai_q.cluster import eviction, scaling, wishes
-from localai_q.cluster.capacity import Verdict, booking, cooling
+from localai_q.cluster.capacity import Verdict, booking, cooling, matches
 from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
@@ -68,6 +69,14 @@ class Stop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Forget a replica that has no process, and end the stage that is under way for it."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class GiveUp:
     """Tell those who wait for the model that it cannot be had."""
 
@@ -83,7 +92,15 @@ class Note:
     unmet: Unmet | None
 
 
-Action = Place | Retry | Stop | GiveUp | Note
+Action = Place | Retry | Stop | Drop | GiveUp | Note
+
+RUNNING = (ReplicaState.LOADING, ReplicaState.READY)  # there is a process
+
+
+def ending(replica: Replica, reason: str) -> Stop | Drop:
+    """How a replica that is not stopping yet is ended."""
+    kind = Stop if replica.state in RUNNING else Drop
+    return kind(replica_id=replica.id, reason=reason)
 
 
 class Survey:
@@ -115,10 +132,10 @@ def plan(fleet: Fleet) -> list[Action]:
     """What to do now."""
     board = Board(fleet)
     actions: list[Action] = [
-        _stop(board, replica, f"model {model.name} was changed")
+        _end(board, replica, reason)
         for model in fleet.models
         for replica in board.of(model.id)
-        if replica.revision != model.revision and replica.state is ReplicaState.READY
+        if replica.state is not ReplicaState.STOPPING and (reason := _unwanted(board, model, replica))
     ]
     for model in sorted(fleet.models, key=lambda model: -board.demand(model.id).longest):
         actions += _of_model(board, model)
@@ -130,7 +147,27 @@ def _stop(board: Board, replica: Replica, reason: str, *, if_idle: bool = False)
     return Stop(replica_id=replica.id, reason=reason, if_idle=if_idle)
 
 
+def _unwanted(board: Board, model: Model, replica: Replica) -> str:
+    """Why the model should not have this replica, whatever else it has; empty if it may."""
+    if replica.is_outdated(model):
+        return f"model {model.name} was changed"
+    node = board.nodes.get(replica.node_id) if model.config.selector else None
+    return f"node {node.name} lacks the labels of model {model.name}" if node and not matches(model, node) else ""
+
+
+def _end(board: Board, replica: Replica, reason: str) -> Stop | Drop:
+    action = ending(replica, reason)
+    if isinstance(action, Drop):
+        board.remove(replica)
+    else:
+        board.change(replica, ReplicaState.STOPPING)
+    return action
+
+
 def _of_model(board: Board, model: Model) -> list[Action]:
+    surplus = scaling.surplus(board, model)
+    if surplus:
+        return [_stop(board, surplus, f"max_replicas is {model.config.max_replicas}")]
     unused = scaling.superfluous(board, model)
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]
@@ -209,7 +246,7 @@ def best(board: Board, model: Model) -> Iterator[Verdict]:
             _, verdict = heappop(fitting)
             board.book(model, verdict)
             yield verdict
-            if verdict.site.own(model.id) and (again := board.examine(model, verdict.node.id)).fits:
+            if verdict.site.own(model) and (again := board.examine(model, verdict.node.id)).fits:
                 heappush(fitting, (_score(board, model, again), again))
 
 
@@ -222,11 +259,16 @@ def _groups(board: Board, model: Model) -> Iterator[Iterable[Verdict]]:
     def examined(nodes: Iterable[str]) -> Iterable[Verdict]:
         return (board.examine(model, node_id) for node_id in nodes if node_id in matching)
 
-    taken = {replica.node_id for replica in board.of(model.id)}
+    taken = _where(board, model)
     yield examined(with_file - taken)
     for tier in board.tiers():
         yield examined([node_id for node_id in tier if node_id not in taken and node_id not in with_file])
-    yield examined({replica.node_id for replica in board.of(model.id)})
+    yield examined(_where(board, model))
+
+
+def _where(board: Board, model: Model) -> set[str]:
+    """The nodes that have replicas of the model as it is now."""
+    return {replica.node_id for replica in board.of(model.id) if not replica.is_outdated(model)}
 
 
 def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
@@ -236,7 +278,7 @@ def _score(board: Board, model: Model, verdict: Verdict) -> tuple[Any, ...]:
     wanted = verdict.need.memory if verdict.need else NOTHING
     left = site.free.vram - wanted.vram if wanted.vram else site.free.ram - wanted.ram
     return (
-        len(site.own(model.id)),
+        len(site.own(model)),
         model.config.sha256 not in site.files,
         *board.load(site.node.id),
         -speed if speed else -math.inf,

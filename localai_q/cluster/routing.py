@@ -57,17 +57,17 @@ class Snapshot:
 
 @dataclass(frozen=True, kw_only=True)
 class Pool:
-    """The replicas of one model."""
+    """The replicas of one model as it is now."""
 
     every: tuple[Replica, ...]
-    ready: tuple[Replica, ...]  # with the model's current configuration
+    ready: tuple[Replica, ...]
     by_id: Mapping[str, Replica] = field(repr=False)  # of those that are ready
 
     @classmethod
     def of(cls, model: Model, replicas: Sequence[Replica]) -> Self:
         """The pool that these replicas make, among which may be those of other models."""
-        every = tuple(each for each in replicas if each.model_id == model.id)
-        ready = tuple(each for each in every if each.state is ReplicaState.READY and each.revision == model.revision)
+        every = tuple(each for each in replicas if each.model_id == model.id and not each.is_outdated(model))
+        ready = tuple(each for each in every if each.state is ReplicaState.READY)
         return cls(every=every, ready=ready, by_id={each.id: each for each in ready})
 
 

@@ -2,7 +2,8 @@
 
 As many as `min_replicas`, and one more than none when somebody waits. One more than there are when too many wait for too
 long, or when load keeps requests from the replicas that have read the beginning of their prompts; one less when a
-replica was not used for `idle_timeout`. Where a model is to be on every node, as many as there are nodes.
+replica was not used for `idle_timeout`. Where a model is to be on every node, as many as there are nodes. Where it was
+changed, as many new ones as there are old ones that still end.
 """
 
 from __future__ import annotations
@@ -25,21 +26,31 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     config, demand = model.config, board.demand(model.id)
     if config.spread_all:
         return len(board.matching(model)), "one on every ready node"
+    least, why = _least(board, model)
     alive = board.alive(model.id)
-    may_grow = config.min_replicas <= len(alive) < config.max_replicas
+    may_grow = least <= len(alive) < config.max_replicas
     if may_grow and _is_short(board, model, alive):
         return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"
     if may_grow and demand.pressure and _settled_slots(board, alive):
         return len(alive) + 1, f"load kept {demand.pressure} requests from the replica that had read their beginning"
-    if demand.waiting and not config.min_replicas:
+    if demand.waiting and not least:
         return 1, f"{demand.waiting} waiting, none loaded"
-    return config.min_replicas, f"min_replicas is {config.min_replicas}"
+    return least, why
+
+
+def surplus(board: Board, model: Model) -> Replica | None:
+    """A replica that should go because the model may not have so many."""
+    alive = board.alive(model.id)
+    if model.config.spread_all or len(alive) <= model.config.max_replicas:
+        return None
+    ready = [replica for replica in alive if replica.state is ReplicaState.READY]
+    return min(ready, key=lambda replica: (board.busy(replica.id), last_used(replica)), default=None)
 
 
 def superfluous(board: Board, model: Model) -> Replica | None:
     """A replica that should go because it was not used for long."""
     timeout, alive = model.config.idle_timeout, board.alive(model.id)
-    if not timeout or board.demand(model.id).waiting or len(alive) <= model.config.min_replicas:
+    if not timeout or board.demand(model.id).waiting or len(alive) <= _least(board, model)[0]:
         return None
     idle = [
         replica
@@ -49,6 +60,13 @@ def superfluous(board: Board, model: Model) -> Replica | None:
         and board.now - last_used(replica) >= timeout
     ]
     return min(idle, key=last_used, default=None)
+
+
+def _least(board: Board, model: Model) -> tuple[int, str]:
+    """How many replicas the model should have whoever asks, and why."""
+    least, most = model.config.min_replicas, model.config.max_replicas
+    outgoing = min(sum(replica.is_outdated(model) for replica in board.of(model.id)), most)
+    return (outgoing, "those of an old revision end") if outgoing > least else (least, f"min_replicas is {least}")
 
 
 def _is_short(board: Board, model: Model, alive: list[Replica]) -> bool:

@@ -7,6 +7,7 @@ reader's process has died.
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 from localai_q import names
 from localai_q.bus.connection import broker_errors
@@ -18,7 +19,7 @@ from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Gone, LocalAIError, NotFound, Unavailable, to_record
 from localai_q.services.router import Router, Trip
 from localai_q.services.wiring import Services
-from localai_q.store import jobs
+from localai_q.store import jobs, models
 
 
 def submit(
@@ -54,7 +55,10 @@ def submit(
     try:
         with services.db.transaction() as db:
             jobs.add(db, job, timeout=timeout)
-        _enter(services, trip, submission, job)
+            revision = models.revision(
+                db, trip.model.id
+            )  # the router may not know of a change that was answered already
+        _enter(services, trip, replace(submission, revision=revision), job)
     except LocalAIError:
         router.ended(job_id, way.queue)
         raise

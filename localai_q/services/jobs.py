@@ -276,12 +276,12 @@ def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
 def _bring_back(services: Services, job: Job) -> bool:
     """Put a job that Redis has lost into its line, above any attempt that an owner may hold. False if it has ended."""
     with services.db.transaction() as db:
-        request, now = jobs.request(db, job.id), jobs.clock(db)
+        request, now, revision = jobs.request(db, job.id), jobs.clock(db), models.revision(db, job.model_id)
     if request is None:
         return False
     attempt = REBUILT * (1 + int(now - job.created))
     timeout = max(job.deadline - now, SHORTEST) if job.deadline else 0.0
-    _enter_line(services, replace(job, request=request), timeout=timeout, attempt=attempt)
+    _enter_line(services, replace(job, request=request), timeout=timeout, attempt=attempt, revision=revision)
     return True
 
 
@@ -296,13 +296,13 @@ def _ends(services: Services) -> dict[str, dict[str, str]]:
     return services.leases.ends(known)
 
 
-def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0) -> None:
+def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0, revision: int = 0) -> None:
     lives = (timeout or EVER) + services.settings.journal_ttl
     request = job.request or {}
     outline = GenerationRequest.from_json(request).outline().to_json() if job.kind in GENERATIONS else {}
     submission = Submission(job_id=job.id, line=job.line, request=request, timeout=timeout, lives=lives,
                             stream=job.stream, attempt=attempt, key_id=job.key_id or "", outline=outline,
-                            keep=job.keep, created=job.created)  # fmt: skip
+                            keep=job.keep, created=job.created, revision=revision)  # fmt: skip
     services.leases.submit(submission, longest_line=ANY_LENGTH)
     services.doorbells.ring(_task_of(job.line), job.id, queue=job.line)
 

@@ -1,4 +1,4 @@
-"""Models: registered, shown, removed; and the files that were uploaded for them."""
+"""Models: registered, shown, changed, removed; and the files that were uploaded for them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from localai_q.cluster import sources
 from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
+from localai_q.documents import checked
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
 from localai_q.services import jobs, snapshots, waiting
@@ -61,6 +62,51 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
     return {"id": model.id, "name": model.name}
 
 
+def edit(services: Services, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change fields of a model's configuration. All others stay, or are as somebody else changes them at the same time.
+
+    Where this makes another replica, the model gets a new revision: what is accepted after this has returned is answered
+    by that, and replicas of the old one finish what they hold and end. Returns the model as `listed` shows it.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+        UnknownParameter, InvalidValue, NotFound: a model like that could not be added either.
+    """
+    while True:
+        before = named(services, name)
+        after = _changed(services, before, changes)
+        with services.db.transaction() as db:
+            if models.change(db, before, after):
+                break
+    if after.config.source != before.config.source:
+        _forget_file(services, before.config.source)
+    services.redis.publish(names.WAKE_CHANNEL, after.id)
+    return next(record for record in listed(services) if record["id"] == after.id)
+
+
+def _changed(services: Services, model: Model, changes: Mapping[str, Any]) -> Model:
+    if changes.get("source", model.config.source) != model.config.source:  # what is true of one file is not of another
+        changes = {"mirrors": (), "sha256": None, "size": 0, **changes}
+    config = checked(ModelConfig, {**model.config.model_dump(), **changes})
+    _check(services, config)
+    facts = model.facts if config.source == model.config.source else _facts(services, config)
+    revision = model.revision + (not config.makes_same_replica(model.config))
+    return model.model_copy(update={"config": config, "facts": facts, "revision": revision})
+
+
+def named(services: Services, name: str) -> Model:
+    """The model of that name.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
+    with services.db.transaction() as db:
+        model = models.by_name(db, name)
+    if model is None:
+        raise ModelNotFound(f"There is no model '{name}'. 'localai-q models list' shows them.")
+    return model
+
+
 def listed(services: Services) -> list[dict[str, Any]]:
     """Every model with its replicas and, as long as Redis can tell, how far it is on its way up."""
     snapshot = snapshots.take(services)
@@ -77,7 +123,7 @@ def listed(services: Services) -> list[dict[str, Any]]:
             **_status(services, snapshot, model),
             "replicas": [
                 {"id": r.id, "node": node_names.get(r.node_id, r.node_id), "number": r.number, "state": r.state,
-                 "slots": r.slots, "reason": r.reason, "memory": asdict(r.reserved)}
+                 "revision": r.revision, "slots": r.slots, "reason": r.reason, "memory": asdict(r.reserved)}
                 for r in every if r.model_id == model.id
             ],
         }
@@ -104,7 +150,6 @@ def remove(services: Services, name: str) -> None:
             raise ModelNotFound(f"There is no model '{name}'. 'localai-q models list' shows them.")
         own = replicas.every(db, model_id=model.id)
         models.remove(db, model.id)
-        unused = not _is_named(models.every(db), model.config.source)
         removed = ModelNotFound(f"The model '{name}' was removed.")
         shared = {replica.job_id for replica in replicas.every(db)}  # models can share a stage, e.g. of their backend
         stages = [job_rows.by_id(db, r.job_id) for r in own if r.job_id and r.job_id not in shared]
@@ -116,8 +161,7 @@ def remove(services: Services, name: str) -> None:
     services.redis.delete(names.model_queue(model.id), names.pressure_key(model.id))
     for replica in own:
         services.redis.delete(*names.keys_of_queue(names.replica_queue(replica.id)))
-    if unused and model.config.source.startswith(STORE):
-        file_path(services, model.config.source.removeprefix(STORE)).unlink(missing_ok=True)
+    _forget_file(services, model.config.source)
 
 
 def file_path(services: Services, sha256: str) -> Path:
@@ -185,6 +229,16 @@ def _check(services: Services, config: ModelConfig) -> None:
         raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
 
 
+def _forget_file(services: Services, source: str) -> None:
+    """Delete an uploaded file that no model needs any more."""
+    if not source.startswith(STORE):
+        return
+    with services.db.transaction() as db:
+        needed = any(model.config.source == source for model in models.every(db))
+    if not needed:
+        file_path(services, source.removeprefix(STORE)).unlink(missing_ok=True)
+
+
 def _facts(services: Services, config: ModelConfig) -> Facts | None:
     """What the header of an uploaded file says; None of a file that is elsewhere or in another format."""
     if not config.source.startswith(STORE):
@@ -210,7 +264,3 @@ def _read(path: Path, start: int) -> Iterator[bytes]:
         file.seek(start)
         while chunk := file.read(CHUNK):
             yield chunk
-
-
-def _is_named(known: list[Model], source: str) -> bool:
-    return any(model.config.source == source for model in known)

@@ -12,14 +12,14 @@ from pydantic import ValidationError
 from localai_q import names
 from localai_q.bus import pressure
 from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
-from localai_q.cluster.draining import Drained, Drop, plan_drains
+from localai_q.cluster.draining import Drained, plan_drains
 from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Facts, Model, ModelConfig
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.placement import MOST_REASONS, Action, GiveUp, Note, Place, Retry, Stop, plan
+from localai_q.cluster.placement import MOST_REASONS, Action, Drop, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
@@ -86,7 +86,8 @@ def _drop(services: Services, action: Drop) -> None:
         if replica is None:
             return
         replicas.forget(db, replica.id)
-        stage = jobs.by_id(db, replica.job_id) if replica.job_id else None
+        shared = any(other.job_id == replica.job_id for other in replicas.every(db))  # as that of a backend
+        stage = jobs.by_id(db, replica.job_id) if replica.job_id and not shared else None
         job_services.end_at_once(services, db, [stage] if stage else [], Unavailable(f"Not needed: {action.reason}."))
 
 
@@ -103,6 +104,8 @@ def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
                 stop(services, action.replica_id, action.reason)
         case Note():
             _note(services, known[action.model_id], action.unmet)
+        case Drop():
+            _drop(services, action)
         case GiveUp():
             name = known[action.model_id].name
             error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
@@ -231,7 +234,7 @@ def _learned(services: Services, model: Model, job: Job) -> Model:
     facts = Facts.from_json(record) if not model.facts and isinstance(record, dict) else None
     if facts:
         with services.db.transaction() as db:
-            models.learn(db, model.id, facts)
+            models.learn(db, model, facts)
         model = model.model_copy(update={"facts": facts})
     if model.config.source and not model.config.sha256 and content:
         try:

@@ -26,7 +26,7 @@ from localai_q.cluster.models import Model
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.routing import Guards, Load, Route, Snapshot, route
 from localai_q.cluster.states import ReplicaState
-from localai_q.errors import LocalAIError
+from localai_q.errors import LocalAIError, ModelUnavailable, UnsupportedByModel
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 
@@ -140,7 +140,12 @@ class Router:
         Raises:
             ModelNotFound, UnsupportedByModel, ModelUnavailable, Unavailable: it goes nowhere.
         """
-        model, snapshot = self._snapshots.model(request.model)
+        try:
+            return self._route(request, job_id, *self._snapshots.model(request.model))
+        except (UnsupportedByModel, ModelUnavailable):  # as the model was a moment ago
+            return self._route(request, job_id, *self._snapshots.model(request.model, younger_than=0.0))
+
+    def _route(self, request: GenerationRequest, job_id: str, model: Model, snapshot: Snapshot) -> Trip:
         self._latest = snapshot
         pool, chain, now = snapshot.pool(model), self._chain(model, request), time.monotonic()
         if len(pool.ready) < 2:  # there is no choice

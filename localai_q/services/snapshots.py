@@ -35,13 +35,13 @@ class Snapshots:
             assert self._last is not None
             return self._last
 
-    def model(self, name: str) -> tuple[Model, Snapshot]:
-        """The model of that name, and the snapshot that has it.
+    def model(self, name: str, *, younger_than: float = FRESH) -> tuple[Model, Snapshot]:
+        """The model of that name, and the snapshot that has it, not older than so many seconds.
 
         Raises:
             ModelNotFound: there is none, even now.
         """
-        snapshot = self.now()
+        snapshot = self.now(younger_than=younger_than)
         if name not in snapshot.models:
             snapshot = self.now(younger_than=0.0)
         if name not in snapshot.models:

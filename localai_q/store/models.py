@@ -45,9 +45,28 @@ def held(db: Connection, model_ids: Collection[str]) -> dict[str, Model]:
     return {row.id: _model(row) for row in db.execute(query.with_for_update(read=True, key_share=True))}
 
 
-def learn(db: Connection, model_id: str, facts: Facts) -> None:
-    """Note what the header of the model's file says."""
-    db.execute(update(models).where(models.c.id == model_id).values(facts=asdict(facts)))
+def revision(db: Connection, model_id: str | None) -> int:
+    """The model's revision now; 0 if there is no such model."""
+    found = db.execute(select(models.c.revision).where(models.c.id == model_id)).scalar_one_or_none()
+    return int(found or 0)
+
+
+def change(db: Connection, before: Model, after: Model) -> bool:
+    """Let a model be otherwise; False if it is not any more as it was before."""
+    row = db.execute(select(models).where(models.c.id == before.id).with_for_update()).one_or_none()
+    if row is None or _model(row) != before:
+        return False
+    facts = asdict(after.facts) if after.facts else null()
+    values = {"revision": after.revision, "backend": after.config.backend, "facts": facts,
+              "config": after.config.model_dump(mode="json")}  # fmt: skip
+    db.execute(update(models).where(models.c.id == before.id).values(values))
+    return True
+
+
+def learn(db: Connection, model: Model, facts: Facts) -> None:
+    """Note what the header of the model's file says, unless it has another file by now."""
+    same = (models.c.id == model.id) & (models.c.revision == model.revision)
+    db.execute(update(models).where(same).values(facts=asdict(facts)))
 
 
 def note(db: Connection, model_id: str, unmet: Unmet | None) -> None:

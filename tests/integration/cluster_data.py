@@ -5,7 +5,7 @@ import json
 
 from localai_q import names
 from localai_q.bus.leases import Lease
-from localai_q.cluster.models import ModelConfig
+from localai_q.cluster.models import Facts, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Report
 from localai_q.services import models, nodes
@@ -15,6 +15,9 @@ from localai_q.store import nodes as node_rows
 from localai_q.store.keys import digest
 
 SECRET = "s"
+FACTS = Facts(architecture="llama", blocks=30, context_length=8192, embedding_length=576, heads=9, kv_heads=90,
+              key_length=64, value_length=64, vocabulary=49152, file_size=98362432, layer_bytes=66493440,
+              other_bytes=30083328)  # fmt: skip
 
 
 def add_model(services: Services, name: str = "m", **config: object) -> str:
@@ -66,7 +69,7 @@ def rung(services: Services, queue: str) -> list[str]:
 
 
 def claim(services: Services, job_id: str, line: str, node_id: str = "n1") -> Lease:
-    lease = services.leases.claim(job_id, line, owner="owner", node_id=node_id)
+    lease = services.leases.claim(job_id, line, owner="owner", node_id=node_id, revision=1)
     assert isinstance(lease, Lease), lease
     return lease
 

@@ -146,7 +146,7 @@ def test_a_row_without_a_process_is_cleared_when_it_was_missed_twice_and_what_it
     watched(services)
     job_id = ask(services)
     line = names.model_queue(ready.model_id)
-    lease = services.leases.claim(job_id, line, owner=f"{ready.id}.x", node_id=ready.node_id)
+    lease = services.leases.claim(job_id, line, owner=f"{ready.id}.x", node_id=ready.node_id, revision=1)
     beat(services)
     assert only(services).state is ReplicaState.READY
     beat(services, ready)

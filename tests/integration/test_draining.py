@@ -107,7 +107,7 @@ def test_what_remains_is_shown(services: Services, draining: Node) -> None:
     line = names.model_queue(found.model_id)
     for job_id in ("j1", "j2"):
         services.leases.submit(Submission(job_id=job_id, line=line, request={}), longest_line=9)
-        services.leases.claim(job_id, line, owner=f"{found.id}.x", node_id=draining.id)
+        services.leases.claim(job_id, line, owner=f"{found.id}.x", node_id=draining.id, revision=1)
     own = jobs.submit_node_job(
         services, kind="fetch_model", node_id=draining.id, model_id=None, request={"source": "x"}
     )

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
 import pytest
-from cluster_data import add_model, claim, model_named, node_named, ready_node, reported, rung
+from cluster_data import FACTS, add_model, claim, model_named, node_named, ready_node, reported, rung
 from sqlalchemy import text
 
 from localai_q import names
@@ -16,7 +16,6 @@ from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import End
 from localai_q.cluster.jobs import Keep
 from localai_q.cluster.memory import Memory
-from localai_q.cluster.models import Facts
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import RUNNING
 from localai_q.cluster.requests import GenerationRequest
@@ -34,9 +33,6 @@ from localai_q.store import replicas as rows
 from localai_q.store.keys import ApiKey
 
 FILE = "file:/models/x.gguf"
-FACTS = Facts(architecture="llama", blocks=30, context_length=8192, embedding_length=576, heads=9, kv_heads=90,
-              key_length=64, value_length=64, vocabulary=49152, file_size=98362432, layer_bytes=66493440,
-              other_bytes=30083328)  # fmt: skip
 ADMIN = ApiKey(id="admin", name="admin", role="admin", hint="", created=0.0)
 
 
@@ -251,9 +247,7 @@ def test_a_replica_is_stopped_by_its_node_and_then_gone(services: Services, node
     replicas.reconcile(services)
     report(services, node, ReplicaState.READY)
     services.redis.delete(names.node_queue(node.id))
-    with services.db.transaction() as db:
-        db.execute(text("UPDATE models SET revision = 2"))
-    replicas.reconcile(services)
+    replicas.stop(services, only(services).id, "once")
     assert only(services).state is ReplicaState.STOPPING
     assert rung(services, names.node_queue(node.id)) == [f"stop_replica({only(services).id})"]
     replicas.stop(services, only(services).id, "twice")
@@ -345,7 +339,8 @@ def bring_up(services: Services, node: Node, name: str) -> Replica:
 
 
 def serve(services: Services, job_id: str, by: Replica) -> None:
-    lease = services.leases.claim(job_id, names.model_queue(by.model_id), owner=f"{by.id}.1", node_id=by.node_id)
+    lease = services.leases.claim(job_id, names.model_queue(by.model_id), owner=f"{by.id}.1", node_id=by.node_id,
+                                  revision=by.revision)  # fmt: skip
     assert isinstance(lease, Lease)
     end = End(state=JobState.DONE, result={})
     assert services.leases.finish(lease, lease.last_index + 1, end, node_id=by.node_id)
@@ -434,7 +429,7 @@ class TestMemory:
         has(services, node, 1.2)
         add_model(services, source=FILE, sha256="a" * 64, size=1000, fit_context=True, context_size=8192)
         with services.db.transaction() as db:
-            model_rows.learn(db, model_named(services, "m").id, FACTS)
+            model_rows.learn(db, model_named(services, "m"), FACTS)
         ask(services)
         replicas.reconcile(services)
         told = nodes.replica_spec(services, node, only(services).id)["model"]["context_size"]
@@ -495,7 +490,7 @@ class TestEviction:
 
     def test_a_model_at_work_is_waited_for(self, services: Services, node: Node, full: Replica) -> None:
         line = names.model_queue(full.model_id)
-        running = services.leases.claim(ask(services, "old"), line, owner=f"{full.id}.1", node_id=node.id)
+        running = services.leases.claim(ask(services, "old"), line, owner=f"{full.id}.1", node_id=node.id, revision=1)
         assert isinstance(running, Lease)
         ask(services, "new")
         replicas.reconcile(services)
@@ -510,7 +505,9 @@ class TestEviction:
         assert replicas.is_idle(services, full.id)
         job_id = ask(services, "old")
         assert not replicas.is_idle(services, full.id)  # somebody waits
-        running = services.leases.claim(job_id, names.model_queue(full.model_id), owner=f"{full.id}.1", node_id=node.id)
+        running = services.leases.claim(
+            job_id, names.model_queue(full.model_id), owner=f"{full.id}.1", node_id=node.id, revision=1
+        )
         assert not replicas.is_idle(services, full.id)  # it works
         assert services.leases.finish(running, 1, End(state=JobState.DONE, result={}), node_id=node.id)
         assert replicas.is_idle(services, full.id)

@@ -67,7 +67,8 @@ class Play:
         return found[0] if found else ""
 
     def claim(self, job_id: str, replica_id: str) -> Lease:
-        lease = self.services.leases.claim(job_id, self.line, owner=f"{replica_id}.nonce", node_id="n1")
+        lease = self.services.leases.claim(job_id, self.line, owner=f"{replica_id}.nonce", node_id="n1",
+                                           revision=1)  # fmt: skip
         assert isinstance(lease, Lease), lease
         return lease
 
@@ -214,7 +215,7 @@ class TestDoorbells:
         job_id = play.ask(web)
         web.tend(time.monotonic() + LATER)
         play.claim(job_id, play.one)
-        refusal = play.services.leases.claim(job_id, play.line, owner=f"{play.two}.x", node_id="n2")
+        refusal = play.services.leases.claim(job_id, play.line, owner=f"{play.two}.x", node_id="n2", revision=1)
         assert isinstance(refusal, Refusal)
 
     def test_many_that_are_due_cost_one_look(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:

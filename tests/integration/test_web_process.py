@@ -219,3 +219,68 @@ def test_nodes_are_labelled_shown_drained_and_deleted_by_the_command_line(web: W
     assert "There is no node 'attic'" in said("show", "attic", code=1)
     for command in ("drain", "resume", "delete", "label", "show"):
         assert "name or id" in said(command, "--help")
+
+
+def test_a_model_is_changed_by_the_command_line_and_what_is_not_said_stays(web: Web) -> None:
+    name = "org/changed"
+
+    def shown() -> dict:
+        return next(model for model in web.http.get("/api/models").json()["models"] if model["name"] == name)
+
+    code, _, err = web.cli("models", "add", name, "--backend", "echo", "--slots", "2", "--selector", "a=b", "--pinned")
+    assert code == 0, err
+    before = shown()
+    assert web.cli("models", "edit", name, "--max-replicas", "3", "--no-pinned") == (
+        0, f"Changed {name}, which is at revision 1.\n", ""
+    )  # fmt: skip
+    assert web.cli("models", "edit", name, "--option", "delay_ms:5", "--selector", "", "--threads", "1")[0] == 0
+    changes = {
+        "max_replicas": 3,
+        "pinned": False,
+        "options": ["delay_ms:5"],
+        "selector": {},
+        "threads": 1,
+        "revision": 2,
+    }
+    assert shown() == {**before, **changes}
+    for arguments, words in (
+        ([], "nothing to change"),
+        (["--slots", "0"], "'slots'"),
+        (["--selector", "x"], "key=value"),
+    ):
+        code, _, err = web.cli("models", "edit", name, *arguments)
+        assert (code, len(err.splitlines())) == (1, 1)
+        assert words in err
+    assert "There is no model 'nobody'" in web.cli("models", "edit", "nobody", "--slots", "3")[2]
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"colour": "red"}, 400, "Unknown parameter: 'colour'"),
+        ({"slots": "many"}, 400, "'slots'"),
+        ([], 400, "object"),
+        ({"backend": "nonesuch"}, 404, "nonesuch"),
+    ],
+)
+def test_a_change_that_cannot_be_is_refused_by_name(web: Web, body: object, status: int, words: str) -> None:
+    if "steady" not in web.models():
+        add_model(web.services, "steady")
+    answer = web.http.patch("/api/models/steady", json=body)
+    assert (answer.status_code, words in answer.json()["error"]["message"]) == (status, True), answer.text
+    assert web.http.patch("/api/models/nobody", json={}).status_code == 404
+
+
+def test_what_comes_after_a_change_bears_its_revision_in_every_web_process(web: Web) -> None:
+    add_model(web.services, "moving")
+    body = {"model": "moving", "messages": [{"role": "user", "content": "x"}], "background": True}
+
+    def ask(_: int) -> str:
+        answer = httpx.post(f"{web.url}/v1/chat/completions", json=body, headers=web.http.headers, trust_env=False)
+        return web.services.redis.hget(names.job_key(answer.raise_for_status().json()["id"]), "revision")
+
+    for revision in range(2, 7):
+        assert {ask(number) for number in range(4)} == {str(revision - 1)}  # and each process looks at the registry
+        changed = web.http.patch("/api/models/moving", json={"slots": revision}).raise_for_status().json()
+        assert (changed["revision"], changed["slots"]) == (revision, revision)
+        assert {ask(number) for number in range(4)} == {str(revision)}

@@ -31,6 +31,7 @@ from localai_q.services.jobs import REBUILT
 
 JOB = "j"
 LINE = names.model_queue("m")
+REVISION = 2  # of the model when the job was accepted
 POISON = "!"  # as many have died of the job as may; no owner's name
 KEPT = (Append.WRITTEN, Append.CANCEL)
 
@@ -118,6 +119,7 @@ class World:
     faults: Budget
     owners: tuple[str, ...] = ("A", "B")  # one hand each; the same name twice is a process with two threads
     whole: str = "ab"  # the answer that nobody may see a part of missing or doubled
+    outdated: tuple[str, ...] = ()  # owners that serve an older revision of the model than was asked for
 
     client: bool = True  # whether somebody reads along where Redis may lose something
 
@@ -267,6 +269,8 @@ class Exploration:
             )
         standing = {"waiting": (True, False), "leased": (False, True)}.get(now.state or "", (False, False))
         _require((now.waits, now.lease is not None) == standing, "the job does not stand in one place", now)
+        old = now.state == "leased" and now.owner is not None and self._is_outdated(now.owner)
+        _require(not old, "an older revision has the job", now.owner)
 
     def _checked_text(self, text: str, tokens: list[Delta]) -> str:
         """The text with these tokens behind it, if their owners wrote them behind just that."""
@@ -361,7 +365,8 @@ class Exploration:
 
     def _claim(self, state: State, number: int, hand: Hand) -> Move:
         after, (lease, answer) = self._call(state.redis, "claim", self._claimed, hand.owner, self._new_epoch(state))
-        state = state._replace(redis=after, bells=state.bells - 1)
+        rings = isinstance(answer, Refusal) and answer.why == "newer"  # again, for others
+        state = state._replace(redis=after, bells=state.bells - (not rings))
         if isinstance(answer, Refusal):
             hand = hand._replace(phase="refused") if answer.why == "cancelled" else hand
             return Move(f"{hand.owner} claims: {answer.why}", _with(state, number, hand))
@@ -371,8 +376,12 @@ class Exploration:
 
     def _claimed(self, owner: str, epoch: str) -> tuple[int, Lease | Refusal]:
         self._epoch = epoch
-        answer = self._leases.claim(JOB, LINE, owner=owner, node_id=owner)
+        serves = REVISION - self._is_outdated(owner)
+        answer = self._leases.claim(JOB, LINE, owner=owner, node_id=owner, revision=serves)
         return -1 if isinstance(answer, Refusal) else self.stored.number_of(answer), answer
+
+    def _is_outdated(self, owner: str) -> bool:
+        return owner.rstrip("'") in self.world.outdated
 
     def _restore(self, state: State, number: int, hand: Hand) -> Move:
         key = (hand.lease, self._own(hand), self._new_epoch(state))
@@ -617,7 +626,7 @@ class Exploration:
             self._leases.forget_ends(node, [JOB])
 
     def _submitted(self, attempt: int) -> int:
-        job = Submission(job_id=JOB, line=LINE, request={}, stream=True, attempt=attempt)
+        job = Submission(job_id=JOB, line=LINE, request={}, stream=True, attempt=attempt, revision=REVISION)
         after, _ = self._call(
             self.stored.number(()), "submit", lambda _: self._leases.submit(job, longest_line=9), attempt
         )

@@ -31,6 +31,10 @@ WORLDS = {
     "Redis loses everything and somebody aborts": World(Budget(wipes=1, aborts=1, losses=1)),
     "Redis loses the latest": World(Budget(pauses=1, failovers=1), client=False),
     "Redis forgets what is over": World(Budget(pauses=1, losses=1, expiries=1)),
+    "the model was changed": World(
+        Budget(pauses=1, crashes=1, doubles=1, releases=1), owners=("A", "B", "C"), outdated=("A",)
+    ),
+    "the model was changed and Redis loses everything": World(Budget(wipes=1, crashes=1), outdated=("A",)),
 }
 
 # The one thing that is not told apart: a fail-over to a replica that lagged, after which a claim gets the number of one
@@ -50,6 +54,8 @@ FAILOVER_AND_FORCED = World(Budget(pauses=1, failovers=1, forced=1), client=Fals
 EXPIRY = World(Budget(pauses=1, expiries=1), client=False)
 WIPE = World(Budget(wipes=1), client=False)
 FAILOVER = World(Budget(failovers=1, pauses=1), client=False)
+CHANGED = World(Budget(), outdated=("A",))
+CHANGED_AND_WIPE = World(Budget(wipes=1, crashes=1), outdated=("A",), client=False)
 
 # Not here, for nothing needs them alone: abort's raised attempt (the state that it sets fences, too) and claim's look for
 # a cancellation (a new owner is told with its first write). They save work, and stand behind the others.
@@ -75,6 +81,12 @@ FENCES = {
     "claim: the end": ("claim", "job[1] == 'ended'", "false", World(Budget(doubles=1))),
     "claim: the lease": (
         "claim", "job[1] == 'leased' and redis.call('ZSCORE', KEYS[4], ARGV[1])", "false", World(Budget(doubles=1)),
+    ),
+    "claim: the revision": ("claim", "tonumber(job[4] or 0) > tonumber(ARGV[7])", "false", CHANGED),
+    "submit: the revision": ("submit", ", 'revision', ARGV[14]", "", CHANGED),
+    "restore: the revision": (
+        "restore", "unpack(ARGV, 10, entries - 1))",
+        "unpack(ARGV, 10, entries - 1)) redis.call('HDEL', KEYS[1], 'revision')", CHANGED_AND_WIPE,
     ),
     "claim: the attempt is raised": ("claim", "'attempt', 1)", "'attempt', 1 - redis.call('EXISTS', KEYS[2]))", PAUSE),
     "claim: the marker": ("claim", "redis.call('XADD', KEYS[2], ", "type(", PAUSE),

@@ -2,9 +2,9 @@
 
 import pytest
 
-from localai_q.cluster.draining import Drained, Drop, plan_drains
+from localai_q.cluster.draining import Drained, plan_drains
 from localai_q.cluster.nodes import Node, Replica
-from localai_q.cluster.placement import Stop
+from localai_q.cluster.placement import Drop, Stop
 from localai_q.cluster.states import REPLICA_MOVES, NodeState, ReplicaState
 
 

@@ -178,7 +178,7 @@ def test_a_node_that_has_the_file_then_the_idlest_then_the_roomiest() -> None:
     has = replace(A, hardware={**A.hardware, "files": ["a" * 64]})
     assert decided([new], [node("b", 90), has], []) == ["place new a"]
     there = [replica("o", "a", memory=1), replica("o", "b", memory=1)]
-    assert decided([NEW, model("o")], [A, B], there, busy=("o-a",)) == ["place new b"]
+    assert decided([NEW, model("o", max_replicas=2)], [A, B], there, busy=("o-a",)) == ["place new b"]
     assert decided([NEW], [A, node("b", 90)], []) == ["place new b"]
 
 

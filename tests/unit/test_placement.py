@@ -15,6 +15,7 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import (
+    Drop,
     GiveUp,
     Note,
     Place,
@@ -34,6 +35,10 @@ def model(name: str = "m", *, spread: bool = False, revision: int = 1) -> Model:
     return Model(id=name, name=name, revision=revision, config=ModelConfig(backend="echo", spread_all=spread))
 
 
+def labelled() -> Model:
+    return Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", selector={"gpu": "a100"}))
+
+
 def node(name: str, state: NodeState = NodeState.READY) -> Node:
     return Node(id=name, name=name, state=state, approved=True, secret_hash="")
 
@@ -41,10 +46,8 @@ def node(name: str, state: NodeState = NodeState.READY) -> Node:
 def replica(state: ReplicaState, at: str = "n1", *, of: str = "m", age: float = 0.0, **values) -> Replica:
     values = {"revision": 1, "failures": int(state is S.FAILED), "reason": "no memory", **values}
     number = values.pop("number", 1)
-    identity = f"{of}-{at}" if number == 1 else f"{of}-{at}-{number}"
-    return Replica(
-        id=identity, model_id=of, node_id=at, number=number, state=state, slots=1, changed=NOW - age, **values
-    )
+    values = {"id": f"{of}-{at}" if number == 1 else f"{of}-{at}-{number}", **values}
+    return Replica(model_id=of, node_id=at, number=number, state=state, slots=1, changed=NOW - age, **values)
 
 
 def fleet(models, nodes, replicas, waiting) -> Fleet:
@@ -58,6 +61,7 @@ def decided(actions) -> list[tuple]:
         Place: lambda a: ("place", a.model_id, a.node_id),
         Retry: lambda a: ("retry", a.replica_id),
         Stop: lambda a: ("stop", a.replica_id),
+        Drop: lambda a: ("drop", a.replica_id),
         GiveUp: lambda a: ("give up", a.model_id),
     }
     return [shapes[type(action)](action) for action in actions if not isinstance(action, Note)]
@@ -103,10 +107,26 @@ def test_what_has_the_file_or_less_to_do_goes_before_what_is_faster(hindrance: s
     ("case", "models", "nodes", "replicas", "waiting", "expected"),
     [
         # 1. changed models
-        ("ready of an old revision", [model(revision=2)], [N1], [replica(S.READY)], 0, [("stop", "m-n1")]),
+        ("ready of an old revision", [model(revision=2)], [N1], [replica(S.READY)], 0,
+         [("stop", "m-n1"), ("place", "m", "n1")]),
         ("ready of this revision", [model()], [N1], [replica(S.READY)], 0, []),
-        ("loading of an old revision is let be", [model(revision=2)], [N1], [replica(S.LOADING)], 0, []),
-        ("stopping already", [model(revision=2)], [N1], [replica(S.STOPPING)], 0, []),
+        ("loading of an old revision", [model(revision=2)], [N1], [replica(S.LOADING)], 1,
+         [("stop", "m-n1"), ("place", "m", "n1")]),
+        *((f"{state} of an old revision", [model(revision=2)], [N1], [replica(state)], 1,
+           [("drop", "m-n1"), ("place", "m", "n1")]) for state in (S.PLACED, S.INSTALLING, S.STAGING, S.FAILED)),
+        ("one that cools, of an old revision", [model(revision=2)], [N1], [replica(S.FAILED, failures=9)], 0,
+         [("drop", "m-n1")]),
+        ("stopping already, its place is taken over", [model(revision=2)], [N1], [replica(S.STOPPING)], 0,
+         [("place", "m", "n1")]),
+        ("everywhere", [model(spread=True, revision=2)], [N1, N2], [replica(S.READY), replica(S.LOADING, "n2")], 0,
+         [("stop", "m-n1"), ("stop", "m-n2"), ("place", "m", "n1"), ("place", "m", "n2")]),
+        ("the new one is there already", [model(revision=2)], [N1],
+         [replica(S.STOPPING), replica(S.LOADING, revision=2, id="new")], 5, []),
+        ("more than it may have", [model()], [N1, N2], [replica(S.READY, age=9), replica(S.READY, "n2", age=5)], 3,
+         [("stop", "m-n1")]),
+        ("its node lacks the labels", [labelled()], [N1], [replica(S.READY)], 0, [("stop", "m-n1")]),
+        ("its node lacks the labels while it comes up", [labelled()], [N1], [replica(S.STAGING)], 0,
+         [("drop", "m-n1")]),
         # 2. failed replicas
         ("back-off over, wanted", [model()], [N1], [replica(S.FAILED, age=2)], 1, [("retry", "m-n1")]),
         ("back-off over, everywhere", [model(spread=True)], [N1], [replica(S.FAILED, age=2)], 0, [("retry", "m-n1")]),
@@ -256,14 +276,21 @@ def carried_out(cluster: Fleet, actions) -> list[Replica]:
             case Place(model_id=of, node_id=at):
                 taken = {r.number for r in now.values() if (r.model_id, r.node_id) == (of, at)}
                 number = min({1, 2, 3, 4, 5, 6, 7} - taken)
-                made = replica(S.PLACED, at, of=of, number=number, reserved=Memory(ram=models[of].config.memory))
+                made = replica(S.PLACED, at, of=of, number=number, id=f"new {of}-{at}-{number}",
+                               reserved=Memory(ram=models[of].config.memory), revision=models[of].revision)  # fmt: skip
                 now[made.id] = made
             case Retry(replica_id=found):
                 reserved = Memory(ram=models[now[found].model_id].config.memory)
                 now[found] = replace(now[found], state=S.PLACED, reserved=reserved)
             case Stop(replica_id=found):
                 now[found] = replace(now[found], state=S.STOPPING)
+            case Drop(replica_id=found):
+                del now[found]
     return list(now.values())
+
+
+def alive_in(cluster: Fleet, of: str) -> list[Replica]:
+    return [r for r in cluster.replicas if r.model_id == of and (r.state is S.READY or r.state in COMING_UP)]
 
 
 fuzz = settings(max_examples=400, deadline=None)
@@ -293,18 +320,18 @@ def test_what_holds_for_any_cluster(cluster: Fleet) -> None:
         # No byte is promised twice.
         assert Site(nodes[at], there).free.ram >= 0
         # No node has more replicas of a model than it may, nor two models that exclude each other.
-        own = [r for r in there if r.model_id == of]
+        own = [r for r in there if r.model_id == of and not r.is_outdated(models[of])]
         assert len(own) <= limit(models[of], nodes[at])
         assert not {r.model_id for r in there} & rivals_of(models[of], cluster.models).keys()
     # Each replica is told apart from the others of its model on its node.
     identities = [(r.model_id, r.node_id, r.number) for r in after]
-    assert len(identities) == len(set(identities)) == len(cluster.replicas) + len(places)
+    assert len(identities) == len(set(identities))
 
     # Nobody is told to give up while something serves or comes up, or is about to.
     acted = {m for m, _ in places} | {r.model_id for r in retried}
     for action in actions:
         if isinstance(action, GiveUp):
-            own = [r for r in cluster.replicas if r.model_id == action.model_id]
+            own = [r for r in after if r.model_id == action.model_id]
             assert cluster.demand[action.model_id].waiting > 0
             assert action.model_id not in acted
             assert not [r for r in own if r.state is S.READY or r.state in COMING_UP]
@@ -319,9 +346,9 @@ def test_replicas_are_spread_over_nodes_before_they_are_stacked(cluster: Fleet) 
     for action in actions:
         if isinstance(action, Place):
             model = after.models[action.model_id]
-            count = len(after.site(action.node_id).own(model.id))
+            count = len(after.site(action.node_id).own(model))
             for other in after.matching(model):
-                assert not after.examine(model, other).fits or len(after.site(other).own(model.id)) >= count - 1
+                assert not after.examine(model, other).fits or len(after.site(other).own(model)) >= count - 1
 
 
 @fuzz
@@ -335,8 +362,12 @@ def test_what_is_stopped_in_any_cluster_may_be(cluster: Fleet) -> None:
     for action in stops:
         stopped = by_id[action.replica_id]
         config = models[stopped.model_id].config
+        if "was changed" in action.reason or "lacks the labels" in action.reason:
+            assert stopped.state in (S.READY, S.LOADING)
+            continue
         assert stopped.state is S.READY
-        if "was changed" in action.reason:
+        if "max_replicas" in action.reason:
+            assert len(alive_in(cluster, stopped.model_id)) > config.max_replicas
             continue
         assert not cluster.busy.get(stopped.id)
         assert not cluster.demand.get(stopped.model_id, Demand()).waiting
@@ -347,6 +378,23 @@ def test_what_is_stopped_in_any_cluster_may_be(cluster: Fleet) -> None:
             assert NOW - stopped.changed >= PROTECTED
         else:
             assert NOW - stopped.changed >= config.idle_timeout > 0
+
+
+@fuzz
+@given(fleets())
+def test_after_any_plan_what_has_no_place_is_ending_and_only_that_was_dropped(cluster: Fleet) -> None:
+    by_id, models, nodes = ({each.id: each for each in of} for of in (cluster.replicas, cluster.models, cluster.nodes))
+    actions = plan(cluster)
+    dropped = [by_id[action.replica_id] for action in actions if isinstance(action, Drop)]
+    assert not [r for r in dropped if r.state in (S.LOADING, S.READY, S.STOPPING)]
+
+    def has_no_place(r: Replica) -> bool:
+        model, node = models.get(r.model_id), nodes.get(r.node_id)
+        lacks = model and node and not model.config.selector.items() <= node.labels.items()
+        return bool(model and (r.revision < model.revision or lacks))
+
+    assert all(map(has_no_place, dropped))
+    assert not [r for r in carried_out(cluster, actions) if has_no_place(r) and r.state is not S.STOPPING]
 
 
 @fuzz

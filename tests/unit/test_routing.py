@@ -250,3 +250,9 @@ class TestLargeFleets:
             route(asked, snapshot.pool(asked), "chat", NOW, load=load, matched={"r7": 0.5}, turn=turn)
             took.append(time.perf_counter() - began)
         assert sorted(took)[100] < 0.0005, "the aim is 200 µs; this machine is shared"
+
+
+@pytest.mark.parametrize("state", [ReplicaState.READY, ReplicaState.LOADING, ReplicaState.FAILED])
+def test_a_replica_of_an_old_revision_counts_for_nothing(state: ReplicaState) -> None:
+    changed = model().model_copy(update={"revision": 2})
+    assert route(changed, Pool.of(changed, [replica(state)]), "chat", NOW).needs_load

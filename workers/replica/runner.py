@@ -66,12 +66,13 @@ class Runner:
     def run(self, job_id: str) -> None:
         """Do the job, if it is to be had."""
         if self._backend.dead.is_set() or self.draining:
-            time.sleep(LAST_TAKEN)
-            self._ring(job_id)
+            self._leave_to_others(job_id)
             return
         held = self._claims.claim(job_id, self._line)
         if isinstance(held, Refusal):
             log.info("job %s is not to be had: %s", job_id, held.why)
+            if held.why == "newer":  # this replica is about to be stopped, for its model was changed
+                self._leave_to_others(job_id)
             return
         started = time.time()
         timer = _deadline_timer(held)
@@ -188,6 +189,10 @@ class Runner:
         """Put the job back into its line, and ring for whoever serves it besides this replica."""
         held.release(died=died)
         self._ring(held.lease.job_id)
+
+    def _leave_to_others(self, job_id: str) -> None:
+        time.sleep(LAST_TAKEN)
+        self._ring(job_id)
 
     def _ring(self, job_id: str) -> None:
         try:

@@ -71,7 +71,9 @@ def make_runner(spec: ChildSpec, replica: ReplicaSpec, identity: Identity, backe
     """The runner of this replica's jobs."""
     redis = client(spec.redis_url, identity.secret)
     leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
-    claims = Claims(redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease)
+    claims = Claims(
+        redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease, revision=replica.model.revision
+    )
     line = names.model_queue(replica.model.id)
     return Runner(claims, backend, Doorbells(app), identity=replica.model.name, line=line)
 
