@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small fleets only: less than a minute")
     parser.add_argument("--plans", action="store_true", help="only the times of plans")
     parser.add_argument("--nodes", type=int, help="only requests, and only in the fleet of so many nodes")
-    parser.add_argument("--plot", type=Path, help="where the picture of the full comparison goes, as SVG")
+    parser.add_argument("--plot", type=Path, help="where a picture of the comparison goes, as SVG")
     asked = parser.parse_args()
     if not asked.quick and not asked.nodes:
         time_plans()

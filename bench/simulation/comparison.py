@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bench.simulation import plot, report
-from bench.simulation.fleet import Scenario, make_models
+from bench.simulation.control import first_places
+from bench.simulation.fleet import Scenario
 from bench.simulation.ours import Ours
 from bench.simulation.policies import LeastInFlight, Policy, Random, RoundRobin
 from bench.simulation.run import simulate
@@ -27,8 +29,10 @@ SHOWN = 1  # the fleet whose requests the picture shows
 def compare(scenario: Scenario, policies: Sequence[type[Policy]] = POLICIES) -> dict[str, Tally]:
     """Run each policy on the same trace, and print what came of it."""
     trace = make_trace(scenario)
-    copies = sum(model.config.min_replicas for model in make_models(scenario))
-    print(report.title(scenario, len(trace), copies), report.header(), sep="\n", flush=True)
+    started = time.perf_counter()
+    copies = len(first_places(scenario))
+    seconds = time.perf_counter() - started
+    print(report.title(scenario, len(trace), copies, seconds), report.header(), sep="\n", flush=True)
     gc.freeze()  # so that the times of decisions do not hold those of going through the trace
     found = {}
     for policy in policies:

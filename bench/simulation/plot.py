@@ -32,7 +32,7 @@ def draw(first_tokens: Mapping[str, Sequence[float]], routing: Mapping[int, Sequ
 
 def _first_tokens(found: Mapping[str, Sequence[float]], nodes: int) -> list[str]:
     values = [value for quantiles in found.values() for value in quantiles]
-    x = _log(min(values), max(values), 140, 500)
+    x = _log(min(values), max(values), 150, 500)
     parts = [_text(20, 28, f"Time to first token, {nodes:,} nodes", weight="bold")]
     parts += _across(x, min(values), max(values), lambda value: f"{value:g} s")
     step = (BOTTOM - TOP) / len(found)

@@ -36,11 +36,11 @@ def line(policy: str, tally: Tally) -> str:
     return " ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, COLUMNS, strict=True))
 
 
-def title(scenario: Scenario, requests: int, copies: int) -> str:
-    """What was simulated."""
+def title(scenario: Scenario, requests: int, copies: int, seconds: float) -> str:
+    """What is simulated, and how long the plan took that places its first copies."""
     return (
-        f"{scenario.nodes} nodes, {scenario.models} models, {copies} copies at the start, {requests} requests in "
-        f"{scenario.seconds:.0f} s, a plan every {scenario.every:g} s"
+        f"{scenario.nodes} nodes, {scenario.models} models, {requests} requests in {scenario.seconds:.0f} s, a plan every "
+        f"{scenario.every:g} s; the first placed {copies} copies in {seconds:.2f} s, {1e6 * seconds / copies:.0f} µs each"
     )
 
 
