@@ -33,6 +33,7 @@ from localai_q.services.wiring import Services
 log = logging.getLogger(__name__)
 
 UNCLAIMED = 0.2  # seconds after which a doorbell that was rung for one replica is rung for all
+AGAIN = 1.0  # seconds before what has failed is tried again
 TICK = 0.05  # seconds between two looks at jobs that are due for one
 LOOKS = 60.0  # seconds after which nobody looks any more who has taken a job
 FRESH = 0.2  # seconds for which what others do is taken for known
@@ -272,6 +273,7 @@ class Router:
                 self.tend(time.monotonic())
             except (LocalAIError, redis.RedisError) as error:
                 log.info("who takes what cannot be seen at the moment: %s", error)
+                time.sleep(AGAIN)
             except Exception:
                 log.exception("who takes what cannot be seen; it is tried again")
 
@@ -281,7 +283,7 @@ class Router:
                 self._listen()
             except (redis.RedisError, OSError) as error:
                 log.info("cannot hear what other processes have seen, connecting again: %s", error)
-                time.sleep(1.0)
+                time.sleep(AGAIN)
 
     def _listen(self) -> None:
         with self._services.redis.pubsub(ignore_subscribe_messages=True) as pubsub:

@@ -1,0 +1,62 @@
+"""A conversation stays with the replica that has read it, whichever web process is asked; a replica that hangs or dies
+costs a moment, not an answer."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import httpx
+import pytest
+from e2e_cluster import Cluster, until
+
+STORY = "The keeper of the lighthouse counts the ships that pass. " * 40
+
+
+@pytest.fixture
+def pair(start_cluster: Callable[..., Cluster]) -> Cluster:
+    """Two nodes with a replica each, and two web processes, which say who has answered."""
+    made = start_cluster("--no-model", "--nodes", "2", LOCALAI_EXPOSE_NODE_HEADER="true", LOCALAI_Q_WEB_WORKERS="2")
+    made.cli("models", "add", "echo", "--backend", "echo", "--slots", "4", "--spread")
+    until(lambda: [each["state"] for each in made.replicas("echo")] == ["ready"] * 2, 90, "two replicas")
+    return made
+
+
+def asked(cluster: Cluster, *turns: str) -> str:
+    """The node that answers these messages; each request has a connection of its own, to either web process."""
+    body = {"model": "echo", "messages": [{"role": "user", "content": turn} for turn in turns]}
+    headers = {"Authorization": f"Bearer {cluster.api_key}", "Connection": "close"}
+    answer = httpx.post(f"{cluster.base_url}/v1/chat/completions", json=body, headers=headers, timeout=30.0)
+    assert answer.status_code == 200, answer.text
+    return answer.headers["X-LocalAI-Node"]
+
+
+def replica_at(cluster: Cluster, node: str) -> tuple[str, int]:
+    """The replica of this node and its process."""
+    found = next(each for each in cluster.replicas("echo") if each["node"] == node)
+    [pid] = cluster.pids("celery", f"replica.{found['id']}")
+    return found["id"], pid
+
+
+def test_a_conversation_stays_where_it_was_read_and_outlives_that(pair: Cluster) -> None:
+    until(
+        lambda: asked(pair, STORY, "again") == asked(pair, STORY, "again"), 10, "both web processes with both replicas"
+    )
+    hot = asked(pair, STORY, "first")
+    time.sleep(0.5)  # for the web processes to learn it
+    assert {asked(pair, STORY, f"turn {number}") for number in range(12)} == {hot}
+    others = {asked(pair, f"{number} bottles of beer on the wall. " * 60) for number in range(8)}
+    assert len(others) == 2, "what nobody has read is shared out"
+
+    _, pid = replica_at(pair, hot)
+    os.kill(pid, signal.SIGSTOP)
+    began = time.monotonic()
+    assert asked(pair, STORY, "while it hangs") != hot
+    assert time.monotonic() - began < 5.0
+    os.kill(pid, signal.SIGKILL)
+    began = time.monotonic()
+    for number in range(4):
+        assert asked(pair, STORY, f"when it is dead {number}")
+    assert time.monotonic() - began < 10.0
+    until(lambda: [each["state"] for each in pair.replicas("echo")] == ["ready"] * 2, 60, "its return")
+    assert {asked(pair, f"{number} green bottles. " * 60) for number in range(8)} == others
