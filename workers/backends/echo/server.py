@@ -118,7 +118,13 @@ class EchoBackend(serving.Backend):
 
     def load(self, options: backend_pb2.ModelOptions) -> Echo:
         number, text = serving.whole_number(0), str
-        known = {"parallel": serving.whole_number(1), "delay_ms": float, "first_ms": float, "load_ms": number}
+        known = {
+            "parallel": serving.whole_number(1),
+            "delay_ms": float,
+            "first_ms": float,
+            "load_ms": number,
+            "seed": number,
+        }
         known |= {"load_work_ms": number}
         found = serving.parse_options(options.Options, {**known, "load_fail": text, "load_exit": number})
         time.sleep(found.get("load_ms", 0) / 1000)
@@ -127,7 +133,7 @@ class EchoBackend(serving.Backend):
             _exit(f"echo was told to exit with {found['load_exit']} at load", found["load_exit"])
         if "load_fail" in found:
             raise serving.LoadFailure(found["load_fail"])
-        plan = Plan(delay_ms=found.get("delay_ms", 0), first_ms=found.get("first_ms", 0))
+        plan = Plan(delay_ms=found.get("delay_ms", 0), first_ms=found.get("first_ms", 0), seed=found.get("seed", 0))
         return Echo(options, plan, found.get("parallel", 1))
 
     def Health(self, request: backend_pb2.HealthMessage, context: grpc.ServicerContext) -> backend_pb2.Reply:
