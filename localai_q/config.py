@@ -60,6 +60,10 @@ class Settings(BaseSettings):
     balance_abs_threshold: int = Field(2, gt=0, validation_alias="LOCALAI_Q_BALANCE_ABS_THRESHOLD")
     balance_rel_threshold: float = Field(1.5, gt=0, validation_alias="LOCALAI_Q_BALANCE_REL_THRESHOLD")
 
+    # Scheduling rules that hold again at each start: JSON, or the path of a YAML file.
+    model_scheduling: str = Field("", validation_alias="LOCALAI_MODEL_SCHEDULING")
+    model_scheduling_config: Path | None = Field(None, validation_alias="LOCALAI_MODEL_SCHEDULING_CONFIG")
+
     # The stores. Empty: what `localai-q up` embeds.
     database_url: str = Field("", validation_alias="LOCALAI_DATABASE_URL")
     redis_url: str = Field("", validation_alias="LOCALAI_REDIS_URL")

@@ -21,7 +21,7 @@ from localai_q.cluster.models import ModelConfig, ModelName
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, fleet, jobs, keys, models, nodes
+from localai_q.services import cleaning, fleet, jobs, keys, models, nodes, scheduling
 
 routes = Blueprint("admin", __name__)
 
@@ -76,6 +76,28 @@ def list_nodes() -> dict[str, Any]:
 def list_loaded_models() -> dict[str, Any]:
     """Which node has which model."""
     return {"models": fleet.loaded_models(web().services)}
+
+
+@routes.get("/api/nodes/scheduling")
+def list_rules() -> dict[str, Any]:
+    return {"scheduling": scheduling.listed(web().services)}
+
+
+@routes.post("/api/nodes/scheduling")
+def put_rule() -> dict[str, Any]:
+    """The body is the whole rule."""
+    return scheduling.put(web().services, load_object(request.get_data()))
+
+
+@routes.get("/api/nodes/scheduling/<path:model>", merge_slashes=False, strict_slashes=True)
+def show_rule(model: str) -> dict[str, Any]:
+    return scheduling.show(web().services, model)
+
+
+@routes.delete("/api/nodes/scheduling/<path:model>", merge_slashes=False, strict_slashes=True)
+def reset_rule(model: str) -> dict[str, Any]:
+    scheduling.reset(web().services, model)
+    return {"model_name": model, "reset": True}
 
 
 @routes.get("/api/nodes/<node>")

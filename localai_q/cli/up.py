@@ -57,11 +57,13 @@ def up(
     """
     from localai_q.cli import home as home_folder
     from localai_q.cli.machine import Machine, Options, default_procfile
+    from localai_q.services import scheduling
 
     settings = load_settings(home=home) if home else load_settings()
     folder = settings.home.expanduser().resolve()
     home_folder.check_writable(folder)
     settings = load_settings(home=folder)
+    scheduling.declared(settings)  # a wrong one ends this, and not the control process again and again
     options = Options(nodes, not no_model, (procfile or default_procfile()).resolve())
     with home_folder.locked(folder), Signals() as signals:
         home_folder.check_address(settings)

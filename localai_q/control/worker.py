@@ -8,7 +8,7 @@ from celery import signals
 
 from localai_q.config import settings
 from localai_q.control.loops import Control
-from localai_q.services import keys, models
+from localai_q.services import keys, models, scheduling
 from localai_q.services.wiring import connect
 from localai_q.store import migrate
 
@@ -20,6 +20,7 @@ def prepare(worker: Any, conf: Any) -> None:
     migrate.upgrade(settings().database_url)
     keys.ensure_admin(services)
     models.ensure_default(services)
+    scheduling.apply_declared(services)
     control = Control(services)
     signals.worker_ready.connect(lambda **_: control.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: control.stop(), weak=False)

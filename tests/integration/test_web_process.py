@@ -284,3 +284,15 @@ def test_what_comes_after_a_change_bears_its_revision_in_every_web_process(web: 
         changed = web.http.patch("/api/models/moving", json={"slots": revision}).raise_for_status().json()
         assert (changed["revision"], changed["slots"]) == (revision, revision)
         assert {ask(number) for number in range(4)} == {str(revision)}
+
+
+def test_scheduling_rules_have_localais_paths(web: Web) -> None:
+    add_model(web.services, "rule/d")
+    rule = {"model_name": "rule/d", "node_selector": {"a": "b"}, "max_replicas": 2}
+    assert web.http.post("/api/nodes/scheduling", json=rule).json().items() >= rule.items()
+    assert web.http.get("/api/nodes/scheduling/rule/d").json().items() >= rule.items()
+    assert "rule/d" in [each["model_name"] for each in web.http.get("/api/nodes/scheduling").json()["scheduling"]]
+    assert web.http.delete("/api/nodes/scheduling/rule/d").json() == {"model_name": "rule/d", "reset": True}
+    assert web.http.get("/api/nodes/scheduling/rule/d").json()["max_replicas"] == 1
+    assert web.http.post("/api/nodes/scheduling", json={**rule, "colour": 1}).status_code == 400
+    assert web.http.get("/api/nodes/scheduling/nobody").status_code == 404
