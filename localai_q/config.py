@@ -56,6 +56,7 @@ class Settings(BaseSettings):
     # Replicas that have read the beginning of a prompt get it, unless they are busier than others by more than this.
     prefix_cache: bool = Field(True, validation_alias="LOCALAI_DISTRIBUTED_PREFIX_CACHE")
     prefix_cache_ttl: float = Field(300.0, gt=0, validation_alias="LOCALAI_DISTRIBUTED_PREFIX_CACHE_TTL")
+    prefix_cache_entries: int = Field(65_536, ge=1, validation_alias="LOCALAI_Q_PREFIX_CACHE_ENTRIES")
     min_prefix_match: float = Field(0.3, gt=0, le=1, validation_alias="LOCALAI_Q_MIN_PREFIX_MATCH")
     balance_abs_threshold: int = Field(2, gt=0, validation_alias="LOCALAI_Q_BALANCE_ABS_THRESHOLD")
     balance_rel_threshold: float = Field(1.5, gt=0, validation_alias="LOCALAI_Q_BALANCE_REL_THRESHOLD")

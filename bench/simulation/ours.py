@@ -21,6 +21,8 @@ WEBS = 4  # web processes
 FRESH = 0.2  # seconds for which what others do is taken for known
 REGISTRY = 0.5  # seconds for which the registry is
 TTL = 300.0  # seconds for which a sighting counts, as by default
+ENTRIES = 65_536  # links that a web process remembers, as by default
+DEAF = 5.0  # seconds for which a replica that has not taken what it was told of is not told of more
 PRESSED = 60.0  # seconds for which pressure counts after the latest
 TOKEN = 4  # bytes
 
@@ -32,10 +34,20 @@ class View:
         self.read = float("-inf")
         self.waiting = 0  # jobs of others
         self.counts: Counter[str] = Counter()
+        self._deaf: dict[str, float] = {}  # until when, by replica
         self._coming: dict[Job, str] = {}  # own jobs that nobody has taken yet, by whom is told of them
 
-    def load(self) -> Load:
-        return Load(in_flight=self.counts, waiting=self.waiting + self.counts[""])
+    def load(self, now: float) -> Load:
+        deaf = [replica_id for replica_id, until in self._deaf.items() if now < until]
+        return Load(in_flight=self.counts, waiting=self.waiting + self.counts[""], deaf=deaf)
+
+    def missed(self, job: Job, now: float) -> None:
+        """Who was told of a job has not taken it."""
+        if replica_id := self._coming.get(job):
+            self._deaf[replica_id] = now + DEAF
+            self.counts[replica_id] -= 1
+            self._coming[job] = ""
+            self.counts[""] += 1
 
     def refresh(self, running: Mapping[str, int], waiting: int, now: float) -> None:
         """So it stands: jobs at work by replica, and how many wait."""
@@ -51,6 +63,7 @@ class View:
 
     def taken(self, job: Job, replica_id: str) -> None:
         """A replica works on it."""
+        self._deaf.pop(replica_id, None)
         if job in self._coming:
             self.counts[self._coming.pop(job)] -= 1
         self.counts[replica_id] += 1
@@ -66,7 +79,7 @@ class Ours(Policy):
     name = "localai_q"
 
     def __init__(self) -> None:
-        self._prefixes = Prefixes(ttl=TTL)
+        self._prefixes = Prefixes(ttl=TTL, most=ENTRIES)
         self._guards = Guards()
         self._snapshot = Snapshot(models={}, replicas=(), node_names={}, taken=float("-inf"))
         self._views: defaultdict[tuple[int, str], View] = defaultdict(View)
@@ -95,7 +108,7 @@ class Ours(Policy):
         model = self._snapshot.models[job.request.model_id]
         chain = self._chains[job] = chain_of(job.text, key=b"key", model_id=model.id)
         view = self._views[job.web, model.id]
-        way = route(model, self._snapshot.pool(model), "chat", now, load=view.load(), guards=self._guards,
+        way = route(model, self._snapshot.pool(model), "chat", now, load=view.load(now), guards=self._guards,
                     matched=self._prefixes.match(chain, now), turn=next(self._turns))  # fmt: skip
         view.add(job, way.replica_id or "")
         if way.pressed:
@@ -111,6 +124,9 @@ class Ours(Policy):
         self._views[job.web, copy.model_id].taken(job, copy.id)
         if chain := self._chains.pop(job, None):
             self._prefixes.observe(chain, copy.id, now)
+
+    def missed(self, job: Job, now: float) -> None:
+        self._views[job.web, job.request.model_id].missed(job, now)
 
     def left(self, copy: Copy, job: Job) -> None:
         self._running[copy.model_id][copy.id] -= 1

@@ -38,6 +38,9 @@ class Policy:
     def took(self, copy: Copy, job: Job, now: float) -> None:
         """A copy has begun to work on a request."""
 
+    def missed(self, job: Job, now: float) -> None:
+        """The copy that was chosen has not taken the request in time, and every copy is told of it."""
+
     def left(self, copy: Copy, job: Job) -> None:
         """A copy works on a request no more."""
 

@@ -113,7 +113,12 @@ class Serving:
             copy.queue.append(job)
             self._pull(copy)
         if self.policy.pulls and job.copy is None:
-            self.clock.after(RING_AGAIN, self._ring, job)
+            self.clock.after(RING_AGAIN, self._ring_for_all, job)
+
+    def _ring_for_all(self, job: Job) -> None:
+        if not job.rung and job in self._waiting[job.request.model_id]:
+            self.policy.missed(job, self.clock.now)
+            self._ring(job)
 
     def _ring(self, job: Job) -> None:
         """Put a job that nobody has taken yet into its model's queue."""

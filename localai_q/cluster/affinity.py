@@ -19,7 +19,6 @@ WINDOW = 256  # bytes
 MOST_WINDOWS = 64
 HEAD = WINDOW * MOST_WINDOWS  # bytes of a prompt that are looked at
 LINK = 8  # bytes of a hash
-MOST_ENTRIES = 65_536  # links of one table, which take some 350 bytes each
 MOST_SIGHTINGS = 4  # replicas that one link remembers
 NEWS = 0.25  # part of its life after which a sighting that is seen again is worth telling others
 
@@ -82,10 +81,10 @@ class Prefixes:
 
     Args:
         ttl: seconds for which a sighting counts.
-        most: links that are kept; those go first that were seen longest ago.
+        most: links that are kept, which take some 350 bytes each; those go first that were seen longest ago.
     """
 
-    def __init__(self, *, ttl: float, most: int = MOST_ENTRIES) -> None:
+    def __init__(self, *, ttl: float, most: int) -> None:
         self._ttl = ttl
         self._most = most
         self._entries: OrderedDict[bytes, tuple[tuple[_Holder, float], ...]] = OrderedDict()

@@ -8,7 +8,7 @@ queue.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
@@ -33,6 +33,7 @@ class Snapshot:
     models: dict[str, Model]  # by name
     replicas: tuple[Replica, ...]
     node_names: dict[str, str]  # by id
+    silent: frozenset[str] = frozenset()  # nodes that have not reported for a while
     speeds: Speeds = field(default_factory=Speeds)  # on nodes where something comes up
     taken: float  # seconds since the epoch
 
@@ -51,7 +52,7 @@ class Snapshot:
     def pool(self, model: Model) -> Pool:
         """The replicas of the model, put in order once for each snapshot."""
         if model.id not in self._pools:
-            self._pools[model.id] = Pool.of(model, self.of_model.get(model.id, ()))
+            self._pools[model.id] = Pool.of(model, self.of_model.get(model.id, ()), self.silent)
         return self._pools[model.id]
 
 
@@ -60,14 +61,15 @@ class Pool:
     """The replicas of one model as it is now."""
 
     every: tuple[Replica, ...]
-    ready: tuple[Replica, ...]
+    ready: tuple[Replica, ...]  # on nodes that report, if there are such
     by_id: Mapping[str, Replica] = field(repr=False)  # of those that are ready
 
     @classmethod
-    def of(cls, model: Model, replicas: Sequence[Replica]) -> Self:
-        """The pool that these replicas make, among which may be those of other models."""
+    def of(cls, model: Model, replicas: Sequence[Replica], silent: Collection[str] = ()) -> Self:
+        """The pool that these replicas make, among which may be those of other models. `silent`: nodes, by id."""
         every = tuple(each for each in replicas if each.model_id == model.id and not each.is_outdated(model))
         ready = tuple(each for each in every if each.state is ReplicaState.READY)
+        ready = tuple(each for each in ready if each.node_id not in silent) or ready
         return cls(every=every, ready=ready, by_id={each.id: each for each in ready})
 
 
@@ -77,13 +79,14 @@ class Load:
 
     in_flight: Mapping[str, int] = field(default_factory=dict)  # jobs at work or on their way, by replica id
     waiting: int = 0  # jobs in the line that are on their way to none
+    deaf: Collection[str] = ()  # replicas that did not take a moment ago what they were told of, by id
 
     def of(self, replica: Replica) -> int:
         return self.in_flight.get(replica.id, 0)
 
     def free(self, replica: Replica) -> int:
-        """Slots that have no job."""
-        return max(replica.slots - self.of(replica), 0)
+        """Slots that can be counted on for a job."""
+        return 0 if replica.id in self.deaf else max(replica.slots - self.of(replica), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +170,7 @@ def _share(queue: str, pool: Pool, load: Load, matched: Mapping[str, float], gua
         return Route(queue=queue, doorbell=queue, needs_load=False, reason="no slot is free for it")
     least = min(map(load.of, looked_at))
     cost = _cost(load, looked_at)
-    hot = [each for each in looked_at if matched.get(each.id, 0.0) >= guards.min_match]
+    hot = [each for each in looked_at if matched.get(each.id, 0.0) >= guards.min_match and each.id not in load.deaf]
     hot.sort(key=lambda each: (-matched[each.id], cost[each.id]))
     warm = next((each for each in hot if load.free(each) and guards.allow(load.of(each), least)), None)
     chosen = warm or min((each for each in looked_at if load.free(each)), key=lambda each: cost[each.id])

@@ -14,6 +14,7 @@ from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import ReplicaState
 
 PRESSURE = 0.5  # jobs that wait too long, for each slot, from which on a model gets one more replica
+DIVERTED = 1.0  # requests kept from where their beginning was read, for each slot, from which on it does, too
 
 
 def last_used(replica: Replica) -> float:
@@ -31,7 +32,7 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     may_grow = least <= len(alive) < config.max_replicas
     if may_grow and _is_short(board, model, alive):
         return len(alive) + 1, f"{demand.late} waited longer than {PATIENCE:.0f} s for {len(alive)} replicas"
-    if may_grow and demand.pressure and _settled_slots(board, alive):
+    if may_grow and 0 < DIVERTED * _settled_slots(board, alive) <= demand.pressure:
         return len(alive) + 1, f"load kept {demand.pressure} requests from the replica that had read their beginning"
     if demand.waiting and not least:
         return 1, f"{demand.waiting} waiting, none loaded"

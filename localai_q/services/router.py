@@ -37,6 +37,7 @@ AGAIN = 1.0  # seconds before what has failed is tried again
 TICK = 0.05  # seconds between two looks at jobs that are due for one
 LOOKS = 60.0  # seconds after which nobody looks any more who has taken a job
 FRESH = 0.2  # seconds for which what others do is taken for known
+DEAF = 5.0  # seconds for which a replica that has not taken what it was told of is not told of more
 ON_ITS_WAY = 1.0  # seconds in which a job of this process that nobody holds may still be on its way
 MOST_WATCHED = 10_000  # jobs whose taking is watched; control rings again for those above
 MOST_NEWS = 256  # beginnings that wait to be told; the oldest go first
@@ -73,9 +74,21 @@ class _View:
         self._where: dict[str, str] = {}  # the replicas of jobs; empty: whichever has a slot
         self._counts: Counter[str] = Counter()
         self._others_waiting = 0
+        self._deaf: dict[str, float] = {}  # until when, by replica id
 
-    def load(self) -> Load:
-        return Load(in_flight=self._counts, waiting=self._others_waiting + self._counts[""])
+    def load(self, now: float) -> Load:
+        deaf = [replica_id for replica_id, until in self._deaf.items() if now < until]
+        return Load(in_flight=self._counts, waiting=self._others_waiting + self._counts[""], deaf=deaf)
+
+    def missed(self, job_id: str, replica_id: str, now: float) -> None:
+        """The replica has not taken the job, of which all are told now."""
+        self._deaf[replica_id] = now + DEAF
+        self.move(job_id, "")
+
+    def took(self, job_id: str, replica_id: str) -> None:
+        """The replica works on the job."""
+        self._deaf.pop(replica_id, None)
+        self.move(job_id, replica_id)
 
     def add(self, job_id: str, replica_id: str, now: float) -> None:
         """A job of this process sets out."""
@@ -100,6 +113,7 @@ class _View:
         self._where = {**held, **coming}
         self._counts = Counter(self._where.values())
         self._others_waiting = max(waiting - len(coming), 0)
+        self._deaf = {replica_id: until for replica_id, until in self._deaf.items() if now < until}
 
     def _forget(self, job_id: str) -> None:
         if (before := self._where.pop(job_id, None)) is not None:
@@ -115,7 +129,7 @@ class Router:
         self._id = names.new_id()
         settings = services.settings
         self._key = blake2b(settings.registration_token.encode(), person=b"prefixes").digest()
-        self._prefixes = Prefixes(ttl=settings.prefix_cache_ttl)
+        self._prefixes = Prefixes(ttl=settings.prefix_cache_ttl, most=settings.prefix_cache_entries)
         self._guards = Guards(min_match=settings.min_prefix_match, balance_abs=settings.balance_abs_threshold,
                               balance_rel=settings.balance_rel_threshold)  # fmt: skip
         self._views: dict[str, _View] = {}  # by line
@@ -152,7 +166,7 @@ class Router:
         if len(pool.ready) < 2:  # there is no choice
             return Trip(job_id=job_id, model=model, way=route(model, pool, request.kind, time.time()), chain=chain)
         view = self._view(names.model_queue(model.id), now)
-        way = route(model, pool, request.kind, time.time(), load=view.load(), matched=self._prefixes.match(chain, now),
+        way = route(model, pool, request.kind, time.time(), load=view.load(now), matched=self._prefixes.match(chain, now),
                     guards=self._guards, turn=next(self._turns))  # fmt: skip
         view.add(job_id, way.replica_id or "", now)
         if way.pressed:
@@ -189,7 +203,7 @@ class Router:
         for job_id, each in due.items():
             holder = holders.get(job_id, "")
             if holder is None and now - each.since < LOOKS:
-                self._ring_for_all(each)
+                self._ring_for_all(each, now)
                 each.due = now + max(now - each.since, UNCLAIMED)
             else:
                 self._watched.pop(job_id, None)
@@ -212,18 +226,18 @@ class Router:
 
     def _learn(self, trip: Trip, replica_id: str, now: float) -> None:
         if trip.way.queue in self._views:
-            self._views[trip.way.queue].move(trip.job_id, replica_id)
+            self._views[trip.way.queue].took(trip.job_id, replica_id)
         if self._prefixes.observe(trip.chain, replica_id, now):
             self._news.append((replica_id, trip.chain))
 
-    def _ring_for_all(self, watched: _Watched) -> None:
+    def _ring_for_all(self, watched: _Watched, now: float) -> None:
         """Nobody has taken the job that one replica was told of: whoever is first takes it."""
         if watched.rung_for is None:
             return
         trip = watched.trip
         self._services.doorbells.ring(names.RUN_GENERATION, trip.job_id, queue=trip.way.queue)
         if trip.way.queue in self._views:
-            self._views[trip.way.queue].move(trip.job_id, "")
+            self._views[trip.way.queue].missed(trip.job_id, watched.rung_for, now)
         pipe = self._services.redis.pipeline(transaction=False)
         for key in names.broker_keys(trip.way.doorbell):  # control may have deleted them before
             pipe.expire(key, SILENT_QUEUE)

@@ -8,7 +8,7 @@ import time
 from localai_q.cluster.models import Model
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.speeds import Speeds
-from localai_q.cluster.states import COMING_UP
+from localai_q.cluster.states import COMING_UP, NodeState
 from localai_q.errors import ModelNotFound
 from localai_q.services.wiring import Services
 from localai_q.store import measures, models, nodes, replicas
@@ -56,10 +56,12 @@ def take(services: Services) -> Snapshot:
     with services.db.transaction() as db:
         known, what = models.every(db), replicas.every(db)
         coming = {replica.node_id for replica in what if replica.state in COMING_UP}
+        machines = nodes.every(db)
         return Snapshot(
             models={model.name: model for model in known},
             replicas=tuple(what),
             speeds=Speeds(measures.every(db, node_ids=coming), known) if coming else Speeds(),
-            node_names={node.id: node.name for node in nodes.every(db)},
+            node_names={node.id: node.name for node in machines},
+            silent=frozenset(node.id for node in machines if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE)),
             taken=taken,
         )

@@ -92,6 +92,7 @@ def counted(web: Router, play: Play) -> int:
     return sum(view._counts.values()) + view._others_waiting
 
 
+SLOTS = 8  # of both replicas
 LONG = "Once upon a time there was a lighthouse. " * 50
 
 
@@ -191,6 +192,17 @@ class TestDoorbells:
         web.tend(time.monotonic() + 2 * LATER)
         web.tend(time.monotonic() + 9 * LATER)
         assert rung(play.services, play.line) == [f"run_generation({job_id})"]
+
+    def test_who_does_not_take_it_is_left_alone_until_it_takes_something(self, play: Play) -> None:
+        web = play.web()
+        job_id = play.ask(web)
+        deaf = play.told(job_id)
+        [other] = {play.one, play.two} - {deaf}
+        web.tend(time.monotonic() + LATER)
+        assert {play.told(play.ask(web)) for _ in range(2)} == {other}
+        play.claim(job_id, deaf)
+        web.tend(time.monotonic() + 9 * LATER)
+        assert deaf in {play.told(play.ask(web)) for _ in range(2)}
 
     def test_it_is_rung_within_its_time_by_itself(self, play: Play) -> None:
         web = play.web()
@@ -312,6 +324,7 @@ class TestPressure:
     def test_what_load_keeps_from_its_replica_asks_for_one_more(self, services: Services) -> None:
         play = Play(services, max_replicas=3, min_replicas=2)
         ready_node(services, "n3")
+        pressure.add(services.redis, {play.model_id: SLOTS - 1})
         web = play.web()
         play.do(web, play.ask(web, LONG), play.one)
         for _ in range(2):
@@ -319,7 +332,7 @@ class TestPressure:
         time.sleep(0.2)  # what others do is read again
         play.ask(web, LONG)
         web.tend(time.monotonic())
-        assert pressure.read(services.redis, [play.model_id]) == {play.model_id: 1}
+        assert pressure.read(services.redis, [play.model_id]) == {play.model_id: SLOTS}
         assert 0 < services.redis.ttl(names.pressure_key(play.model_id)) <= pressure.LASTS
 
         replicas.reconcile(services)
@@ -331,11 +344,11 @@ class TestPressure:
 
     def test_it_is_kept_while_nothing_can_be_added(self, services: Services) -> None:
         play = Play(services, max_replicas=3, min_replicas=2)
-        pressure.add(services.redis, {play.model_id: 2})
+        pressure.add(services.redis, {play.model_id: SLOTS})
         aged(services)
         replicas.reconcile(services)
         assert len(every(services)) == 2, "there is no third node"
-        assert pressure.read(services.redis, [play.model_id]) == {play.model_id: 2}
+        assert pressure.read(services.redis, [play.model_id]) == {play.model_id: SLOTS}
 
 
 def every(services: Services) -> list:

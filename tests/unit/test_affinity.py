@@ -9,6 +9,7 @@ from localai_q.cluster.affinity import HEAD, MOST_SIGHTINGS, MOST_WINDOWS, WINDO
 from localai_q.cluster.requests import GenerationRequest
 
 KEY = b"secret"
+MOST = 65_536
 
 
 def chain(text: str, *, model_id: str = "m1", key: bytes = KEY):
@@ -80,7 +81,7 @@ class TestHeads:
 
 class TestTable:
     def test_the_part_that_was_read_is_told_for_each_replica(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         table.observe(chain("a" * 1024), "r1", 0.0)
         table.observe(chain("a" * 512 + "b" * 512), "r2", 0.0)
         assert table.match(chain("a" * 1024), 1.0) == {"r1": 1.0, "r2": 0.5}
@@ -88,24 +89,24 @@ class TestTable:
         assert table.match(chain("z" * 1024), 1.0) == {}
 
     def test_a_short_prompt_matches_nobody(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         assert not table.observe((), "r1", 0.0)
         assert table.match((), 0.0) == {}
 
     def test_a_sighting_counts_for_its_time(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         table.observe(chain("a" * 512), "r1", 0.0)
         assert table.match(chain("a" * 512), 299.9)
         assert table.match(chain("a" * 512), 300.0) == {}
 
     def test_what_has_expired_is_dropped(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         table.observe(chain("a" * 512), "r1", 0.0)
         table.observe(chain("b" * 512), "r1", 301.0)
         assert len(table) == 2
 
     def test_a_replica_that_goes_is_forgotten_and_begins_anew_when_it_is_back(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         table.observe(chain("a" * 512), "r1", 0.0)
         table.observe(chain("a" * 512), "r2", 0.0)
         table.forget("r1")
@@ -115,7 +116,7 @@ class TestTable:
         assert table.match(chain("a" * 512), 3.0) == {"r2": 1.0, "r1": 0.5}
 
     def test_what_others_know_is_not_told_again_until_it_ages(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         assert table.observe(chain("a" * 512), "r1", 0.0)
         assert not table.observe(chain("a" * 512), "r1", 60.0)
         assert table.observe(chain("a" * 512), "r2", 61.0)
@@ -132,7 +133,7 @@ class TestTable:
         assert not table.match(chain("b" * 512), 4.0)
 
     def test_a_link_remembers_the_latest_replicas(self) -> None:
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         for number in range(10):
             table.observe(chain("a" * 512), f"r{number}", float(number))
         assert set(table.match(chain("a" * 512), 10.0)) == {f"r{9 - back}" for back in range(MOST_SIGHTINGS)}
@@ -153,7 +154,7 @@ class TestTable:
     def test_an_entry_takes_less_than_four_hundred_bytes(self) -> None:
         chains = [chain(f"{number:4}" * 64 * 16) for number in range(1000)]
         tracemalloc.start()
-        table = Prefixes(ttl=300)
+        table = Prefixes(ttl=300, most=MOST)
         before = tracemalloc.get_traced_memory()[0]
         for each in chains:
             table.observe(tuple(bytes(link) for link in each), "r1", 0.0)

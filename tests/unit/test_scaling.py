@@ -28,7 +28,8 @@ def asked_for(replicas: list[Replica], *, pressure: int, **config: object) -> tu
 @pytest.mark.parametrize(
     ("case", "replicas", "pressure", "most", "count"),
     [
-        ("one more", [replica(1), replica(2)], 1, 5, 3),
+        ("one more", [replica(1), replica(2)], 8, 5, 3),
+        ("fewer than there are slots", [replica(1), replica(2)], 7, 5, 0),
         ("one at a time, however many", [replica(1), replica(2)], 900, 5, 3),
         ("nobody was kept", [replica(1), replica(2)], 0, 5, 0),
         ("no more than the most", [replica(1), replica(2)], 9, 2, 0),

@@ -132,14 +132,14 @@ def test_a_web_process_knows_its_own_requests_at_once_and_those_of_others_when_i
     view, mine, other = View(), Job(request()), Job(request())
     view.add(mine, "r1")
     view.add(other, "")
-    assert (view.load().in_flight["r1"], view.load().waiting) == (1, 1)
+    assert (view.load(0.0).in_flight["r1"], view.load(0.0).waiting) == (1, 1)
     view.taken(other, "r2")
     view.refresh({"r2": 1, "r3": 4}, waiting=3, now=1.0)
-    assert dict(view.load().in_flight) == {"r1": 1, "r2": 1, "r3": 4}
-    assert view.load().waiting == 2
+    assert dict(view.load(0.0).in_flight) == {"r1": 1, "r2": 1, "r3": 4}
+    assert view.load(0.0).waiting == 2
     view.taken(mine, "r1")
     view.ended("r2")
-    assert [view.load().in_flight[each] for each in ("r1", "r2")] == [1, 0]
+    assert [view.load(0.0).in_flight[each] for each in ("r1", "r2")] == [1, 0]
 
 
 def test_later_turns_go_where_the_earlier_ones_were_read() -> None:
