@@ -321,7 +321,7 @@ def test_a_node_may_not_speak_for_another(cluster: Cluster) -> None:
     assert httpx.post(other, json={}, headers=headers).status_code == 403
     own = f"{cluster.base_url}/api/node/{cluster.ready['node_ids'][0]}/heartbeat"
     began = time.time()
-    assert httpx.post(own, json={"running": []}, headers=headers).status_code == 200
+    assert httpx.post(own, json={"replicas": []}, headers=headers).status_code == 200
     assert cluster.node("alpha")["last_heartbeat"] >= began - 1
 
 

@@ -195,7 +195,7 @@ def test_a_killed_process_is_started_again_and_said_so(pair: Cluster) -> None:
             return False
 
     until(ready, 40, "readiness")
-    pair.until_serving("echo", 10)
+    pair.until_serving("echo", 30)
 
 
 def test_reset_admin_replaces_the_generated_key(pair: Cluster) -> None:

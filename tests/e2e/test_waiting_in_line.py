@@ -30,7 +30,7 @@ def test_who_waits_for_a_load_is_told_how_far_it_is(start_cluster: Callable[...,
     own = start_cluster("--no-model", LOCALAI_MODEL_LOAD_WAIT="3")
     body = {"name": "slow", "backend": "echo", "options": ["load_ms:9000"]}
     own.http.post("/api/models", json=body).raise_for_status()
-    assert own.http.get("/api/models/slow/load-status").json() == {"model": "slow", "loading": None}
+    assert own.http.get("/api/models/slow/load-status").json() == {"model": "slow", "loading": None, "failure": None}
     refused = own.http.post("/v1/chat/completions", json=ask("slow"))
     error = refused.json()["error"]
     assert (refused.status_code, error["type"], error["code"]) == (503, "model_loading", "model_loading")
