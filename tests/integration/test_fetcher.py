@@ -271,7 +271,8 @@ def private(root: Path, source: str, **more: object) -> Path:
     "host",
     ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "10.1.2.3", "192.168.0.1", "169.254.169.254", "100.64.0.1",
      "0.0.0.0", "[::1]", "[::ffff:127.0.0.1]", "[fe80::1]", "[fd00::1]", "[64:ff9b::7f00:1]", "[2002:7f00:1::]",
-     "224.0.0.1"],
+     "224.0.0.1", "192.0.0.192", "168.63.129.16", "[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[64:ff9b:1::7f00:1]",
+     "[64:ff9b::a9fe:a9fe]", "[2001::ffff]", "[ff0e::1]"],
 )  # fmt: skip
 def test_addresses_of_no_public_network_are_refused(tmp_path: Path, host: str) -> None:
     with pytest.raises(InvalidValue, match=r"LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that"):

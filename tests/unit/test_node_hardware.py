@@ -17,9 +17,11 @@ from workers.node import hardware
 def test_memory_disk_and_budget_are_in_bytes_and_files_by_their_content(tmp_path: Path) -> None:
     blobs = tmp_path / "blobs"
     blobs.mkdir()
-    for name in ("a" * 64, ".a.part", ".lock"):
+    for name in ("a" * 64, ".a.part", ".lock", "a", "beef.gguf", "b" * 65):
         (blobs / name).touch()
+    (blobs / ("c" * 64)).mkdir()
     found = hardware.read(tmp_path, lambda total: total // 2)
+    Hardware.model_validate(found)
     total = sum(gpu["vram_total"] for gpu in found["gpus"]) or psutil.virtual_memory().total
     assert found["budget"] == total // 2
     assert found["files"] == ["a" * 64]
@@ -40,6 +42,7 @@ class Driver:
 
     NVMLError = pynvml.NVMLError
     NVMLError_LibraryNotFound = pynvml.NVMLError_LibraryNotFound
+    NVMLError_DriverNotLoaded = pynvml.NVMLError_DriverNotLoaded
     NVMLError_NotSupported = pynvml.NVMLError_NotSupported
 
     def __init__(self, **failing: type[Exception]) -> None:
@@ -144,13 +147,19 @@ def test_a_device_that_cannot_be_read_changes_nothing_that_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     found = read_with(Driver(**{call: pynvml.NVMLError_Unknown}), tmp_path, monkeypatch)
-    assert "gpus" not in found
-    assert refreshed({"gpus": [WHOLE]}, found)["gpus"] == [WHOLE]
+    known = {"gpus": [WHOLE], "budget": 24 * GIB}
+    after = refreshed(known, Hardware.model_validate(found).told())
+    assert {name: after[name] for name in known} == known, "nor is the budget that of RAM"
 
 
-def test_without_a_driver_there_is_no_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = read_with(Driver(nvmlInit=pynvml.NVMLError_LibraryNotFound), tmp_path, monkeypatch)
-    assert found["gpus"] == []
+@pytest.mark.parametrize("error", [pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded])
+def test_without_a_driver_there_is_no_device_of_its_vendor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    driver = Driver(nvmlInit=error)
+    assert read_with(driver, tmp_path, monkeypatch)["gpus"] == []
+    card(tmp_path / "drm", 1, vendor="0x1002", product_name="MI", mem_info_vram_total=8 * GIB)
+    assert [gpu["name"] for gpu in read_with(driver, tmp_path, monkeypatch)["gpus"]] == ["MI"]
 
 
 def card(drm: Path, number: int, **files: object) -> None:
@@ -168,11 +177,14 @@ def test_devices_of_other_vendors_are_read_from_sysfs(tmp_path: Path, monkeypatc
     card(drm, 1, vendor="0x8086", device="0x9a49")  # draws only
     card(drm, 3, vendor="0x10de", mem_info_vram_total=8 * GIB, mem_info_vram_used=0)  # NVML tells of it, or nobody
     card(drm, 4, vendor="0x1002", mem_info_vram_total="garbage", mem_info_vram_used=0)
+    card(drm, 5, vendor="0x1002", mem_info_vram_total=8 * GIB, mem_info_vram_used="garbage", product_name="x")
+    (drm / "card5" / "device" / "product_name").write_bytes(b"M\xff5")
     (drm / "card2-DP-1").mkdir()
     found = read_with(Driver(), tmp_path, monkeypatch, drm)
     assert found["gpus"] == [
         WHOLE,
         {"index": 1, "vendor": "amd", "name": "MI", "vram_total": 8 * GIB, "vram_free": 5 * GIB},
-        {"index": 2, "vendor": "intel", "name": "intel 0x56a0", "vram_total": 16 * GIB},
+        {"index": 2, "vendor": "amd", "name": "M\ufffd5", "vram_total": 8 * GIB},
+        {"index": 3, "vendor": "intel", "name": "intel 0x56a0", "vram_total": 16 * GIB},
     ]
-    assert found["budget"] == 48 * GIB
+    assert found["budget"] == 56 * GIB

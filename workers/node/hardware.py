@@ -17,6 +17,7 @@ import psutil
 import pynvml
 
 from workers.node import cgroups
+from workers.node.store import Store
 
 log = logging.getLogger(__name__)
 MOST_FILES = 2000  # as the API takes them
@@ -31,12 +32,14 @@ def read(models: Path, budget_of: Callable[[int], int]) -> dict[str, Any]:
     files, the SHA-256 of the models that lie here; and budget.
 
     `budget` is how much models may take in all: of the GPUs' memory, or where there are none of RAM; `budget_of` tells
-    it from the total.
+    it from the total. It is left out where it cannot be told whether there are GPUs.
     """
     found: dict[str, Any] = {"os": platform.system().lower(), "arch": platform.machine().lower()}
     for part in (_processors, _memory, lambda: _disk(models), _devices):
         found |= _tolerant(part)
-    total = sum(gpu.get("vram_total", 0) for gpu in found.get("gpus", [])) or found.get("ram_total", 0)
+    if "gpus" not in found:  # what could not be read is not what is not there
+        return found
+    total = sum(gpu.get("vram_total", 0) for gpu in found["gpus"]) or found.get("ram_total", 0)
     return found | {"budget": budget_of(total)} if total else found
 
 
@@ -65,8 +68,7 @@ def _memory() -> dict[str, Any]:
 
 def _disk(models: Path) -> dict[str, Any]:
     disk = shutil.disk_usage(_existing(models))
-    files = sorted(path.name for path in (models / "blobs").glob("[0-9a-f]*"))
-    return {"disk_total": disk.total, "disk_free": disk.free, "files": files[:MOST_FILES]}
+    return {"disk_total": disk.total, "disk_free": disk.free, "files": Store(models).files()[:MOST_FILES]}
 
 
 def _devices() -> dict[str, Any]:
@@ -79,7 +81,7 @@ def _nvidia() -> list[dict[str, Any]]:
     """NVIDIA devices by NVML. None where there is no driver."""
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError_LibraryNotFound:
+    except (pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError_DriverNotLoaded):
         return []
     try:
         driver = _asked(lambda: {"driver": str(pynvml.nvmlSystemGetDriverVersion())})
@@ -146,7 +148,7 @@ def _card(folder: Path) -> dict[str, Any] | None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text().strip()
+        return path.read_text(errors="replace").strip()
     except OSError:
         return ""
 

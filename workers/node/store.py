@@ -44,6 +44,10 @@ class Store:
         self.folder = models_root / "blobs"
         self._spare = least_spare
 
+    def files(self) -> list[str]:
+        """The SHA-256 of every file that is there."""
+        return sorted(path.name for path in self.folder.glob("[0-9a-f]*") if _NAME.fullmatch(path.name) and path.is_file())
+
     def find(self, sha256: str) -> Path | None:
         """A file that is there; it counts as asked for just now."""
         path = self.folder / sha256

@@ -28,6 +28,9 @@ REDIRECTS = 10
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
 LARGEST_ANSWER = 4 << 20  # bytes of anything that is read as a whole
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
+UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given to anybody
+# Public by their numbers; behind them are protocols' own uses, and services for machines of one cloud.
+SPECIAL = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16/32"))
 ANY = "*"
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
@@ -125,7 +128,7 @@ class Network:
         inner = _embedded(address)
         if inner in self._of_the_cluster or address in self._of_the_cluster:
             what = "an address of this cluster"
-        elif not all(found.is_global and not found.is_multicast for found in (address, inner)):
+        elif not (_is_public(address) and _is_public(inner)):
             what = "no address of the public internet"
         else:
             return
@@ -198,6 +201,12 @@ def _to(address: str, request: httpx.Request) -> httpx.Request:
 def _origin(url: httpx.URL) -> str:
     port = url.port or {"http": 80, "https": 443}.get(url.scheme, 0)
     return f"{url.scheme}://{url.host}:{port}"
+
+
+def _is_public(address: _Address) -> bool:
+    if isinstance(address, ipaddress.IPv6Address) and address not in UNICAST:
+        return address in NAT64
+    return address.is_global and not address.is_multicast and not any(address in network for network in SPECIAL)
 
 
 def _embedded(address: _Address) -> _Address:
