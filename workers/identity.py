@@ -33,7 +33,7 @@ class Identity:
             self.secret()
         except FileNotFoundError:
             self._make()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             raise StartupError(
                 f"cannot read this node's identity in {path}: {error}. Delete it to register anew."
             ) from error
@@ -93,7 +93,9 @@ class Identity:
             ) from error
 
     def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.path.read_text())
+        found: Any = json.loads(self.path.read_text())
+        if not isinstance(found, dict) or not isinstance(found.get("secret"), str) or not found["secret"]:
+            raise ValueError("it has no secret")
         return found
 
     def _write(self, record: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ def _limits_of(node: Node) -> dict[str, Any]:
 def _relabel(services: Services, id_or_name: str, change: Callable[[dict[str, str]], dict[str, str]]) -> dict[str, Any]:
     node_id = node_services.named(services, id_or_name).id
     with services.db.transaction() as db:
-        node = nodes.held(db, node_id)
+        node = nodes.lock(db, node_id)
         if node is None:
             raise NotFound(f"Node '{id_or_name}' was deleted.")
         given = change(node.given_labels)

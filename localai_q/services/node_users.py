@@ -24,25 +24,25 @@ def admit(services: Services, node: Node) -> bool:
     return True
 
 
-def extend(services: Services, node_id: str) -> None:
-    """Let the node reach what its replicas need, before one of them starts."""
+def extend(services: Services, node_id: str) -> bool:
+    """Let the node reach what its replicas need, before one of them starts. False: as of `admit`, or it is no more."""
     with services.db.transaction() as db:
         node = nodes.by_id(db, node_id)
         own = replicas.every(db, node_id=node_id)
-    if node is not None:
-        try:
-            users.extend(services.redis, node.id, node.secret_hashes, _rights(node, own))
-        except users.NotAllowed:
-            _complain()
+    if node is None:
+        return False
+    try:
+        users.extend(services.redis, node.id, node.secret_hashes, _rights(node, own))
+    except users.NotAllowed:
+        _complain()
+        return False
+    return True
 
 
 def withdraw(services: Services, node_id: str) -> None:
     """A node uses its new secret: nobody is let in by the one before, or stays in."""
-    extend(services, node_id)
-    try:
+    if extend(services, node_id):
         users.cut(services.redis, node_id)
-    except users.NotAllowed:
-        _complain()
 
 
 def dismiss(services: Services, node: Node) -> None:

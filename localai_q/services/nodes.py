@@ -48,7 +48,8 @@ def register(
         if node is None or not _is_known(node, secret_hash):
             log.warning("a machine asked to join under the name of node %r without its secret", name)
             raise Conflict(
-                f"The name '{name}' belongs to another node. Give this one a name of its own with LOCALAI_NODE_NAME."
+                f"The name '{name}' belongs to a node with another secret. Give this one a name of its own with "
+                f"LOCALAI_NODE_NAME; or, if it is that node and has lost its secret: localai-q nodes delete {name}"
             )
         if services.settings.auto_approve and not node.approved:
             nodes.approve(db, node.id)
@@ -106,11 +107,20 @@ def authenticate(services: Services, node_id: str, secret: str) -> Node:
 
 
 def announce_secret(services: Services, node: Node, secret_hash: str) -> None:
-    """A node has made itself a new secret. Both count until it uses that."""
-    if secret_hash == node.secret_hash:
-        return  # it has used it since
+    """A node has made itself a new secret. Both count until it uses that.
+
+    Raises:
+        Forbidden: the secret by which `node` was let in has been withdrawn since.
+    """
     with services.db.transaction() as db:
+        known = nodes.lock(db, node.id)
+        if known is not None and secret_hash == known.secret_hash:
+            return  # it has used it since
+        if known is None or known.secret_hash != node.secret_hash:
+            raise Forbidden("This secret was withdrawn.")
         nodes.announce_secret(db, node.id, secret_hash)
+    if known.next_secret_hash not in ("", secret_hash):
+        log.warning("node %s announces another new secret than before, which it has not used", node.name)
     node_users.extend(services, node.id)
 
 

@@ -77,12 +77,6 @@ def settle_secret(db: Connection, node_id: str, secret_hash: str) -> bool:
     return db.execute(update(nodes).where(announced).values(values)).rowcount == 1
 
 
-def held(db: Connection, node_id: str) -> Node | None:
-    """The node, which until the transaction ends nobody else changes."""
-    row = db.execute(select(nodes).where(nodes.c.id == node_id).with_for_update()).one_or_none()
-    return _node(row) if row else None
-
-
 def set_labels(db: Connection, node_id: str, labels: dict[str, str]) -> None:
     db.execute(update(nodes).where(nodes.c.id == node_id).values(labels=labels))
 

@@ -180,6 +180,8 @@ def test_where_no_users_can_be_made_nodes_share_ours_and_it_is_said_once(
             answer = join(poor)
             node_users.restore(poor)
             node_users.extend(poor, node.id)
+            users.remove(admin, node.id)
+            node_users.withdraw(poor, node.id)
             node_users.dismiss(poor, node)
         assert urlsplit(answer["redis_url"]).password == "tests"
         (said,) = caplog.records

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import redis
-from cluster_data import claim, join, node_named
+from cluster_data import SECRET, claim, join, node_named
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import text
@@ -20,10 +20,12 @@ from localai_q import names
 from localai_q.bus import users
 from localai_q.bus.connection import client
 from localai_q.bus.leases import Append
+from localai_q.cluster.states import NodeState
 from localai_q.config import load_settings
-from localai_q.errors import Conflict
+from localai_q.errors import Conflict, Forbidden, StartupError
 from localai_q.services import fleet, jobs, node_users, nodes
 from localai_q.services.wiring import Services, make_leases
+from localai_q.store import nodes as node_rows
 from workers.identity import Identity, digest
 from workers.node import api
 from workers.node.worker import Node
@@ -196,6 +198,68 @@ def test_nobody_is_asked_or_announces_before_approval(services: Services) -> Non
     join(services, "n2")
     with pytest.raises(Conflict, match="approve"):
         nodes.ask_to_rotate(services, "n2")
+    with pytest.raises(Forbidden, match="approve"):
+        nodes.authenticate(services, node_named(services, "n2").id, SECRET)
+
+
+def test_a_node_that_is_offline_changes_its_secret_when_it_is_back(services: Services, machine: Machine) -> None:
+    with services.db.transaction() as db:
+        node_rows.move(db, machine.id, NodeState.OFFLINE)
+    nodes.ask_to_rotate(services, "n1")
+    old = machine.identity.secret()
+    machine.start()
+    assert machine.beat()
+    assert not machine.beat()
+    assert not machine.is_let_in(old)
+
+
+def test_who_was_let_in_by_a_secret_that_is_withdrawn_meanwhile_announces_none(
+    services: Services, machine: Machine
+) -> None:
+    late = nodes.authenticate(services, machine.id, machine.identity.secret())
+    nodes.ask_to_rotate(services, "n1")
+    assert machine.beat()
+    assert not machine.beat()
+    nodes.announce_secret(services, late, machine.identity.hash)  # its own call, which was long on its way
+    with pytest.raises(Forbidden, match="withdrawn"):
+        nodes.announce_secret(services, late, NEXT)
+    assert node_named(services, "n1").secret_hashes == (machine.identity.hash,)
+    assert machine.is_let_in(machine.identity.secret())
+
+
+def test_another_secret_than_the_announced_one_is_told_of(
+    services: Services, machine: Machine, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = nodes.authenticate(services, machine.id, machine.identity.secret())
+    nodes.announce_secret(services, node, machine.identity.prepare())
+    nodes.announce_secret(services, node, machine.identity.prepare())
+    assert not caplog.records
+    nodes.announce_secret(services, node_named(services, "n1"), NEXT)
+    assert "n1 announces another new secret than before" in caplog.text
+
+
+def test_a_node_with_the_disk_of_long_ago_is_told_what_to_do(services: Services, machine: Machine) -> None:
+    image = machine.file.read_text()
+    nodes.ask_to_rotate(services, "n1")
+    assert machine.beat()
+    assert not machine.beat()
+    machine.file.write_text(image)
+    with pytest.raises(StartupError, match="localai-q nodes delete n1"):
+        machine.start()
+    nodes.remove(services, "n1", force=True)
+    join(services, secret=machine.identity.secret())
+    nodes.approve(services, "n1")
+    machine.start()
+    assert machine.is_let_in(machine.identity.secret())
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"secret": 5}', '{"secret": ""}', "\udcff"])
+def test_a_file_that_is_no_identity_is_named(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "identity.json"
+    path.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(StartupError, match=r"identity\.json: .*Delete it to register anew"):
+        Identity(path)
+    assert path.read_bytes() == content.encode(errors="surrogateescape")
 
 
 def test_what_redis_should_not_know_any_more_is_withdrawn_by_control(services: Services, machine: Machine) -> None:

@@ -132,6 +132,22 @@ def test_a_private_file_is_readable_by_its_owner_only_and_replaced_whole(tmp_pat
     assert [each.name for each in path.parent.iterdir()] == ["secret"]
 
 
+def test_a_private_file_outlives_a_failure_of_power_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, order = tmp_path / "secret", []
+    sync, replace = os.fsync, Path.replace
+
+    def note_sync(descriptor: int) -> None:
+        order.append("folder" if os.path.samestat(os.fstat(descriptor), tmp_path.stat()) else "file")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note_sync)
+    monkeypatch.setattr(Path, "replace", lambda part, target: order.append("name") or replace(part, target))
+    write_private(path, "one")
+    assert order == ["file", "name", "folder"]
+
+
 def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         load_settings().lease = 3.0

@@ -22,6 +22,7 @@ from typing import IO
 
 from localai_q.cluster.disk import SPARE, Blob, spare
 from localai_q.cluster.events import Progress
+from localai_q.config import sync
 from localai_q.errors import Unavailable
 
 WATCH = 0.5  # seconds between two looks at how far somebody else is with the same file
@@ -190,15 +191,6 @@ class Store:
 
     def _used(self, sha256: str) -> Path:
         return self.folder / f".{sha256}.used"
-
-
-def sync(path: Path) -> None:
-    """Have a file or a folder on the disk, not in memory only."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _lock(file: IO[str], *, wait: bool) -> bool:
