@@ -14,7 +14,7 @@ from api.web import web
 from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
-from localai_q.services import models, nodes
+from localai_q.services import cleaning, models, nodes
 
 log = logging.getLogger(__name__)
 
@@ -113,6 +113,12 @@ def resume(node_id: str) -> dict[str, Any]:
 def deregister(node_id: str) -> dict[str, Any]:
     nodes.deregister(web().services, g.node)
     return {}
+
+
+@routes.get("/unnamed")
+def unnamed(node_id: str) -> dict[str, Any]:
+    """The files that the node has told of and no model names."""
+    return {"files": cleaning.unnamed_on(web().services, g.node)}
 
 
 @routes.get("/files/<sha256>")

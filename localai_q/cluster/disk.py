@@ -12,6 +12,7 @@ from localai_q.cluster.states import JobState
 
 SPARE = 1 << 30  # bytes that stay free, where nobody says otherwise
 SHARE = 20  # a twentieth of a file, where that is more
+FRESH = 60.0  # seconds in which it becomes known which model a file is for
 AGAIN = 60.0  # seconds after which a cleaning that failed, or that left something, is tried again at the earliest
 
 
@@ -33,11 +34,11 @@ def surplus(unnamed: Sequence[Blob], *, grace: float, free: int, floor: int) -> 
     """What goes of the files that no model names, the oldest first.
 
     A file that came less than `grace` seconds ago may be one for a model that is being added: it goes only if less than
-    `floor` bytes would be free without that.
+    `floor` bytes would be free without that, and not in its first minute.
     """
     going: list[Blob] = []
     for blob in sorted(unnamed, key=lambda blob: (-blob.age, blob.sha256)):
-        if blob.age >= grace or free < floor:
+        if blob.age >= grace or (blob.age >= FRESH and free < floor):
             going.append(blob)
             free += blob.size
     return going

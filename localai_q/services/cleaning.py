@@ -32,7 +32,7 @@ def tidy(services: Services) -> None:
         found = [(node, _unnamed(node, known)) for node in nodes.every(db) if node.state in REACHABLE]
         due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=time.time())]
     for node, files in due:
-        job_id = _submit(services, node, files, dry_run=False)
+        job_id = _submit(services, node, dry_run=False)
         log.info("node %s is to remove %d files that no model names: job %s", node.name, len(files), job_id,
                  extra={"action": "clean"})  # fmt: skip
 
@@ -45,9 +45,14 @@ def clean(services: Services, node: Node, *, dry_run: bool) -> dict[str, Any]:
     """
     if node.state not in REACHABLE:
         raise Conflict(f"Node '{node.name}' is {node.state}: it is cleaned when it is back.")
+    files = unnamed_on(services, node)
+    return {"job": _submit(services, node, dry_run=dry_run), "files": len(files), "dry_run": dry_run}
+
+
+def unnamed_on(services: Services, node: Node) -> list[str]:
+    """The files, by SHA-256, that the node has told of and no model names."""
     with services.db.transaction() as db:
-        files = _unnamed(node, models.every(db))
-    return {"job": _submit(services, node, files, dry_run=dry_run), "files": len(files), "dry_run": dry_run}
+        return _unnamed(node, models.every(db))
 
 
 def _unnamed(node: Node, known: list[Model]) -> list[str]:
@@ -59,8 +64,8 @@ def _last(db: Any, node: Node) -> Job | None:
     return next((job for job in found if not (job.result or {}).get("dry_run")), None)
 
 
-def _submit(services: Services, node: Node, files: list[str], *, dry_run: bool) -> str:
+def _submit(services: Services, node: Node, *, dry_run: bool) -> str:
+    """Have the node clean. Which files that concerns it asks when it begins, for by then other models may be there."""
     settings = services.settings
-    request = {"kind": KIND, "files": files, "grace": settings.clean_grace, "floor": settings.disk_spare,
-               "dry_run": dry_run}  # fmt: skip
+    request = {"kind": KIND, "grace": settings.clean_grace, "floor": settings.disk_spare, "dry_run": dry_run}
     return submit_node_job(services, kind=KIND, node_id=node.id, model_id=None, request=request)

@@ -1,22 +1,31 @@
 """Files that no model names leave the nodes, also those that were away; and models learn what their file is."""
 
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from cluster_data import add_model, claim, model_named, node_named, ready_node
+from cluster_data import add_model, claim, join, model_named, node_named, ready_node
+from werkzeug.serving import make_server
 
+from api.app import create_app
 from localai_q import names
+from localai_q.bus import users
 from localai_q.cluster.events import End
 from localai_q.cluster.models import ModelConfig
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, NodeState
-from localai_q.errors import Conflict, InvalidValue
+from localai_q.errors import Conflict, Forbidden, InvalidValue
 from localai_q.services import cleaning, jobs, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import nodes as node_rows
 from localai_q.store import replicas as replica_rows
 from workers.child import ChildSpec
+from workers.identity import Identity
 from workers.node.job_child import JobOrder, clean_models
 from workers.node.store import Store
 
@@ -60,11 +69,13 @@ def test_what_a_model_names_stays_and_what_none_names_goes(services: Services, n
     cleaning.tidy(services)
     cleaning.tidy(services)
     (request,) = cleanings(services, node)
-    assert (request["files"], request["dry_run"], request["grace"]) == ([B], False, 600.0)
+    assert request == {"kind": "clean_models", "grace": 600.0, "floor": 1 << 30, "dry_run": False}
+    assert cleaning.unnamed_on(services, node_named(services, "n1")) == [B]
     models.remove(services, "m")
     done(services, node, {"removed": [{"sha256": B, "size": 1, "age": 2}], "kept": []})
     cleaning.tidy(services)
-    assert cleanings(services, node)[0]["files"] == [A, B]
+    assert cleanings(services, node)[0]
+    assert cleaning.unnamed_on(services, node_named(services, "n1")) == [A, B]
 
 
 def test_what_a_node_keeps_for_a_time_is_not_asked_for_all_the_time(services: Services, node: Node) -> None:
@@ -83,7 +94,7 @@ def test_a_node_that_was_away_is_cleaned_when_it_is_back(services: Services, nod
     assert cleanings(services, node) == []
     has(services, node, [B])
     cleaning.tidy(services)
-    assert [request["files"] for request in cleanings(services, node)] == [[B]]
+    assert len(cleanings(services, node)) == 1
 
 
 def test_by_hand_and_dry(services: Services, node: Node) -> None:
@@ -97,26 +108,77 @@ def test_by_hand_and_dry(services: Services, node: Node) -> None:
         cleaning.clean(services, replace(node, state=NodeState.OFFLINE), dry_run=False)
 
 
-def test_what_the_node_does_about_it(services: Services, node: Node, tmp_path) -> None:
-    store = Store(tmp_path)
-    store.folder.mkdir()
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """A node's folder with two files."""
+    found = Store(tmp_path)
+    found.folder.mkdir()
     for sha256 in (A, B):
-        store.part(sha256).write_bytes(b"12345")
-        store.keep(store.part(sha256), sha256)
-    spec = ChildSpec(node_id="n", node_name="n", redis_url="", lease=1, journal_ttl=1, journal_max=1, load_stall=1,
-                     status_fd=-1, backends=tmp_path, models=tmp_path, api_url="", identity=tmp_path / "identity.json")  # fmt: skip
-    request = {"files": [B], "grace": 600.0, "floor": 0, "dry_run": False}
+        found.part(sha256).write_bytes(b"12345")
+        found.keep(found.part(sha256), sha256)
+        os.utime(found.part(sha256, "used"), (time.time() - 100,) * 2)
+    return found
+
+
+@pytest.fixture
+def clean(services: Services, store: Store, tmp_path: Path) -> Iterator[Callable[..., dict]]:
+    """Cleans as the node's process does, which asks the API over HTTP."""
+    identity = Identity(tmp_path / "identity.json")
+    join(services, secret=identity.secret())
+    nodes.approve(services, "n1")
+    join(services, secret=identity.secret())
+    node = has(services, node_named(services, "n1"), [A, B])
+    server = make_server("127.0.0.1", 0, create_app(services.settings), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    spec = ChildSpec(node_id=node.id, node_name="n", redis_url="", lease=1, journal_ttl=1, journal_max=1, load_stall=1,
+                     status_fd=-1, backends=tmp_path, models=tmp_path, identity=identity.path,
+                     api_url=f"http://127.0.0.1:{server.server_port}")  # fmt: skip
 
     def cleaned(**changes: object) -> dict:
-        return clean_models(JobOrder(spec=spec, request={**request, **changes}, fd=-1), lambda _: None)
+        request = {"grace": 600.0, "floor": 0, "dry_run": False, **changes}
+        return clean_models(JobOrder(spec=spec, request=request, fd=-1), lambda _: None)
 
-    assert cleaned() == {"removed": [], "kept": [B], "freed": 0, "dry_run": False}
-    assert [blob["sha256"] for blob in cleaned(grace=0.0, dry_run=True)["removed"]] == [B]
-    assert store.find(B)
-    found = cleaned(grace=0.0)
+    yield cleaned
+    server.shutdown()
+    for node_id in users.known(services.redis):
+        users.remove(services.redis, node_id)
+
+
+def test_what_the_node_does_about_it(services: Services, store: Store, clean: Callable[..., dict]) -> None:
+    add_model(services, source="file:/m.gguf", sha256=A)
+    assert clean() == {"removed": [], "kept": [B], "freed": 0, "dry_run": False}
+    assert [blob["sha256"] for blob in clean(grace=0.0, dry_run=True)["removed"]] == [B]
+    assert (store.folder / B).exists()
+    found = clean(grace=0.0)
     assert (found["freed"], found["kept"], store.find(B)) == (5, [], None)
-    assert store.find(A)
-    assert [blob["sha256"] for blob in cleaned(files=[A], floor=1 << 60)["removed"]] == [A]
+    assert (store.folder / A).exists()
+    models.remove(services, "m")
+    assert [blob["sha256"] for blob in clean(floor=1 << 60)["removed"]] == [A]
+
+
+def test_a_model_that_came_after_the_order_to_clean_keeps_its_file(
+    services: Services, store: Store, clean: Callable[..., dict]
+) -> None:
+    cleaning.tidy(services)
+    (request,) = cleanings(services, node_named(services, "n1"))
+    add_model(services, source="file:/m.gguf", sha256=A)  # while the order waits for its turn
+    assert [blob["sha256"] for blob in clean(**{**request, "grace": 0.0})["removed"]] == [B]
+    assert (store.folder / A).exists()
+
+
+def test_a_file_whose_model_learns_of_it_at_this_moment_stays_on_a_full_disk(
+    store: Store, clean: Callable[..., dict]
+) -> None:
+    store.part(A, "used").touch()
+    assert [blob["sha256"] for blob in clean(floor=1 << 60)["removed"]] == [B]
+
+
+def test_a_node_that_cannot_ask_removes_nothing(services: Services, store: Store, clean: Callable[..., dict]) -> None:
+    with services.db.transaction() as db:
+        node_rows.remove(db, node_named(services, "n1").id)
+    with pytest.raises(Forbidden):
+        clean(grace=0.0)
+    assert store.files() == [A, B]
 
 
 # --- what a model's file is

@@ -42,7 +42,7 @@ def test_named_files_that_are_chosen_are_removed_and_nothing_else(models: Store)
         seen.extend(found)
         return [blob for blob in found if blob.sha256 == A]
 
-    removed = models.clean([A, B, "d" * 64, "../../etc/passwd", f".{C}.used"], choose, dry_run=False)
+    removed = models.clean(lambda: [A, B, "d" * 64, "../../etc/passwd", f".{C}.used"], choose, dry_run=False)
     assert [(blob.sha256, blob.size) for blob in removed] == [(A, 10)]
     assert {blob.sha256: round(blob.age, -1) for blob in seen} == {A: 100, B: 200}
     assert sorted(path.name for path in models.folder.iterdir()) == [f".{B}.used", f".{C}.used", B, C]
@@ -53,7 +53,7 @@ def test_a_dry_run_removes_nothing(models: Store) -> None:
     part = models.part(B)
     part.write_bytes(b"x")
     os.utime(part, (0, 0))
-    assert [blob.sha256 for blob in models.clean([A], everything, dry_run=True)] == [A]
+    assert [blob.sha256 for blob in models.clean(lambda: [A], everything, dry_run=True)] == [A]
     assert (models.folder / A).exists()
     assert part.exists()
 
@@ -65,15 +65,22 @@ def test_what_was_asked_for_meanwhile_stays(models: Store) -> None:
         assert models.find(A) is not None  # a model that is added at this moment
         return found
 
-    assert models.clean([A], choose, dry_run=False) == []
+    assert models.clean(lambda: [A], choose, dry_run=False) == []
     assert (models.folder / A).exists()
+
+
+def test_what_did_not_come_by_a_fetch_stays(models: Store) -> None:
+    (models.folder / A).write_bytes(b"of another program")
+    assert models.find(A)
+    assert models.clean(lambda: [A], everything, dry_run=False) == []
+    assert models.files() == [A]
 
 
 def test_what_somebody_works_on_stays(models: Store) -> None:
     lay(models, A, age=1000)
     with models.alone(A):
-        assert models.clean([A], everything, dry_run=False) == []
-    assert [blob.sha256 for blob in models.clean([A], everything, dry_run=False)] == [A]
+        assert models.clean(lambda: [A], everything, dry_run=False) == []
+    assert [blob.sha256 for blob in models.clean(lambda: [A], everything, dry_run=False)] == [A]
 
 
 def test_asking_for_a_file_waits_for_its_removal(models: Store) -> None:
@@ -95,7 +102,7 @@ def test_parts_that_nobody_goes_on_with_go_after_a_time(models: Store) -> None:
             then = time.time() - age
             os.utime(path, (then, then))
     with models.alone(C):
-        models.clean([], everything, dry_run=False)
+        models.clean(lambda: [], everything, dry_run=False)
     assert sorted(path.name for path in models.folder.iterdir()) == [
         f".{B}.part", f".{B}.part.note", f".{C}.part", f".{C}.part.note",
     ]  # fmt: skip

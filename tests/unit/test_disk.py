@@ -30,8 +30,10 @@ def test_the_oldest_go_first_and_the_young_stay_while_there_is_room() -> None:
 
 
 def test_the_young_go_as_far_as_the_floor_needs_it() -> None:
-    blobs = [blob(A, 30, 10), blob(B, 30, 20), blob(C, 30, 30)]
+    blobs = [blob(A, 30, 110), blob(B, 30, 120), blob(C, 30, 130)]
     assert [found.sha256 for found in surplus(blobs, grace=600, free=0, floor=50)] == [C, B]
+    assert surplus([blob(A, 30, 59)], grace=600, free=0, floor=50) == [], "its model may not know yet that it is here"
+    assert surplus([blob(A, 30, 59)], grace=50, free=0, floor=50)
 
 
 @given(st.lists(st.builds(blob, st.text(alphabet="0123456789abcdef", min_size=64, max_size=64),

@@ -53,6 +53,10 @@ class NodeApi:
         """Say what the next secret will be; from now on both count, until the next one is used."""
         self._call("POST", "secret", {"secret_hash": secret_hash})
 
+    def unnamed(self) -> list[str]:
+        """The files here, by SHA-256, that no model names."""
+        return [str(sha256) for sha256 in self._call("GET", "unnamed")["files"]]
+
     def deregister(self) -> None:
         self._call("POST", "deregister", {})
 

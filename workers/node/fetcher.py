@@ -58,12 +58,14 @@ def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[
         Unavailable: network, disk, or another content than `sha256` says.
     """
     store = Store(models_root, access.settings.disk_spare)
+    store.remove_forgotten()
     try:
         return _Fetch(wanted, store, access, progress).path()
     except LocalAIError as error:
         raise type(error)(f"cannot fetch {wanted.source}: {error.message}", param=error.param) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
+            discard(wanted, models_root)  # others need that disk, too
             raise Unavailable(f"cannot fetch {wanted.source}: the disk of {models_root} is full") from error
         where = error.filename or store.folder
         raise Unavailable(f"cannot fetch {wanted.source}: {error.strerror or error}: {where}") from error

@@ -23,6 +23,8 @@ from localai_q.config import settings
 from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
 from localai_q.gallery import catalog
 from workers.child import ChildSpec
+from workers.identity import Identity
+from workers.node.api import NodeApi
 from workers.node.fetcher import discard, fetch, wanted_of
 from workers.node.installer import install_backend, installed_path
 from workers.node.sources import Access
@@ -58,15 +60,22 @@ def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
 
 def clean_models(order: JobOrder, report: Report) -> dict[str, Any]:
     """Remove files that no model names; the result lists them."""
-    request = order.request
-    store = Store(order.spec.models)
+    request, spec = order.request, order.spec
+    store = Store(spec.models)
+    api = NodeApi(spec.api_url, spec.node_id, Identity(spec.identity))
     grace, floor, dry_run = float(request["grace"]), int(request["floor"]), bool(request["dry_run"])
+
+    names: list[str] = []
+
+    def ask() -> list[str]:
+        names.extend(api.unnamed())
+        return names
 
     def choose(found: list[Blob]) -> list[Blob]:
         return surplus(found, grace=grace, free=store.free(), floor=floor)
 
-    removed = store.clean(request["files"], choose, dry_run=dry_run)
-    kept = sorted(set(request["files"]) - {blob.sha256 for blob in removed})
+    removed = store.clean(ask, choose, dry_run=dry_run)
+    kept = sorted(set(names) - {blob.sha256 for blob in removed})
     freed = sum(blob.size for blob in removed)
     return {"removed": [asdict(blob) for blob in removed], "kept": kept, "freed": freed, "dry_run": dry_run}
 

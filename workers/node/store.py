@@ -2,7 +2,8 @@
 and what of it is removed.
 
 A name without a leading dot is a whole, verified file. `.<key>.…` belongs to a fetch: `key` is the SHA-256 where it is
-known, else made of the source.
+known, else made of the source. `.<sha256>.used` says of a file that it came by a fetch, and when it was last asked for:
+one without it is somebody else's, and never removed.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from localai_q.config import sync
 from localai_q.errors import Unavailable
 
 WATCH = 0.5  # seconds between two looks at how far somebody else is with the same file
+CLOCK = 0.1  # seconds by which times of files may be behind
 FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a partial file that nobody has gone on with is removed
 
 Report = Callable[[Progress], None]
@@ -47,7 +49,9 @@ class Store:
 
     def files(self) -> list[str]:
         """The SHA-256 of every file that is there."""
-        return sorted(path.name for path in self.folder.glob("[0-9a-f]*") if _NAME.fullmatch(path.name) and path.is_file())
+        return sorted(
+            path.name for path in self.folder.glob("[0-9a-f]*") if _NAME.fullmatch(path.name) and path.is_file()
+        )
 
     def find(self, sha256: str) -> Path | None:
         """A file that is there; it counts as asked for just now."""
@@ -57,7 +61,8 @@ class Store:
         with self.alone(sha256):
             if not path.is_file():  # cleaned at this moment
                 return None
-            self._used(sha256).touch()
+            with suppress(FileNotFoundError):
+                os.utime(self._used(sha256))
             return path
 
     def part(self, key: str, kind: str = "part") -> Path:
@@ -106,8 +111,8 @@ class Store:
         """Give a whole, verified file its name, so that it survives a failure of power."""
         place = self.folder / sha256
         sync(part)
-        part.replace(place)
         self._used(sha256).touch()
+        part.replace(place)
         sync(self.folder)
         return place
 
@@ -128,14 +133,33 @@ class Store:
         with suppress(OSError), self._at_once(key):
             self._remove_parts(key)
 
-    def clean(self, names: list[str], choose: Callable[[list[Blob]], list[Blob]], *, dry_run: bool) -> list[Blob]:
-        """Remove those of the named files that `choose` picks; what was removed, or would be. Forgotten parts go, too."""
-        found = [blob for name in names if _NAME.fullmatch(name) and (blob := self._blob(name))]
+    def clean(
+        self, ask: Callable[[], list[str]], choose: Callable[[list[Blob]], list[Blob]], *, dry_run: bool
+    ) -> list[Blob]:
+        """Remove files that nobody needs; what was removed, or would be. Forgotten parts go, too.
+
+        Args:
+            ask: which files, by SHA-256, nobody needs. Who needs one asks this store for it afterwards, so that what is
+                asked for from now on stays.
+            choose: which of these are to go.
+            dry_run: remove nothing.
+        """
+        began = time.time()
+        found = [blob for name in ask() if _NAME.fullmatch(name) and (blob := self._blob(name))]
         chosen = choose(found)
         if dry_run:
             return chosen
-        self._remove_forgotten()
-        return [blob for blob in chosen if self._remove(blob)]
+        self.remove_forgotten()
+        return [blob for blob in chosen if self._remove(blob.sha256, began)]
+
+    def remove_forgotten(self) -> None:
+        """Remove partial files that nobody has gone on with for long."""
+        limit = time.time() - FORGOTTEN
+        for path in self.folder.glob(".*.part"):
+            key = path.name.split(".")[1]
+            with suppress(OSError), self._at_once(key):
+                if path.stat().st_mtime < limit:
+                    self._remove_parts(key)
 
     def free(self) -> int:
         """Bytes that are free on the disk."""
@@ -149,28 +173,17 @@ class Store:
         return None
 
     def _asked_for(self, sha256: str) -> float:
-        for path in (self._used(sha256), self.folder / sha256):
-            with suppress(OSError):
-                return path.stat().st_mtime
-        return 0.0
+        return self._used(sha256).stat().st_mtime
 
-    def _remove(self, blob: Blob) -> bool:
-        """False if somebody has asked for it meanwhile."""
-        with suppress(OSError), self._at_once(blob.sha256):
-            if time.time() - self._asked_for(blob.sha256) + 1.0 < blob.age:
+    def _remove(self, sha256: str, began: float) -> bool:
+        """False if somebody has asked for it since then."""
+        with suppress(OSError), self._at_once(sha256):
+            if self._asked_for(sha256) > began - CLOCK:
                 return False
-            (self.folder / blob.sha256).unlink()
-            self._used(blob.sha256).unlink(missing_ok=True)
+            (self.folder / sha256).unlink()
+            self._used(sha256).unlink(missing_ok=True)
             return True
         return False
-
-    def _remove_forgotten(self) -> None:
-        limit = time.time() - FORGOTTEN
-        for path in self.folder.glob(".*.part"):
-            key = path.name.split(".")[1]
-            with suppress(OSError), self._at_once(key):
-                if path.stat().st_mtime < limit:
-                    self._remove_parts(key)
 
     def _remove_parts(self, key: str) -> None:
         for path in self.folder.glob(f".{key}.*part*"):
