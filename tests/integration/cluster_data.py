@@ -2,8 +2,15 @@
 
 import base64
 import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from werkzeug.serving import make_server
+
+from api.app import create_app
 from localai_q import names
+from localai_q.bus import users
 from localai_q.bus.leases import Lease
 from localai_q.cluster.models import Facts, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
@@ -39,12 +46,23 @@ def join(
                           host=host)  # fmt: skip
 
 
-def ready_node(services: Services, name: str = "n1") -> Node:
+def ready_node(services: Services, name: str = "n1", secret: str = SECRET) -> Node:
     """A node that was approved and has come back for it."""
-    join(services, name)
+    join(services, name, secret)
     nodes.approve(services, name)
-    join(services, name)
+    join(services, name, secret)
     return node_named(services, name)
+
+
+@contextmanager
+def api_over_http(services: Services) -> Iterator[str]:
+    """The API, as nodes call it: its URL. Users that nodes were on Redis go at the end."""
+    server = make_server("127.0.0.1", 0, create_app(services.settings), threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    for node_id in users.known(services.redis):
+        users.remove(services.redis, node_id)
 
 
 def node_named(services: Services, name: str) -> Node:

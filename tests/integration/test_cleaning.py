@@ -1,19 +1,15 @@
 """Files that no model names leave the nodes, also those that were away; and models learn what their file is."""
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_data import add_model, claim, join, model_named, node_named, ready_node
-from werkzeug.serving import make_server
+from cluster_data import add_model, api_over_http, claim, model_named, node_named, ready_node
 
-from api.app import create_app
 from localai_q import names
-from localai_q.bus import users
 from localai_q.cluster.events import End
 from localai_q.cluster.models import ModelConfig
 from localai_q.cluster.nodes import Node
@@ -124,24 +120,18 @@ def store(tmp_path: Path) -> Store:
 def clean(services: Services, store: Store, tmp_path: Path) -> Iterator[Callable[..., dict]]:
     """Cleans as the node's process does, which asks the API over HTTP."""
     identity = Identity(tmp_path / "identity.json")
-    join(services, secret=identity.secret())
-    nodes.approve(services, "n1")
-    join(services, secret=identity.secret())
-    node = has(services, node_named(services, "n1"), [A, B])
-    server = make_server("127.0.0.1", 0, create_app(services.settings), threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    node = has(services, ready_node(services, secret=identity.secret()), [A, B])
     spec = ChildSpec(node_id=node.id, node_name="n", redis_url="", lease=1, journal_ttl=1, journal_max=1, load_stall=1,
                      status_fd=-1, backends=tmp_path, models=tmp_path, identity=identity.path,
-                     api_url=f"http://127.0.0.1:{server.server_port}")  # fmt: skip
+                     api_url="")  # fmt: skip
+    with api_over_http(services) as url:
 
-    def cleaned(**changes: object) -> dict:
-        request = {"grace": 600.0, "floor": 0, "dry_run": False, **changes}
-        return clean_models(JobOrder(spec=spec, request=request, fd=-1), lambda _: None)
+        def cleaned(**changes: object) -> dict:
+            request = {"grace": 600.0, "floor": 0, "dry_run": False, **changes}
+            order = JobOrder(spec=spec.model_copy(update={"api_url": url}), request=request, fd=-1)
+            return clean_models(order, lambda _: None)
 
-    yield cleaned
-    server.shutdown()
-    for node_id in users.known(services.redis):
-        users.remove(services.redis, node_id)
+        yield cleaned
 
 
 def test_what_the_node_does_about_it(services: Services, store: Store, clean: Callable[..., dict]) -> None:

@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster_data import ready_node
+from cluster_data import api_over_http, ready_node
 from file_server import FileServer, Remote, serve
 
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled
-from localai_q.services import jobs
+from localai_q.services import jobs, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
+from workers.identity import Identity
 from workers.node.jobs import Jobs
 
 CONTENT = os.urandom(2 << 20)
@@ -31,19 +32,30 @@ def server() -> Iterator[FileServer]:
 
 
 @pytest.fixture
-def node(services: Services, monkeypatch: pytest.MonkeyPatch) -> Node:
-    monkeypatch.setenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES", "true")
-    return ready_node(services)
+def identity(tmp_path: Path) -> Identity:
+    return Identity(tmp_path / "identity.json")
 
 
 @pytest.fixture
-def worker(services: Services, node: Node, tmp_path: Path) -> Jobs:
+def node(services: Services, identity: Identity, monkeypatch: pytest.MonkeyPatch) -> Node:
+    monkeypatch.setenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES", "true")
+    return ready_node(services, secret=identity.secret())
+
+
+@pytest.fixture
+def url(services: Services) -> Iterator[str]:
+    with api_over_http(services) as found:
+        yield found
+
+
+@pytest.fixture
+def worker(services: Services, node: Node, url: str, identity: Identity, tmp_path: Path) -> Jobs:
     spec = ChildSpec(
         node_id=node.id, node_name=node.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
         journal_max=1000, load_stall=60.0, status_fd=-1, backends=tmp_path / "backends", models=tmp_path / "models",
-        api_url="http://127.0.0.1:9", secret="s",
+        api_url=url, identity=identity.path,
     )  # fmt: skip
-    return Jobs(spec, tmp_path / "run")
+    return Jobs(spec, identity, tmp_path / "run")
 
 
 def submit(services: Services, node: Node, kind: str, **request: object) -> str:
@@ -73,7 +85,10 @@ def test_a_file_is_fetched_described_and_removed(
     worker.run(again)
     assert result(services, again)[0] is JobState.DONE
     assert len(server.seen) == 2
-    cleaning = submit(services, node, "clean_models", files=[DIGEST], grace=0.0, floor=0, dry_run=False)
+    nodes.heartbeat(services, node, hardware={"files": [DIGEST]})
+    then = time.time() - 10
+    os.utime(tmp_path / "models" / "blobs" / f".{DIGEST}.used", (then, then))
+    cleaning = submit(services, node, "clean_models", grace=0.0, floor=0, dry_run=False)
     worker.run(cleaning)
     state, told = result(services, cleaning)
     assert (state, told["freed"], told["kept"]) == (JobState.DONE, len(CONTENT), [])

@@ -1,7 +1,6 @@
 """A node goes from one secret to the next: whenever it dies, it is let in again, and the one before is worth nothing."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -9,13 +8,11 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 import redis
-from cluster_data import SECRET, claim, join, node_named
+from cluster_data import SECRET, api_over_http, claim, join, node_named
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import text
-from werkzeug.serving import make_server
 
-from api.app import create_app
 from localai_q import names
 from localai_q.bus import users
 from localai_q.bus.connection import client
@@ -35,13 +32,8 @@ NEXT = "ab" * 32
 
 @pytest.fixture
 def url(services: Services) -> Iterator[str]:
-    """The API, over HTTP."""
-    server = make_server("127.0.0.1", 0, create_app(services.settings), threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    for node_id in users.known(services.redis):
-        users.remove(services.redis, node_id)
+    with api_over_http(services) as found:
+        yield found
 
 
 class Machine:
