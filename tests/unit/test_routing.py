@@ -240,6 +240,18 @@ def test_whoever_is_told_can_take_it_and_has_a_reason(replicas, in_flight, match
         assert load.of(told) <= min(least + 2, 1.5 * least + 1)
 
 
+class Looked(dict[str, int]):
+    """What replicas have to do, and of which of them somebody has asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked_at: set[str] = set()
+
+    def get(self, replica_id: str, default: int = 0) -> int:
+        self.looked_at.add(replica_id)
+        return default
+
+
 class TestLargeFleets:
     def test_each_of_many_comes_to_be_told(self) -> None:
         many = [ready(f"r{number}") for number in range(3 * SAMPLE)]
@@ -248,6 +260,16 @@ class TestLargeFleets:
     def test_who_has_read_the_beginning_is_found_among_many(self) -> None:
         many = [ready(f"r{number}") for number in range(10 * SAMPLE)]
         assert {share(many, {}, {"r333": 1.0}, turn=turn).replica_id for turn in range(50)} == {"r333"}
+
+    def test_a_decision_looks_at_few_however_many_there_are(self) -> None:
+        asked = model()
+        snapshot = Snapshot(models={"Chatty": asked}, replicas=tuple(ready(f"r{number}") for number in range(50_000)),
+                            node_names={}, taken=NOW)  # fmt: skip
+        assert snapshot.pool(asked) is snapshot.pool(asked), "they are put in order once"
+        for turn in range(0, 2000, 99):
+            load = Looked()
+            route(asked, snapshot.pool(asked), "chat", NOW, load=Load(in_flight=load), matched={"r7": 0.5}, turn=turn)
+            assert 1 < len(load.looked_at) <= SAMPLE + 1
 
 
 @pytest.mark.parametrize("state", [ReplicaState.READY, ReplicaState.LOADING, ReplicaState.FAILED])
