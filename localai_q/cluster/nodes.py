@@ -79,7 +79,7 @@ class Replica:
     failures: int = 0
     changed: float = 0.0  # seconds since the epoch
     told: float = 0.0  # when its node was last told again what to do with it
-    used: float = 0.0  # when a job of its model last ended on its node, to 10 s
+    used: float = 0.0  # when a job of its last ended, to 10 s
     reserved: Memory = field(default_factory=Memory)  # what it needs, as it was booked when it was placed
     unseen: int = 0  # bytes of its RAM that its node does not report as used
     context_size: int = 0  # tokens of one request, where that was cut to fit; 0: as the model has it

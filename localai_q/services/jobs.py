@@ -123,8 +123,9 @@ def apply_ends(services: Services) -> int:
     kinds: list[str] = []
     for owner, ends in _ends(services).items():
         kinds += _apply(services, owner, ends)
+        used = set(filter(None, services.leases.holders(list(ends)).values()))
         with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
-            replicas.use(db, list(ends))
+            replicas.use(db, used)
         services.leases.forget_ends(owner, list(ends))
     if not set(kinds).isdisjoint(NODE_JOBS):
         services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage

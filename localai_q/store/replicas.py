@@ -13,7 +13,7 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import REPLICA_MOVES, ReplicaState, sources
 from localai_q.names import new_id
-from localai_q.store.tables import jobs, measures, replicas
+from localai_q.store.tables import measures, replicas
 
 USED_STEP = 10.0  # seconds between two notes that a replica was of use
 
@@ -78,13 +78,12 @@ def touch(db: Connection, replica_id: str) -> None:
     db.execute(update(replicas).where(replicas.c.id == replica_id).values(told_at=func.now()))
 
 
-def use(db: Connection, job_ids: Collection[str]) -> None:
-    """Note that the replicas that did these jobs were of use, unless that was noted a moment ago."""
+def use(db: Connection, replica_ids: Collection[str]) -> None:
+    """Note that these replicas were of use, unless that was noted a moment ago."""
     noted = func.coalesce(replicas.c.used_at, "-infinity") > func.now() - func.make_interval(
         0, 0, 0, 0, 0, 0, USED_STEP
     )
-    did = (replicas.c.model_id == jobs.c.model_id) & (replicas.c.node_id == jobs.c.node_id)
-    db.execute(update(replicas).where(jobs.c.id.in_(list(job_ids)), did, ~noted).values(used_at=func.now()))
+    db.execute(update(replicas).where(replicas.c.id.in_(list(replica_ids)), ~noted).values(used_at=func.now()))
 
 
 def forget(db: Connection, replica_id: str) -> None:

@@ -520,6 +520,16 @@ class TestEviction:
         assert of_model(services, "old").state is ReplicaState.READY
         assert "needs 3.0 GB, 2.0 GB free" in error_of(services, waiting)["message"]
 
+    def test_only_the_copy_that_did_the_work_was_of_use(self, services: Services, node: Node, full: Replica) -> None:
+        with services.db.transaction() as db:
+            copy = rows.place(db, model_id=full.model_id, node_id=node.id, number=2, revision=1, slots=4,
+                              booking=Booking())  # fmt: skip
+            db.execute(text("UPDATE replicas SET used_at = used_at - interval '11 s'"))
+        assert copy
+        serve(services, ask(services, "old"), copy)
+        used = {replica.number: replica.used for replica in all_replicas(services)}
+        assert used[2] > used[1]
+
     def test_use_is_noted_at_most_every_ten_seconds(self, services: Services, node: Node, full: Replica) -> None:
         first = of_model(services, "old").used
         assert first > 0
