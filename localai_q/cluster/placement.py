@@ -4,7 +4,9 @@ The decision, in order:
 
 1. A replica of a model that has changed since it was placed, or on a node that lacks the model's labels, is stopped; one
    that has not come up is dropped.
-2. The models, those first for which somebody waits longest, get as many replicas as `scaling` says.
+2. The models, those first for which somebody waits longest, get as many replicas as `scaling` says. What is above the
+   most that a model, or a model on a node, may have is ended in the same way: what has not come up first, then what is
+   idle. What works finishes that.
 3. A failed replica is tried again once its back-off is over. Where one has failed for the first time, its next try comes
    sooner than a load elsewhere.
 4. A new replica goes to a node that is ready, has the model's labels, none of the models that exclude it, fewer of its
@@ -167,7 +169,7 @@ def _end(board: Board, replica: Replica, reason: str) -> Stop | Drop:
 def _of_model(board: Board, model: Model) -> list[Action]:
     surplus = scaling.surplus(board, model)
     if surplus:
-        return [_stop(board, surplus, f"max_replicas is {model.config.max_replicas}")]
+        return [_end(board, replica, reason) for replica, reason in surplus]
     unused = scaling.superfluous(board, model)
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]

@@ -8,10 +8,14 @@ changed, as many new ones as there are old ones that still end.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
+
+from localai_q.cluster.capacity import limit
 from localai_q.cluster.fleet import PATIENCE, Board
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.states import ReplicaState
+from localai_q.cluster.states import COMING_UP, ReplicaState
 
 PRESSURE = 0.5  # jobs that wait too long, for each slot, from which on a model gets one more replica
 DIVERTED = 1.0  # requests kept from where their beginning was read, for each slot, from which on it does, too
@@ -39,13 +43,31 @@ def wanted(board: Board, model: Model) -> tuple[int, str]:
     return least, why
 
 
-def surplus(board: Board, model: Model) -> Replica | None:
-    """A replica that should go because the model may not have so many."""
-    alive = board.alive(model.id)
-    if model.config.spread_all or len(alive) <= model.config.max_replicas:
-        return None
-    ready = [replica for replica in alive if replica.state is ReplicaState.READY]
-    return min(ready, key=lambda replica: (board.busy(replica.id), last_used(replica)), default=None)
+def surplus(board: Board, model: Model) -> list[tuple[Replica, str]]:
+    """The replicas that should go because the model may not have so many, there or at all, and why.
+
+    Those go that are missed least, in this order: first what has not come up, then what has nothing to do, the longest unused first.
+    """
+    alive, config = board.alive(model.id), model.config
+    most = math.inf if config.spread_all else config.max_replicas
+    crowded = {
+        node_id: allowed
+        for node_id, count in Counter(replica.node_id for replica in alive).items()
+        if count > 1 and node_id in board.nodes and count > (allowed := limit(model, board.nodes[node_id]))
+    }
+    if len(alive) <= most and not crowded:
+        return []
+    kept: Counter[str] = Counter()
+    going = []
+    for replica in sorted(alive, key=lambda replica: _worth(board, replica), reverse=True):
+        there = replica.node_id
+        if kept.total() >= most:
+            going.append((replica, f"max_replicas is {most}"))
+        elif kept[there] >= crowded.get(there, math.inf):
+            going.append((replica, f"node {board.nodes[there].name} may have {crowded[there]} of model {model.name}"))
+        else:
+            kept[there] += 1
+    return going[::-1]
 
 
 def superfluous(board: Board, model: Model) -> Replica | None:
@@ -61,6 +83,12 @@ def superfluous(board: Board, model: Model) -> Replica | None:
         and board.now - last_used(replica) >= timeout
     ]
     return min(idle, key=last_used, default=None)
+
+
+def _worth(board: Board, replica: Replica) -> tuple[int, int, float, str]:
+    """By how much a replica would be missed."""
+    progress = (*COMING_UP, ReplicaState.READY).index(replica.state)
+    return progress, board.busy(replica.id), last_used(replica), replica.id
 
 
 def _least(board: Board, model: Model) -> tuple[int, str]:

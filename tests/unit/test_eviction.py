@@ -82,8 +82,9 @@ def test_what_makes_room_and_what_does_not(case, old, held, busy, waiting, expec
 def test_of_several_replicas_on_one_node_only_those_above_the_minimum_make_room() -> None:
     old = model("old", 3, min_replicas=1, max_replicas=3)
     held = [replace(replica("old", "a", unused=age, memory=3), id=f"old{age}", number=age) for age in (100, 200, 300)]
-    assert decided([model("new", 6), old], [A], held) == ["stop old300", "stop old200"]
-    (said,) = decided([model("new", 8), old], [A], held)
+    several = replace(A, given_slots=3)
+    assert decided([model("new", 6), old], [several], held) == ["stop old300", "stop old200"]
+    (said,) = decided([model("new", 8), old], [several], held)
     assert said.startswith("give up new")
 
 

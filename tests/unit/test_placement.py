@@ -124,6 +124,15 @@ def test_what_has_the_file_or_less_to_do_goes_before_what_is_faster(hindrance: s
          [replica(S.STOPPING), replica(S.LOADING, revision=2, id="new")], 5, []),
         ("more than it may have", [model()], [N1, N2], [replica(S.READY, age=9), replica(S.READY, "n2", age=5)], 3,
          [("stop", "m-n1")]),
+        ("more than it may have, one comes up", [model()], [N1, N2], [replica(S.READY, age=9), replica(S.LOADING, "n2")], 3,
+         [("stop", "m-n2")]),
+        ("more than it may have, two come up", [model()], [N1, N2], [replica(S.INSTALLING), replica(S.LOADING, "n2")], 3,
+         [("drop", "m-n1")]),
+        ("more than it may have, all at once", [model()], [N1, N2, N3],
+         [replica(S.READY, age=9), replica(S.READY, "n2", age=5), replica(S.STAGING, "n3")], 3,
+         [("drop", "m-n3"), ("stop", "m-n1")]),
+        ("more than its node may have", [model(spread=True)], [N1],
+         [replica(S.READY, age=5), replica(S.READY, number=2, age=9)], 0, [("stop", "m-n1-2")]),
         ("its node lacks the labels", [labelled()], [N1], [replica(S.READY)], 0, [("stop", "m-n1")]),
         ("its node lacks the labels while it comes up", [labelled()], [N1], [replica(S.STAGING)], 0,
          [("drop", "m-n1")]),
@@ -289,9 +298,7 @@ def carried_out(cluster: Fleet, actions) -> list[Replica]:
     return list(now.values())
 
 
-def alive_in(cluster: Fleet, of: str) -> list[Replica]:
-    return [r for r in cluster.replicas if r.model_id == of and (r.state is S.READY or r.state in COMING_UP)]
-
+SURPLUS = ("max_replicas is", "may have")  # words of the reasons for which replicas above the most are ended
 
 fuzz = settings(max_examples=400, deadline=None)
 
@@ -362,13 +369,10 @@ def test_what_is_stopped_in_any_cluster_may_be(cluster: Fleet) -> None:
     for action in stops:
         stopped = by_id[action.replica_id]
         config = models[stopped.model_id].config
-        if "was changed" in action.reason or "lacks the labels" in action.reason:
+        if any(words in action.reason for words in ("was changed", "lacks the labels", *SURPLUS)):
             assert stopped.state in (S.READY, S.LOADING)
             continue
         assert stopped.state is S.READY
-        if "max_replicas" in action.reason:
-            assert len(alive_in(cluster, stopped.model_id)) > config.max_replicas
-            continue
         assert not cluster.busy.get(stopped.id)
         assert not cluster.demand.get(stopped.model_id, Demand()).waiting
         left = [r for r in after if r.model_id == stopped.model_id and (r.state is S.READY or r.state in COMING_UP)]
@@ -385,8 +389,9 @@ def test_what_is_stopped_in_any_cluster_may_be(cluster: Fleet) -> None:
 def test_after_any_plan_what_has_no_place_is_ending_and_only_that_was_dropped(cluster: Fleet) -> None:
     by_id, models, nodes = ({each.id: each for each in of} for of in (cluster.replicas, cluster.models, cluster.nodes))
     actions = plan(cluster)
-    dropped = [by_id[action.replica_id] for action in actions if isinstance(action, Drop)]
-    assert not [r for r in dropped if r.state in (S.LOADING, S.READY, S.STOPPING)]
+    drops = [action for action in actions if isinstance(action, Drop)]
+    assert not [a for a in drops if by_id[a.replica_id].state in (S.LOADING, S.READY, S.STOPPING)]
+    dropped = [by_id[a.replica_id] for a in drops if not any(words in a.reason for words in SURPLUS)]
 
     def has_no_place(r: Replica) -> bool:
         model, node = models.get(r.model_id), nodes.get(r.node_id)
@@ -395,6 +400,27 @@ def test_after_any_plan_what_has_no_place_is_ending_and_only_that_was_dropped(cl
 
     assert all(map(has_no_place, dropped))
     assert not [r for r in carried_out(cluster, actions) if has_no_place(r) and r.state is not S.STOPPING]
+
+
+@fuzz
+@given(fleets())
+def test_after_any_plan_no_model_has_more_than_it_may_and_what_is_missed_least_went(cluster: Fleet) -> None:
+    def missed(r: Replica) -> tuple:
+        return r.state is S.READY, cluster.busy.get(r.id, 0), max(r.used, r.changed) if r.state is S.READY else 0
+
+    by_id, actions = {r.id: r for r in cluster.replicas}, plan(cluster)
+    board = Board(replace(cluster, replicas=carried_out(cluster, actions)))
+    for model in cluster.models:
+        alive, most = board.alive(model.id), model.config.max_replicas
+        going = [
+            by_id[a.replica_id] for a in actions if isinstance(a, Stop | Drop) and a.reason == f"max_replicas is {most}"
+        ]
+        going = [r for r in going if r.model_id == model.id]
+        assert model.config.spread_all or len(alive) <= most
+        assert not going or len(alive) == most
+        assert all(missed(gone) <= missed(kept) for gone in going for kept in alive)
+        for node_id, count in Counter(r.node_id for r in alive).items():
+            assert node_id not in board.nodes or count <= limit(model, board.nodes[node_id])
 
 
 @fuzz
