@@ -85,8 +85,8 @@ class Load:
         return self.in_flight.get(replica.id, 0)
 
     def free(self, replica: Replica) -> int:
-        """Slots that can be counted on for a job."""
-        return 0 if replica.id in self.deaf else max(replica.slots - self.of(replica), 0)
+        """Slots that have no job."""
+        return max(replica.slots - self.of(replica), 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,12 +165,12 @@ def _share(queue: str, pool: Pool, load: Load, matched: Mapping[str, float], gua
     if len(pool.ready) == 1:
         return Route(queue=queue, doorbell=queue, needs_load=False, reason="one replica is ready")
     known = [pool.by_id[each] for each in sorted(matched) if each in pool.by_id]
-    looked_at = {each.id: each for each in (*_in_turn(pool.ready, turn), *known)}.values()
+    looked_at = {each.id: each for each in (*_in_turn(pool.ready, turn), *known) if each.id not in load.deaf}.values()
     if load.waiting >= sum(map(load.free, looked_at)):
         return Route(queue=queue, doorbell=queue, needs_load=False, reason="no slot is free for it")
     least = min(map(load.of, looked_at))
     cost = _cost(load, looked_at)
-    hot = [each for each in looked_at if matched.get(each.id, 0.0) >= guards.min_match and each.id not in load.deaf]
+    hot = [each for each in looked_at if matched.get(each.id, 0.0) >= guards.min_match]
     hot.sort(key=lambda each: (-matched[each.id], cost[each.id]))
     warm = next((each for each in hot if load.free(each) and guards.allow(load.of(each), least)), None)
     chosen = warm or min((each for each in looked_at if load.free(each)), key=lambda each: cost[each.id])

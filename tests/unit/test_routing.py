@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.routing import SAMPLE, Guards, Load, Pool, route
+from localai_q.cluster.routing import SAMPLE, Guards, Load, Pool, Snapshot, route
 from localai_q.cluster.states import COMING_UP, ReplicaState
 from localai_q.errors import ModelUnavailable, UnsupportedByModel
 
@@ -109,6 +109,10 @@ class TestSharing:
         assert {share(AB, {"b": 3}, {"a": 1.0}, deaf={"a"}, turn=turn).replica_id for turn in range(4)} == {"b"}
         assert not share(AB, {"b": 3}, {"a": 1.0}, deaf={"a"}).pressed, "no load kept it from there"
         assert share(AB, deaf={"a", "b"}).replica_id is None
+
+    def test_what_a_deaf_one_has_to_do_is_no_measure_for_the_others(self) -> None:
+        three = (*AB, ready("c"))
+        assert share(three, {"b": 3, "c": 2}, {"b": 1.0}, deaf={"a"}).replica_id == "b"
 
     def test_replicas_on_nodes_that_do_not_report_are_told_only_if_there_are_no_others(self) -> None:
         far = replace(ready("c"), node_id="silent")
