@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 from flask import Blueprint, Response, g, request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -14,7 +15,8 @@ from api.web import web
 from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
-from localai_q.services import cleaning, models, nodes
+from localai_q.errors import InvalidValue
+from localai_q.services import cleaning, holders, models, nodes
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +101,19 @@ def secret(node_id: str) -> dict[str, Any]:
     return {}
 
 
+@routes.get("/holders/<sha256>")
+def find_holders(node_id: str, sha256: str) -> dict[str, Any]:
+    """From where the node can get a file."""
+    return holders.find(web().services, g.node, sha256, called=host_called())
+
+
+@routes.post("/holders/<sha256>/<id:holder_id>/wrong")
+def wrong(node_id: str, sha256: str, holder_id: str) -> dict[str, Any]:
+    """A holder has given something else."""
+    holders.blame(web().services, g.node, sha256, holder_id)
+    return {}
+
+
 @routes.post("/drain")
 def drain(node_id: str) -> dict[str, Any]:
     return nodes.drain(web().services, g.node)
@@ -131,3 +146,11 @@ def file(node_id: str, sha256: str) -> Response:
     if asked:
         headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"
     return Response(chunks, 206 if asked else 200, headers, mimetype="application/octet-stream")
+
+
+def host_called() -> str:
+    """The host by which a machine reaches this API, without port and brackets."""
+    try:
+        return urlsplit(f"//{request.headers.get('Host', '')}").hostname or ""
+    except ValueError as error:
+        raise InvalidValue("The header 'Host' names no host.", param="Host") from error

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 from flask import Blueprint, request
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.bodies import parse
-from api.node import LARGEST_REPORT
+from api.node import LARGEST_REPORT, host_called
 from api.web import web
 from localai_q import __version__
 from localai_q.cluster.hardware import Hardware
-from localai_q.errors import InvalidValue
 from localai_q.services import nodes, status
 
 routes = Blueprint("public", __name__)
@@ -51,12 +49,4 @@ def register() -> tuple[dict[str, Any], int]:
     request.max_content_length = LARGEST_REPORT
     body = parse(Registration, request.get_data())
     told = {**body.model_dump(), "hardware": body.hardware.told()}
-    return nodes.register(web().services, **told, host=_host(request.headers.get("Host", ""))), 201
-
-
-def _host(header: str) -> str:
-    """The host that was called, without port and brackets."""
-    try:
-        return urlsplit(f"//{header}").hostname or ""
-    except ValueError as error:
-        raise InvalidValue("The header 'Host' names no host.", param="Host") from error
+    return nodes.register(web().services, **told, host=host_called()), 201

@@ -28,6 +28,8 @@ from localai_q.cluster.disk import SPARE
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
 
+ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+
 
 class Settings(BaseSettings):
     """Every setting, with its default. Times are seconds, sizes bytes, unless the name says otherwise."""
@@ -91,6 +93,10 @@ class Settings(BaseSettings):
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
+    # Where a node gives its models to other nodes, and by what they reach that. Empty: as it reaches the API itself.
+    files_address: str = Field("", validation_alias="LOCALAI_HTTP_ADDR")
+    advertised_files_address: str = Field("", validation_alias="LOCALAI_ADVERTISE_HTTP_ADDR")
+    shared_models: bool = Field(False, validation_alias="LOCALAI_DISTRIBUTED_SHARED_MODELS")
     # Where a node gets models from.
     allow_private_sources: bool = Field(False, validation_alias="LOCALAI_Q_ALLOW_PRIVATE_SOURCES")
     hf_endpoint: str = Field("https://huggingface.co", validation_alias="HF_ENDPOINT")
@@ -116,6 +122,14 @@ class Settings(BaseSettings):
         if not colon or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
             raise ValueError("needs the form HOST:PORT, as 127.0.0.1:8080 or :8080")
         return f"{host or '0.0.0.0'}:{port}"  # noqa: S104  (':8080' means every address, as LocalAI has it)
+
+    @field_validator("files_address", "advertised_files_address")
+    @classmethod
+    def _is_an_address(cls, value: str) -> str:
+        found = ADDRESS.fullmatch(value)
+        if value and not (found and int(found[1]) < 65536):
+            raise ValueError("needs the form HOST:PORT, as 10.0.0.5:50050")
+        return value
 
     @field_validator("hf_endpoint", "ollama_registry", "s3_endpoint")
     @classmethod

@@ -17,6 +17,8 @@ PROBE = "localai_q.probe"  # (a new id) on replica.<rid> or node.<nid>.jobs, fro
 
 CONTROL_QUEUE = "control"
 
+BEGINNING_HEADER = "X-Beginning-SHA256"  # of a part of a file: the SHA-256 of the file from its start to the part's end
+
 # Channels.
 ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down
 WAKE_CHANNEL = "wake"  # control should look at replicas and jobs now

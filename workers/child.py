@@ -92,13 +92,13 @@ class StatusPipe:
     """The child's end: one JSON line for each change of state, and one every few seconds that says that it lives."""
 
     def __init__(self, fd: int) -> None:
-        self.figures: Callable[[], dict[str, float]] = dict  # what to add to the news that it lives
+        self.figures: Callable[[], dict[str, Any]] = dict  # what to add to all that it says
         self._fd = fd
         self._lock = threading.Lock()  # a long line is not written at once
         threading.Thread(target=self._stay_alive, name="alive", daemon=True).start()
 
     def say(self, state: str, reason: str = "") -> None:
-        self._write({"state": state, "reason": reason})
+        self._write({"state": state, "reason": reason, **self.figures()})
 
     def _write(self, said: dict[str, Any]) -> None:
         line = json.dumps(said) + "\n"

@@ -48,6 +48,12 @@ class Identity:
         return digest(self.secret())
 
     @property
+    def hashes(self) -> tuple[str, ...]:
+        """The SHA-256 of every secret by which the API may know it at this moment."""
+        found = self._read()
+        return tuple(digest(found[name]) for name in ("secret", "next", "before") if found.get(name))
+
+    @property
     def begun(self) -> bool:
         """Whether there is a next secret that is not used yet."""
         return "next" in self._read()

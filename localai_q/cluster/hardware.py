@@ -18,6 +18,7 @@ FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total"
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Word = Annotated[str, Field(max_length=32)]
+Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[1-9][0-9]{0,4}$")]
 
 
 class _Reading(BaseModel):
@@ -57,6 +58,8 @@ class Hardware(_Reading):
     disk_free: Bytes | None = None
     disk_spare: Bytes | None = None  # that stay free of it, at least, when a model comes
     files: list[Sha256] | None = Field(None, max_length=MOST_FILES)  # models that lie here
+    files_address: Address | None = None  # HOST:PORT at which other nodes get these
+    transfers: int | None = Field(None, ge=0, le=1 << 16)  # of them, that are under way there
     budget: Bytes | None = None  # how much models may take
     max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)
     gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)

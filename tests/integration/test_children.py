@@ -262,3 +262,21 @@ def test_a_node_that_starts_clears_what_the_one_before_it_left(tmp_path: Path) -
     Children(tmp_path, print, drain_timeout=1.0)
     assert list((tmp_path / "run").iterdir()) == []
     assert len(list((tmp_path / "logs").iterdir())) == 40
+
+
+def test_the_holder_of_files_tells_its_address_and_is_started_again(node: Node) -> None:
+    node.children.start_holder(node.spec().model_copy(update={"api_url": "http://127.0.0.1:9"}))
+    assert wait_for(node.children.files, 30)
+    first = node.children._holder
+    assert re.fullmatch(r"127\.0\.0\.1:\d+", node.children.files()["files_address"])
+    assert node.children.files()["transfers"] == 0
+    first.process.kill()
+    assert wait_for(lambda: node.children._holder is not first and node.children.files(), 30)
+
+
+def test_what_ends_at_once_is_started_again_more_and_more_seldom() -> None:
+    pauses = [0.0]
+    for _ in range(9):
+        pauses.append(module._pause(pauses[-1], 0.5))
+    assert pauses[1:] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
+    assert module._pause(60.0, 61.0) == 1.0

@@ -49,6 +49,14 @@ class NodeApi:
         """The spec of one of this node's replicas; `NotFound` when it should not run."""
         return self._call("GET", f"replicas/{replica_id}")
 
+    def holders(self, sha256: str) -> dict[str, Any]:
+        """Who has a file, as `localai_q.services.holders.find` tells it; `NotFound` of one that is not needed here."""
+        return self._call("GET", f"holders/{sha256}")
+
+    def blame(self, sha256: str, holder_id: str) -> None:
+        """Say that a holder has given something else than this file."""
+        self._call("POST", f"holders/{sha256}/{holder_id}/wrong", {})
+
     def announce_secret(self, secret_hash: str) -> None:
         """Say what the next secret will be; from now on both count, until the next one is used."""
         self._call("POST", "secret", {"secret_hash": secret_hash})

@@ -1,4 +1,4 @@
-"""The node's children: replicas and the jobs worker. Owns starting, watching and ending them, and what they report.
+"""The node's children: replicas, the jobs worker and the holder of files. Owns starting, watching and ending them, and what they report.
 
 A child dies with the node (`localai_q.processes.spawn`). On Linux the parent-death signal is bound to the spawning
 thread, so all are spawned from one daemon thread, which the interpreter keeps until the very end; a thread pool's would
@@ -30,7 +30,8 @@ from workers.node.stalls import LONGEST_LOAD, LOOK, Watch, longest
 log = logging.getLogger(__name__)
 
 LAST_LINES = 8
-RESTART = 1.0  # seconds before the jobs worker is started again
+RESTART = 1.0  # seconds before a child that is always there is started again, doubled while it ends at once
+LONGEST_RESTART = 60.0
 SILENCE = 30.0  # seconds after which a child that was ready and says nothing counts as hanging
 LAST_PATIENCE = 5.0  # seconds that a replica which was stopped while it loaded has to end, beyond those for jobs
 
@@ -77,6 +78,7 @@ class Child:
     load_seconds: float = 0.0  # until it was ready
     in_flight: int = 0  # as it said last, like the next
     tokens_per_second: float = 0.0
+    files: dict[str, Any] = field(default_factory=dict)  # of the holder: what it says of itself
 
     def report(self) -> dict[str, Any]:
         """What a replica's process does."""
@@ -129,6 +131,8 @@ class Children:
         self._reports: queue.SimpleQueue[tuple[str, str, str]] = queue.SimpleQueue()
         self._replicas: dict[str, Child] = {}
         self._jobs: Child | None = None
+        self._holder: Child | None = None
+        self._pauses: dict[str, float] = {}  # seconds before the last new start, by name
         self._lock = threading.Lock()
         self._spawner = Spawner()
         self.stopping = False
@@ -151,7 +155,8 @@ class Children:
             if known is None:
                 name = f"{model.name}.{spec.replica.number}@{spec.node_name}"
                 queues = f"{names.model_queue(model.id)},{names.replica_queue(replica_id)}"
-                child = self._spawn(name, f"replica-{replica_id}", queues, spec, self._watch_replica(replica_id))
+                watch = self._watch_replica(replica_id)
+                child = self._spawn(name, f"replica-{replica_id}", _celery(name, queues), spec, watch)
                 child.loads = _load_of(child, spec)
                 self._replicas[replica_id] = child
             elif not known.stopping:  # else its end is about to be reported
@@ -175,32 +180,53 @@ class Children:
         killer.daemon = True
         killer.start()
 
+    def files(self) -> dict[str, Any]:
+        """What the holder says: `files_address` and `transfers`; empty as long as it does not serve."""
+        with self._lock:
+            return dict(self._holder.files) if self._holder and self._holder.state == "ready" else {}
+
     def start_jobs_worker(self, spec: ChildSpec) -> None:
         """Start the worker that does this node's long jobs, and keep it running."""
+        name = f"jobs@{spec.node_name}"
+        command = _celery(name, names.node_jobs_queue(spec.node_id))
+        with self._lock:
+            if not self.stopping:
+                again = self._kept(name, lambda: self.start_jobs_worker(spec))
+                self._jobs = self._spawn(name, "jobs", command, spec, again)
+
+    def start_holder(self, spec: ChildSpec) -> None:
+        """Start what gives this node's files to other nodes, and keep it running."""
+        name = f"files@{spec.node_name}"
+        command = [sys.executable, "-m", "workers.node.holder"]
+        with self._lock:
+            if not self.stopping:
+                again = self._kept(name, lambda: self.start_holder(spec))
+                self._holder = self._spawn(name, "files", command, spec, again)
+
+    def _kept(self, name: str, start: Callable[[], None]) -> Callable[[Child, int], None]:
+        """What starts a child again when it ends."""
 
         def watch(child: Child, _: int) -> None:
             if self.stopping or child.stopping:
                 return
-            log.error("the jobs worker ended: %s", tail(child.log, LAST_LINES))
+            log.error("%s ended: %s", name, child.reason or tail(child.log, LAST_LINES))
+            pause = self._pauses[name] = _pause(self._pauses.get(name, 0.0), time.monotonic() - child.begun)
             while not self.stopping:
-                time.sleep(RESTART)
+                time.sleep(pause)
                 try:
-                    self.start_jobs_worker(spec)
+                    start()
                 except OSError as error:
-                    log.error("the jobs worker cannot be started: %s", error)
+                    log.error("%s cannot be started: %s", name, error)
                 else:
                     return
 
-        queue = names.node_jobs_queue(spec.node_id)
-        with self._lock:
-            if not self.stopping:
-                self._jobs = self._spawn(f"jobs@{spec.node_name}", "jobs", queue, spec, watch)
+        return watch
 
     def stop_all(self, grace: float) -> None:
         """End every child: asked first, killed after so many seconds."""
         with self._lock:
             self.stopping = True
-            children = [*self._replicas.values(), *([self._jobs] if self._jobs else [])]
+            children = self._all()
         for child in children:
             child.stopping = True
             child.process.terminate()
@@ -209,12 +235,13 @@ class Children:
             wait_for_end(child.process, max(deadline - time.monotonic(), 0.0))
             kill_group(child.process)
 
+    def _all(self) -> list[Child]:
+        return [*self._replicas.values(), *filter(None, (self._jobs, self._holder))]
+
     def _spawn(
-        self, name: str, file: str, queues: str, spec: ChildSpec, on_exit: Callable[[Child, int], None]
+        self, name: str, file: str, command: list[str], spec: ChildSpec, on_exit: Callable[[Child, int], None]
     ) -> Child:
         spec_path = self._home / "run" / f"{file}.json"
-        celery = str(Path(sys.executable).with_name("celery"))
-        command = [celery, "-A", "localai_q", "worker", "-Q", queues, "-n", name, "--loglevel", "INFO"]
         env = child_environment(LOCALAI_Q_CHILD_SPEC=str(spec_path), LOCALAI_REGISTRATION_TOKEN="")
         path = self._home / "logs" / f"{file}.log"
         read_end, write_end = os.pipe()
@@ -243,6 +270,7 @@ class Children:
             child.silent = 0.0
             child.in_flight = said.get("in_flight", child.in_flight)
             child.tokens_per_second = said.get("tokens_per_second", child.tokens_per_second)
+            child.files = {name: said[name] for name in ("files_address", "transfers") if name in said}
             if said.get("state") == ALIVE:
                 continue
             if said.get("state") == "ready":
@@ -262,7 +290,7 @@ class Children:
         while True:
             time.sleep(LOOK)
             with self._lock:
-                children = [*self._replicas.values(), *([self._jobs] if self._jobs else [])]
+                children = self._all()
             for child in children:
                 if reason := _hangs(child):
                     child.reason = reason
@@ -296,6 +324,16 @@ class Children:
                     self._report(replica_id, "failed", reason)
 
         return watch
+
+
+def _celery(name: str, queues: str) -> list[str]:
+    celery = str(Path(sys.executable).with_name("celery"))
+    return [celery, "-A", "localai_q", "worker", "-Q", queues, "-n", name, "--loglevel", "INFO"]
+
+
+def _pause(last: float, lived: float) -> float:
+    """Seconds to wait before a child is started again that has lived so long."""
+    return RESTART if lived > LONGEST_RESTART else min(max(2 * last, RESTART), LONGEST_RESTART)
 
 
 def _load_of(child: Child, spec: ChildSpec) -> Load:

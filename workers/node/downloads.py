@@ -6,7 +6,6 @@ the caller's.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import httpx
 
 from localai_q.cluster.events import Progress
 from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable, WrongContent
+from workers.node.digests import Digest
 from workers.node.sources import origin as origins
 from workers.node.sources.network import Network
 from workers.node.sources.origin import Origin, is_passing, pause_of, refusal, said
@@ -75,8 +75,8 @@ class Report:
                 self.progress(held)
 
 
-def download(origin: Origin, part: Path, net: Network, report: Report, room: Room, *, most: int) -> str:
-    """Bring the origin into `part`, going on where that ends; the SHA-256 of what came.
+def download(origin: Origin, part: Path, net: Network, report: Report, room: Room, *, most: int) -> Digest:
+    """Bring the origin into `part`, going on where that ends; the digest of what came.
 
     Args:
         origin: what to fetch; with its `sha256` and `size`, where they are known.
@@ -106,15 +106,13 @@ def download(origin: Origin, part: Path, net: Network, report: Report, room: Roo
     raise worst
 
 
-def hash_file(file: IO[bytes], total: int, report: Report, hasher: Any = None) -> Any:
-    """Feed an open file to a SHA-256, which is returned."""
-    hasher = hasher or hashlib.sha256()
-    done = 0
+def hash_file(file: IO[bytes], total: int, report: Report) -> Digest:
+    """The digest of an open file."""
+    digest = Digest()
     while block := file.read(CHUNK):
-        hasher.update(block)
-        done += len(block)
-        report("verifying", done, total)
-    return hasher
+        digest.update(block)
+        report("verifying", digest.size, total)
+    return digest
 
 
 def check(found: str, wanted: str | None) -> None:
@@ -123,20 +121,20 @@ def check(found: str, wanted: str | None) -> None:
         raise WrongContent(f"it has another content than expected: its SHA-256 is {found}, expected {wanted}")
 
 
-def _from(url: str, origin: Origin, part: Path, net: Network, report: Report, room: Room, most: int) -> str:
+def _from(url: str, origin: Origin, part: Path, net: Network, report: Report, room: Room, most: int) -> Digest:
     note = part.with_name(f"{part.name}.note")
     with part.open("a+b") as file:
         growing = _Growing(file, note, url, report, trusting=origin.sha256 is not None)
         transfer = _Transfer(origin, growing, report, room, most)
         try:
             transfer.run(url, net)
-            check(growing.sha256, origin.sha256)
+            check(growing.digest.sha256, origin.sha256)
         except WrongContent:
             part.unlink(missing_ok=True)
             note.unlink(missing_ok=True)
             raise
     note.unlink(missing_ok=True)
-    return growing.sha256
+    return growing.digest
 
 
 class _Growing:
@@ -155,12 +153,11 @@ class _Growing:
         if total and not self.validator and not trusting:  # it cannot be told whether the rest would fit to it
             file.truncate(0)
         file.seek(0)
-        self._hasher = hash_file(file, total, report)
-        self.done = file.tell()
+        self.digest = hash_file(file, total, report)
 
     @property
-    def sha256(self) -> str:
-        return str(self._hasher.hexdigest())
+    def done(self) -> int:
+        return self.digest.size
 
     def begin(self, validator: str) -> None:
         """Note what the bytes that come are a version of."""
@@ -170,14 +167,13 @@ class _Growing:
 
     def start_again(self) -> None:
         self.file.truncate(0)
-        self._hasher = hashlib.sha256()
-        self.done = self._synced = 0
+        self.digest = Digest()
+        self._synced = 0
         self.validator = ""
 
     def add(self, block: bytes) -> None:
         self.file.write(block)
-        self._hasher.update(block)
-        self.done += len(block)
+        self.digest.update(block)
         if self.done - self._synced >= SYNC_EVERY:
             self.file.flush()
             os.fsync(self.file.fileno())

