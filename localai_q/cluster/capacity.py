@@ -10,7 +10,7 @@ A node that does not say how much it has is taken to have room.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,7 @@ UNLIMITED = 1 << 60  # bytes
 BACKOFF_FIRST = 1.0  # seconds
 BACKOFF_MOST = 300.0
 UNITS = ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB"))
+NOTHING = Memory()
 WITHOUT_PROCESS = (ReplicaState.FAILED, ReplicaState.GONE)
 
 
@@ -52,9 +53,24 @@ class Seeker:
 class Site:
     """A node with what is on it, the oldest first. Never changes, so that each figure is found once."""
 
-    def __init__(self, node: Node, there: Iterable[Replica]) -> None:
+    def __init__(self, node: Node, there: Iterable[Replica], returned: Memory = NOTHING) -> None:
+        """`returned`: bytes that become free beyond those that the node said it has."""
         self.node = node
         self.there = tuple(there)
+        self._returned = returned
+
+    def without(self, gone: Collection[Replica]) -> Site:
+        """The node as it will be when these have gone.
+
+        What is stopping is taken to use all that was booked for it, also where its node has not reported since it was told
+        to stop: who waits for that room is not to take more of it elsewhere.
+        """
+        ids = {replica.id for replica in gone}
+        returned = NOTHING
+        for replica in gone:
+            if replica.state is ReplicaState.STOPPING or _settled(replica, self.node):
+                returned += replica.reserved - Memory(ram=replica.unseen)
+        return Site(self.node, [replica for replica in self.there if replica.id not in ids], returned)
 
     @cached_property
     def gpus(self) -> int:
@@ -69,7 +85,7 @@ class Site:
     @cached_property
     def free(self) -> Memory:
         """Bytes that are not used and not booked; may be less than nothing."""
-        room, most = available(self.node), budget(self.node)
+        room, most = available(self.node) + self._returned, budget(self.node)
         ram, vram, ram_booked, vram_booked = room.ram, room.vram, 0, 0
         for replica in self.there:
             if replica.state not in WITHOUT_PROCESS:

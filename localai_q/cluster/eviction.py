@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 from localai_q.cluster.capacity import Verdict
 from localai_q.cluster.fleet import Board
-from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.scaling import last_used
 from localai_q.cluster.states import COMING_UP, ReplicaState
@@ -70,10 +69,7 @@ def _above_minimum(board: Board, leaving: Iterable[Replica]) -> list[Replica]:
 
 
 def _fits(verdict: Verdict, gone: Sequence[Replica]) -> bool:
-    room = verdict.site.free
-    ram = room.ram + sum(replica.reserved.ram for replica in gone)
-    vram = room.vram + sum(replica.reserved.vram for replica in gone)
-    enough = verdict.need is None or verdict.need.memory.within(Memory(ram, vram))
+    enough = verdict.need is None or verdict.need.memory.within(verdict.site.without(gone).free)
     return enough and verdict.rivals <= {replica.id for replica in gone}
 
 

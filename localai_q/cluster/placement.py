@@ -30,9 +30,8 @@ from itertools import islice
 from typing import Any
 
 from localai_q.cluster import eviction, scaling, wishes
-from localai_q.cluster.capacity import Verdict, booking, cooling, matches
+from localai_q.cluster.capacity import NOTHING, Verdict, booking, cooling, matches
 from localai_q.cluster.fleet import Board, Fleet
-from localai_q.cluster.memory import Memory
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.states import COMING_UP, ReplicaState
@@ -40,7 +39,6 @@ from localai_q.cluster.wishes import Unmet
 
 GIVE_UP = 2  # failures in a row
 MOST_REASONS = 20  # nodes that an error names
-NOTHING = Memory()
 
 
 @dataclass(frozen=True, kw_only=True)

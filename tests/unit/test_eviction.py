@@ -149,6 +149,13 @@ def test_while_a_place_becomes_free_nobody_else_gets_it() -> None:
     assert decided([NEW, OLD, model("small", 4)], [A], leaving, waiting=("small",)) == ["place small a"]
 
 
+@pytest.mark.parametrize("heard", [NOW - 5, NOW], ids=["before", "since"])
+def test_what_is_leaving_is_enough_whether_its_node_has_reported_since_or_not(heard: float) -> None:
+    place = replace(A, hardware={"ram_available": 4}, last_heartbeat=heard)
+    there = [replica("old", "a", S.STOPPING, changed=NOW - 1), replica("idle", "a")]
+    assert decided([NEW, OLD, model("idle")], [place], there) == []
+
+
 def test_where_no_node_is_ready_those_who_wait_go_on_waiting() -> None:
     assert decided([NEW], [node("b", state=NodeState.DRAINING)], []) == []
 
