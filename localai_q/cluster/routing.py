@@ -35,7 +35,7 @@ class Snapshot:
     node_names: dict[str, str]  # by id
     silent: frozenset[str] = frozenset()  # nodes that have not reported for a while
     speeds: Speeds = field(default_factory=Speeds)  # on nodes where something comes up
-    taken: float  # seconds since the epoch
+    taken: float  # when, in seconds since the epoch by the clock of the registry
 
     @cached_property
     def of_model(self) -> dict[str, list[Replica]]:

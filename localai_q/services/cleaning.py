@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import Any
 
 from localai_q import names
@@ -16,6 +15,7 @@ from localai_q.errors import Conflict
 from localai_q.services.jobs import submit_node_job
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes
+from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
 
@@ -28,9 +28,9 @@ def tidy(services: Services) -> None:
     """Have every node that reports remove what no model names."""
     grace = services.settings.clean_grace
     with services.db.transaction() as db:
-        known = models.every(db)
+        known, now = models.every(db), clock(db)
         found = [(node, _unnamed(node, known)) for node in nodes.every(db) if node.state in REACHABLE]
-        due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=time.time())]
+        due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=now)]
     for node, files in due:
         job_id = _submit(services, node, dry_run=False)
         log.info("node %s is to remove %d files that no model names: job %s", node.name, len(files), job_id,

@@ -26,6 +26,7 @@ from localai_q.errors import (
 )
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
+from localai_q.store.engine import clock
 from localai_q.store.keys import ApiKey
 
 log = logging.getLogger(__name__)
@@ -167,7 +168,7 @@ def recover(services: Services) -> None:
     """
     with services.db.transaction() as db:
         open_jobs = jobs.open_jobs(db, older_than=UNCLAIMED)
-        now = jobs.clock(db)
+        now = clock(db)
         known = {model.id for model in models.every(db)}
     watched = presence.watched_for(services.redis)
     owners_had_time = watched >= services.settings.lease
@@ -277,7 +278,7 @@ def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
 def _bring_back(services: Services, job: Job) -> bool:
     """Put a job that Redis has lost into its line, above any attempt that an owner may hold. False if it has ended."""
     with services.db.transaction() as db:
-        request, now, revision = jobs.request(db, job.id), jobs.clock(db), models.revision(db, job.model_id)
+        request, now, revision = jobs.request(db, job.id), clock(db), models.revision(db, job.model_id)
     if request is None:
         return False
     attempt = REBUILT * (1 + int(now - job.created))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from localai_q.services import jobs as job_services
 from localai_q.services import node_users
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, measures, models, nodes, replicas
+from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ def reconcile(services: Services) -> None:
         where = nodes.every(db)
         what = replicas.every(db)
         speeds = Speeds(measures.every(db), known)
+        now = clock(db)
     lines = {model.id: names.model_queue(model.id) for model in known}
     demand = services.leases.demand(list(lines.values()))
     pressed = pressure.read(services.redis, list(lines))
@@ -55,7 +56,7 @@ def reconcile(services: Services) -> None:
         busy=services.leases.owners(list(lines.values())),
         gpu_backends=catalog.gpu_backends(),
         speeds=speeds,
-        now=time.time(),
+        now=now,
     )
     for action in plan(fleet):
         if not isinstance(action, Note):
@@ -116,12 +117,13 @@ def _note(services: Services, model: Model, unmet: Unmet | None) -> None:
     """Keep whether the model's wish for replicas can be met; one line when that begins, and one when it ends."""
     with services.db.transaction() as db:
         models.note(db, model.id, unmet)
+        now = clock(db)
     if unmet and not model.unmet:
         where = "; ".join(f"{name}: {reason}" for name, reason in unmet.nodes.items())
         log.warning("model %s has %d of %d replicas (%s), and no node takes one more: %s",
                     model.name, unmet.has, unmet.wanted, unmet.reason, where)  # fmt: skip
     elif model.unmet and not unmet:
-        log.info("model %s does not lack replicas any more, after %.0f s", model.name, time.time() - model.unmet.since)
+        log.info("model %s does not lack replicas any more, after %.0f s", model.name, now - model.unmet.since)
 
 
 def is_idle(services: Services, replica_id: str) -> bool:
@@ -178,7 +180,7 @@ def _verdict(db: Any, model: Model, node_id: str) -> Verdict | None:
     """Whether the model fits on the node now, which stays so until the transaction ends; None if the node is gone."""
     node = nodes.lock(db, node_id)
     there = replicas.every(db, node_id=node_id)
-    return examine(_seeker(db, model), Site(node, there), time.time()) if node else None
+    return examine(_seeker(db, model), Site(node, there), clock(db)) if node else None
 
 
 def _seeker(db: Any, model: Model) -> Seeker:
@@ -217,13 +219,14 @@ def advance(services: Services) -> None:
         moving = replicas.every(db, states=MOVING)
         known = {model.id: model for model in models.every(db)}
         stages = {replica.id: jobs.by_id(db, replica.job_id) if replica.job_id else None for replica in moving}
+        now = clock(db)
     for replica in moving:
         model = known.get(replica.model_id)
         if model:
             job = stages[replica.id]
             if job and replica.revision == model.revision:
                 model = _learned(services, model, job)
-            step = next_step(replica, job, has_file=bool(model.config.source), now=time.time())
+            step = next_step(replica, job, has_file=bool(model.config.source), now=now)
             _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
 
 

@@ -164,9 +164,9 @@ class Router:
         self._latest = snapshot
         pool, chain, now = snapshot.pool(model), self._chain(model, request), time.monotonic()
         if len(pool.ready) < 2:  # there is no choice
-            return Trip(job_id=job_id, model=model, way=route(model, pool, request.kind, time.time()), chain=chain)
+            return Trip(job_id=job_id, model=model, way=route(model, pool, request.kind, snapshot.taken), chain=chain)
         view = self._view(names.model_queue(model.id), now)
-        way = route(model, pool, request.kind, time.time(), load=view.load(now), matched=self._prefixes.match(chain, now),
+        way = route(model, pool, request.kind, snapshot.taken, load=view.load(now), matched=self._prefixes.match(chain, now),
                     guards=self._guards, turn=next(self._turns))  # fmt: skip
         view.add(job_id, way.replica_id or "", now)
         if way.pressed:

@@ -12,6 +12,7 @@ from localai_q.cluster.states import COMING_UP, NodeState
 from localai_q.errors import ModelNotFound
 from localai_q.services.wiring import Services
 from localai_q.store import measures, models, nodes, replicas
+from localai_q.store.engine import clock
 
 FRESH = 0.5  # seconds
 
@@ -22,16 +23,19 @@ class Snapshots:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._last: Snapshot | None = None
+        self._read = 0.0  # when, by this process's clock
         self._lock = threading.Lock()
 
     def now(self, *, younger_than: float = FRESH) -> Snapshot:
         """A snapshot not older than so many seconds."""
         last = self._last
-        if last and time.time() - last.taken < younger_than:
+        if last and time.monotonic() - self._read < younger_than:
             return last
         with self._lock:
             if self._last is last:
+                read = time.monotonic()
                 self._last = take(self._services)
+                self._read = read
             assert self._last is not None
             return self._last
 
@@ -52,7 +56,6 @@ class Snapshots:
 
 def take(services: Services) -> Snapshot:
     """The registry as it is now."""
-    taken = time.time()
     with services.db.transaction() as db:
         known, what = models.every(db), replicas.every(db)
         coming = {replica.node_id for replica in what if replica.state in COMING_UP}
@@ -63,5 +66,5 @@ def take(services: Services) -> Snapshot:
             speeds=Speeds(measures.every(db, node_ids=coming), known) if coming else Speeds(),
             node_names={node.id: node.name for node in machines},
             silent=frozenset(node.id for node in machines if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE)),
-            taken=taken,
+            taken=clock(db),
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -48,7 +47,7 @@ def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
     stages = [replica.job_id for replica in own if replica.job_id]
     newest = journal.latest(services.redis, stages)
     progress = {job_id: event for job_id, event in newest.items() if isinstance(event, Progress)}
-    return load_of(model, own, snapshot.node_names, progress, snapshot.speeds, time.time())
+    return load_of(model, own, snapshot.node_names, progress, snapshot.speeds, snapshot.taken)
 
 
 def status(services: Services, snapshot: Snapshot, model: Model) -> dict[str, Any]:

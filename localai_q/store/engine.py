@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 import psycopg2
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event, func, select
 from sqlalchemy.exc import DBAPIError, DisconnectionError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -47,6 +47,11 @@ def _try_rested(connection: Any, record: Any, _: Any) -> None:
         connection.rollback()
     except psycopg2.Error as error:
         raise DisconnectionError from error
+
+
+def clock(db: Connection) -> float:
+    """Seconds since the epoch by Postgres' clock, which all times in rows are told by: that of a process may differ."""
+    return float(db.execute(select(func.extract("epoch", func.now()))).scalar_one())
 
 
 class Database:

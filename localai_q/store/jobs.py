@@ -56,11 +56,6 @@ def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
     return [_job(row) for row in db.execute(query.limit(10_000))]
 
 
-def clock(db: Connection) -> float:
-    """Seconds since the epoch by Postgres' clock, which the times of jobs are told by."""
-    return float(db.execute(select(func.extract("epoch", func.now()))).scalar_one())
-
-
 def open_in(db: Connection, line: str) -> list[Job]:
     """The open jobs of a line, without their requests."""
     return [_job(row) for row in db.execute(select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.line == line))]

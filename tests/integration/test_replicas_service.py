@@ -3,6 +3,7 @@
 The node's side is done by the test: it ends the stages' jobs as a node would, and reports as a node would.
 """
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 
@@ -237,6 +238,31 @@ def test_a_node_that_did_not_hear_to_load_is_told_again(services: Services, node
     replicas.reconcile(services)
     replicas.reconcile(services)
     assert rung(services, names.node_queue(node.id)) == [f"start_replica({only(services).id})"]
+
+
+@pytest.mark.parametrize("wrong", [-3600.0, 3600.0], ids=["behind", "ahead"])
+def test_the_clock_of_the_process_that_decides_does_not_matter(
+    services: Services, node: Node, monkeypatch: pytest.MonkeyPatch, wrong: float
+) -> None:
+    right = time.time
+    monkeypatch.setattr(time, "time", lambda: right() + wrong)
+    add_model(services)
+    ask(services)
+    replicas.reconcile(services)
+    stage(services, node)
+    replicas.reconcile(services)
+    start = f"start_replica({only(services).id})"
+    replicas.reconcile(services)
+    assert rung(services, names.node_queue(node.id)) == [start], "it is told once"
+    older(services, SILENT_LOAD + 1)
+    replicas.reconcile(services)
+    assert rung(services, names.node_queue(node.id)) == [start, start], "and again after a silence"
+    report(services, node, ReplicaState.FAILED, "x")
+    replicas.reconcile(services)
+    assert only(services).state is ReplicaState.FAILED, "its back-off is not over"
+    older(services, 2)
+    replicas.reconcile(services)
+    assert only(services).state is not ReplicaState.FAILED
 
 
 def test_a_replica_is_stopped_by_its_node_and_then_gone(services: Services, node: Node) -> None:
