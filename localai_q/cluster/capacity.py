@@ -5,11 +5,13 @@ its budget leaves over what is booked in all. A booking lasts as long as its rep
 until the replica is ready and the node has reported since: from then on its use is in the node's own numbers, but for
 the bytes that never show there (`Replica.unseen`).
 
-A node that does not say how much it has is taken to have room.
+A node that does not say how much it has is taken to have room. One that counts as ready and has said nothing for long
+gets nothing new before it speaks: what lives there may not be in the registry, as when that is a copy from a backup.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -33,9 +35,13 @@ WITHOUT_PROCESS = (ReplicaState.FAILED, ReplicaState.GONE)
 class Seeker:
     """A model that looks for a place, with what is the same wherever it looks."""
 
-    def __init__(self, model: Model, *, gpu: bool, rivals: Mapping[str, str] | None = None) -> None:
-        """`gpu`: whether its backend uses GPUs. `rivals`: the models that must not be on its node, name by id."""
+    def __init__(
+        self, model: Model, *, gpu: bool, rivals: Mapping[str, str] | None = None, patience: float = math.inf
+    ) -> None:
+        """`gpu`: whether its backend uses GPUs. `rivals`: the models that must not be on its node, name by id.
+        `patience`: seconds since a node's last heartbeat after which it gets nothing new."""
         self.model = model
+        self.patience = patience
         self.rivals = rivals or {}
         self._gpu = gpu
         self._needs: dict[int, Need | None] = {}
@@ -162,7 +168,7 @@ def cooling(replica: Replica, now: float) -> bool:
 
 def examine(seeker: Seeker, site: Site, now: float) -> Verdict:
     """Whether a replica of the model can go there. `now`: seconds since the epoch."""
-    why = _unfit(seeker.model, site, now)
+    why = _unfit(seeker, site, now)
     return Verdict(site=site, why=why) if why else weigh(seeker, site)
 
 
@@ -181,6 +187,11 @@ def weigh(seeker: Seeker, site: Site) -> Verdict:
         return " and ".join([*words, *([_short(need, site.free)] if need and short else [])])
 
     return Verdict(site=site, need=need, why=why, crowded=True, rivals=frozenset(r.id for r in rivals))
+
+
+def is_silent(node: Node, now: float, patience: float) -> bool:
+    """Whether nothing was heard of the node for longer than so many seconds. `now`: seconds since the epoch."""
+    return now - (node.last_heartbeat or 0.0) > patience
 
 
 def limit(model: Model, node: Node) -> int:
@@ -233,11 +244,13 @@ def _settled(replica: Replica, node: Node) -> bool:
     )
 
 
-def _unfit(model: Model, site: Site, now: float) -> Callable[[], str] | None:
+def _unfit(seeker: Seeker, site: Site, now: float) -> Callable[[], str] | None:
     """Puts into words why the node is out of the question, whatever went from there; None if it is not."""
-    node = site.node
+    model, node = seeker.model, site.node
     if node.state is not NodeState.READY:
         return lambda: str(node.state)
+    if is_silent(node, now, seeker.patience):
+        return lambda: f"has not reported for {seeker.patience:.0f} s"
     if not matches(model, node):
         return lambda: _lacking(model, node)
     own = site.own(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from localai_q.cluster.capacity import (
     budget,
     disk_free,
     examine,
+    is_silent,
     matches,
 )
 from localai_q.cluster.groups import rivals_of
@@ -56,20 +58,20 @@ class Fleet:
     gpu_backends: frozenset[str] = frozenset()  # that use a node's GPUs
     speeds: Speeds = field(default_factory=Speeds)  # of models on nodes
     now: float  # seconds since the epoch
+    patience: float = math.inf  # seconds since its last heartbeat after which a node gets nothing new
 
     @cached_property
     def circumstances(self) -> str:
         """What decides for which models there is room."""
         models = [(model.id, model.config) for model in self.models]
         replicas = [(each.id, each.state, each.reserved) for each in self.replicas if each.state not in WITHOUT_PROCESS]
-        return circumstances([models, replicas, *map(_footing, self.nodes)])
+        return circumstances([models, replicas, *map(self._footing, self.nodes)])
 
-
-def _footing(node: Node) -> tuple[Any, ...]:
-    """What of a node decides for which models there is room."""
-    room = available(node)
-    coarse = [amount // STEP for amount in (room.ram, room.vram, budget(node), disk_free(node))]
-    return (node.id, node.state, sorted(node.labels.items()), node.replica_slots, coarse)
+    def _footing(self, node: Node) -> tuple[Any, ...]:
+        """What of a node decides for which models there is room."""
+        room, silent = available(node), is_silent(node, self.now, self.patience)
+        coarse = [amount // STEP for amount in (room.ram, room.vram, budget(node), disk_free(node))]
+        return (node.id, node.state, silent, sorted(node.labels.items()), node.replica_slots, coarse)
 
 
 class Board:
@@ -155,11 +157,16 @@ class Board:
     def busy(self, replica_id: str) -> int:
         return self.fleet.busy.get(replica_id, 0)
 
+    def is_silent(self, node_id: str) -> bool:
+        """Whether the node has not reported for so long that it gets nothing new until it does."""
+        return is_silent(self.nodes[node_id], self.now, self.fleet.patience)
+
     def examine(self, model: Model, node_id: str) -> Verdict:
         """Whether a replica of the model can go to the node."""
         if model.id not in self._seekers:
             gpu = model.config.backend in self.fleet.gpu_backends
-            self._seekers[model.id] = Seeker(model, gpu=gpu, rivals=rivals_of(model, self.fleet.models))
+            self._seekers[model.id] = Seeker(model, gpu=gpu, rivals=rivals_of(model, self.fleet.models),
+                                             patience=self.fleet.patience)  # fmt: skip
         return examine(self._seekers[model.id], self.site(node_id), self.now)
 
     def change(self, replica: Replica, state: ReplicaState, **values: Any) -> None:

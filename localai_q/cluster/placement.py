@@ -9,7 +9,7 @@ The decision, in order:
    idle. What works finishes that.
 3. A failed replica is tried again once its back-off is over. Where one has failed for the first time, its next try comes
    sooner than a load elsewhere.
-4. A new replica goes to a node that is ready, has the model's labels, none of the models that exclude it, fewer of its
+4. A new replica goes to a node that is ready and reports, has the model's labels, none of the models that exclude it, fewer of its
    replicas than the node may have, and room for its file and for what it takes in memory. Of several: one that has the
    fewest of its replicas, has the file, has the least to do, the fewest replicas, is the fastest as far as that was
    measured, and keeps the most memory free.
@@ -306,7 +306,8 @@ def _make_room(board: Board, model: Model) -> list[Action]:
         ]
     own = {replica.state for replica in board.of(model.id)}
     moving = not own.isdisjoint((*COMING_UP, ReplicaState.STOPPING))  # on a node that may be back, or out of the way
-    if moving or any(eviction.may_fit(board, verdict) for verdict in crowded):
+    silent = any(board.is_silent(node_id) for node_id in board.matching(model))  # it may report in a moment
+    if moving or silent or any(eviction.may_fit(board, verdict) for verdict in crowded):
         return []
     return _give_up(board, model)
 

@@ -27,6 +27,7 @@ from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_re
 from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
 from localai_q.services import node_users
+from localai_q.services.nodes import UNHEALTHY_AFTER
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, measures, models, nodes, replicas
 from localai_q.store.engine import clock
@@ -57,6 +58,7 @@ def reconcile(services: Services) -> None:
         gpu_backends=catalog.gpu_backends(),
         speeds=speeds,
         now=now,
+        patience=_patience(services),
     )
     for action in plan(fleet):
         if not isinstance(action, Note):
@@ -139,7 +141,7 @@ def is_idle(services: Services, replica_id: str) -> bool:
 def place(services: Services, model: Model, node_id: str) -> None:
     """Put a replica of the model on the node, if it still fits there: others may place at the same time."""
     with services.db.transaction() as db:
-        verdict = _verdict(db, model, node_id)
+        verdict = _verdict(services, db, model, node_id)
         if verdict is None or not verdict.fits:
             return  # somebody else was faster; the next plan knows it
         number = verdict.site.number(model.id)
@@ -153,7 +155,7 @@ def _retry(services: Services, replica_id: str, known: dict[str, Model]) -> None
     with services.db.transaction() as db:
         replica = replicas.by_id(db, replica_id)
         model = known.get(replica.model_id) if replica else None
-        verdict = _verdict(db, model, replica.node_id) if replica and model else None
+        verdict = _verdict(services, db, model, replica.node_id) if replica and model else None
         if model and verdict and verdict.fits:
             replicas.move(db, replica_id, ReplicaState.PLACED, booking=booking(model, verdict))
 
@@ -165,7 +167,7 @@ def _load(services: Services, replica: Replica, model: Model) -> None:
         if node is None:
             return
         others = [other for other in replicas.every(db, node_id=node.id) if other.id != replica.id]
-        verdict = weigh(_seeker(db, model), Site(node, others))
+        verdict = weigh(_seeker(services, db, model), Site(node, others))
         if not verdict.fits:
             replicas.move(db, replica.id, ReplicaState.FAILED, reason=verdict.reason)
             return
@@ -176,16 +178,21 @@ def _load(services: Services, replica: Replica, model: Model) -> None:
         services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
 
 
-def _verdict(db: Any, model: Model, node_id: str) -> Verdict | None:
+def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict | None:
     """Whether the model fits on the node now, which stays so until the transaction ends; None if the node is gone."""
     node = nodes.lock(db, node_id)
     there = replicas.every(db, node_id=node_id)
-    return examine(_seeker(db, model), Site(node, there), clock(db)) if node else None
+    return examine(_seeker(services, db, model), Site(node, there), clock(db)) if node else None
 
 
-def _seeker(db: Any, model: Model) -> Seeker:
+def _seeker(services: Services, db: Any, model: Model) -> Seeker:
     rivals = rivals_of(model, models.every(db)) if model.config.concurrency_groups else {}
-    return Seeker(model, gpu=model.config.backend in catalog.gpu_backends(), rivals=rivals)
+    gpu = model.config.backend in catalog.gpu_backends()
+    return Seeker(model, gpu=gpu, rivals=rivals, patience=_patience(services))
+
+
+def _patience(services: Services) -> float:
+    return UNHEALTHY_AFTER * services.settings.heartbeat
 
 
 def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:

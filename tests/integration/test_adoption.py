@@ -89,6 +89,31 @@ def test_a_context_that_was_cut_to_fit_is_adopted_as_it_is(services: Services, r
     assert only(services).context_size == 512
 
 
+def test_a_node_that_an_old_copy_of_the_registry_calls_ready_speaks_before_anything_goes_there(
+    services: Services, ready: Replica
+) -> None:
+    lose(services)
+    silent_for(services, "n1", nodes.UNHEALTHY_AFTER + 1)
+    asked = ask(services)
+    replicas.reconcile(services)
+    replicas.place(services, model_named(services, "m"), ready.node_id)
+    assert all_replicas(services) == []
+    assert services.leases.live([asked])[asked].state == "waiting", "nobody is told that it cannot be had"
+    assert beat(services, ready) == {"state": NodeState.READY, "stop": []}
+    replicas.reconcile(services)
+    assert only(services).id == ready.id, "the live process serves"
+
+
+def test_what_nobody_asked_for_comes_at_once_when_a_silent_node_speaks(services: Services, node: Node) -> None:
+    add_model(services, min_replicas=1)
+    silent_for(services, "n1", nodes.UNHEALTHY_AFTER + 1)
+    replicas.reconcile(services)
+    assert all_replicas(services) == []
+    beat(services)
+    replicas.reconcile(services)
+    assert only(services).node_id == node.id
+
+
 def test_a_node_that_was_offline_brings_its_replicas_back(services: Services, ready: Replica) -> None:
     served_for(services, 100)
     silent_for(services, "n1", 100)

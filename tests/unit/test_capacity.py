@@ -111,6 +111,10 @@ class TestExamine:
     def test_a_node_that_takes_nothing_says_so(self, state: NodeState) -> None:
         assert refused(node(state=state), model()) == state
 
+    @pytest.mark.parametrize(("heard", "reason"), [(NOW - 30, ""), (NOW - 31, "has not reported for 30 s")])
+    def test_a_node_that_has_been_silent_gets_nothing_new(self, heard: float, reason: str) -> None:
+        assert examine(Seeker(model(), gpu=False, patience=30), Site(node(heard=heard), []), NOW).reason == reason
+
     def test_too_little_memory_is_told_in_numbers(self) -> None:
         verdict = judged(model(memory=3_100_000_000), node(ram=1.2))
         assert verdict.reason == "needs 3.1 GB, 1.2 GB free (as configured)"
