@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.nodes import Node, Replica, on_nodes
 from localai_q.cluster.placement import Drop, Stop, ending
 from localai_q.cluster.states import NodeState, ReplicaState
 
@@ -24,9 +24,10 @@ class Drained:
 def plan_drains(nodes: Sequence[Node], replicas: Sequence[Replica]) -> list[Stop | Drop | Drained]:
     """What to do now for the nodes that are draining."""
     actions: list[Stop | Drop | Drained] = []
+    there = on_nodes(replicas)
     for node in nodes:
         if node.state is NodeState.DRAINING:
-            own = [replica for replica in replicas if replica.node_id == node.id]
+            own = there[node.id]
             actions += [
                 ending(replica, f"node {node.name} is draining")
                 for replica in own

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,3 +89,11 @@ class Replica:
     def is_outdated(self, model: Model) -> bool:
         """Whether its model has been changed since it was placed, so that a replica of that is another one."""
         return self.revision < model.revision
+
+
+def on_nodes(replicas: Iterable[Replica]) -> Mapping[str, list[Replica]]:
+    """The replicas of each node, by its id."""
+    found: dict[str, list[Replica]] = defaultdict(list)
+    for replica in replicas:
+        found[replica.node_id].append(replica)
+    return found

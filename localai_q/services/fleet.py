@@ -10,7 +10,7 @@ from localai_q import names
 from localai_q.cluster import capacity
 from localai_q.cluster.labels import MOST_LABELS, found_labels
 from localai_q.cluster.models import Model
-from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.nodes import Node, Replica, on_nodes
 from localai_q.cluster.states import NodeState
 from localai_q.errors import InvalidValue, NotFound, Unavailable
 from localai_q.services import nodes as node_services
@@ -150,10 +150,8 @@ def _shown(services: Services, found: list[Node]) -> list[dict[str, Any]]:
     with services.db.transaction() as db:
         every = replicas.every(db)
         by_id = {model.id: model for model in models.every(db)}
-    held = _held(services, every, found)
-    return [
-        _one(node, [r for r in every if r.node_id == node.id and r.model_id in by_id], by_id, held) for node in found
-    ]
+    held, there = _held(services, every, found), on_nodes(r for r in every if r.model_id in by_id)
+    return [_one(node, there[node.id], by_id, held) for node in found]
 
 
 def _one(node: Node, own: list[Replica], by_id: Mapping[str, Model], held: Mapping[str, int] | None) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import logging
 from functools import cache
 
 from localai_q.bus import users
-from localai_q.cluster.nodes import Node, Replica
+from localai_q.cluster.nodes import Node, Replica, on_nodes
 from localai_q.cluster.rights import rights
 from localai_q.services.wiring import Services
 from localai_q.store import nodes, replicas
@@ -59,9 +59,9 @@ def restore(services: Services) -> None:
         known = users.known(services.redis)  # before the rows are read: who comes in meanwhile is no stranger
         with services.db.transaction() as db:
             found = [node for node in nodes.every(db) if node.approved]
-            every = replicas.every(db)
+            there = on_nodes(replicas.every(db))
         for node in found:
-            needed = _rights(node, [replica for replica in every if replica.node_id == node.id])
+            needed = _rights(node, there[node.id])
             rules, hashes = known.get(node.id, frozenset()), {f"#{each}" for each in node.secret_hashes}
             has = {rule for rule in rules if rule.startswith("#")}
             if not rules >= needed or has != hashes:

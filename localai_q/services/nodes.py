@@ -163,8 +163,7 @@ def heartbeat(
 ) -> dict[str, Any]:
     """A node reports. It is told which of its replicas should not be there."""
     with services.db.transaction() as db:
-        nodes.lock(db, node.id)
-        node = _existing(db, node.id)
+        node = _locked(db, node.id)
         nodes.heard_of(db, node.id, hardware=refreshed(node.hardware, hardware))
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, node.serving_state)
@@ -192,7 +191,7 @@ def report_replica(
     """
     with services.db.transaction() as db:
         if hardware:
-            nodes.heard_of(db, node.id, hardware=refreshed(_existing(db, node.id).hardware, hardware))
+            nodes.heard_of(db, node.id, hardware=refreshed(_locked(db, node.id).hardware, hardware))
         replica = replicas.by_id(db, replica_id)
         if replica is None or replica.node_id != node.id:
             replica = None  # its model was removed; what its end has freed is worth knowing all the same
@@ -360,7 +359,15 @@ def _shared_settings(services: Services) -> dict[str, Any]:
 
 
 def _existing(db: Any, node_id: str) -> Node:
-    node = nodes.by_id(db, node_id)
+    return _not_deleted(nodes.by_id(db, node_id))
+
+
+def _locked(db: Any, node_id: str) -> Node:
+    """The node, which nobody else changes until the transaction ends."""
+    return _not_deleted(nodes.lock(db, node_id))
+
+
+def _not_deleted(node: Node | None) -> Node:
     if node is None:
         raise NotFound("This node was deleted a moment ago.")
     return node

@@ -70,7 +70,8 @@ def reconcile(services: Services) -> None:
 def drain_nodes(services: Services) -> None:
     """Empty the nodes that are draining a step further."""
     with services.db.transaction() as db:
-        actions = plan_drains(nodes.every(db), replicas.every(db))
+        draining = [node for node in nodes.every(db) if node.state is NodeState.DRAINING]
+        actions = plan_drains(draining, replicas.every(db)) if draining else []
     for action in actions:
         log.info("%s", action, extra={"action": "drain"})
         match action:

@@ -33,7 +33,7 @@ def settle(db: Any, node: Node, reports: Sequence[Report]) -> Comparison:
     # Held, so that none is removed while rows of it are made; before replicas are changed, as when a model is removed.
     named = {*news, *(report.model_id for report in orphans), *(replica.model_id for replica in own)}
     held = models.held(db, named) if orphans or news else {}
-    strangers = {report.id for report in orphans if replicas.by_id(db, report.id)}
+    strangers = replicas.known(db, [report.id for report in orphans])
     found = compare(node, reports, own, held, strangers)
     for report in found.adopt:
         _adopt(db, node, report, held[report.model_id])

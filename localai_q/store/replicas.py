@@ -40,6 +40,11 @@ def by_id(db: Connection, replica_id: str) -> Replica | None:
     return _replica(row) if row else None
 
 
+def known(db: Connection, replica_ids: Collection[str]) -> set[str]:
+    """Those of these ids that are of replicas."""
+    return set(db.execute(select(replicas.c.id).where(replicas.c.id.in_(list(replica_ids)))).scalars())
+
+
 def every(
     db: Connection, *, node_id: str | None = None, model_id: str | None = None, states: Collection[str] | None = None
 ) -> list[Replica]:
