@@ -24,6 +24,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localai_q.cluster.amounts import amount, part_of
+from localai_q.cluster.builds import Build
 from localai_q.cluster.disk import SPARE
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
@@ -91,6 +92,8 @@ class Settings(BaseSettings):
     vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")
     max_replicas_per_model: int = Field(1, ge=1, le=MOST_SLOTS, validation_alias="LOCALAI_MAX_REPLICAS_PER_MODEL")
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
+    # A further package index for one kind of hardware, as {"cuda12": "https://HOST/whl/cu124"}.
+    backend_indexes: dict[Build, str] = Field(default_factory=dict, validation_alias="LOCALAI_Q_BACKEND_INDEXES")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
     # Where a node gives its models to other nodes, and by what they reach that. Empty: as it reaches the API itself.
@@ -138,6 +141,13 @@ class Settings(BaseSettings):
             raise ValueError("needs the form https://HOST or https://HOST:PORT")
         return value
 
+    @field_validator("backend_indexes")
+    @classmethod
+    def _are_web_addresses(cls, value: dict[Build, str]) -> dict[Build, str]:
+        for url in value.values():
+            cls._is_a_web_address(url)
+        return value
+
     @field_validator("database_url")
     @classmethod
     def _names_our_driver(cls, value: str) -> str:
@@ -177,6 +187,11 @@ class Settings(BaseSettings):
     def node_home(self) -> Path:
         """Where a node keeps its identity, its backends and its models."""
         return self.home / "nodes" / self.effective_node_name
+
+    @property
+    def backends_of_node(self) -> Path:
+        """Where a node keeps its backends."""
+        return self.backends_path or self.node_home / "backends"
 
     @property
     def effective_node_name(self) -> str:

@@ -13,6 +13,7 @@ from localai_q.cluster.nodes import MOST_SLOTS
 
 MOST_GPUS = 64
 MOST_FILES = 2000
+MOST_BACKENDS = 64
 FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total": "vram_free"}
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -48,6 +49,16 @@ class Gpu(_Reading):
     driver: Word | None = None
 
 
+class InstalledBackend(_Reading):
+    """A backend that is installed."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    version: str = Field(max_length=64)
+    digest: Sha256  # of all that it was made of
+    build: Word = ""
+    installed_at: float = Field(0.0, ge=0)  # seconds since the epoch
+
+
 class Hardware(_Reading):
     """A machine, as its node reads it. What is None could not be read."""
 
@@ -60,6 +71,7 @@ class Hardware(_Reading):
     files: list[Sha256] | None = Field(None, max_length=MOST_FILES)  # models that lie here
     files_address: Address | None = None  # HOST:PORT at which other nodes get these
     transfers: int | None = Field(None, ge=0, le=1 << 16)  # of them, that are under way there
+    backends: list[InstalledBackend] | None = Field(None, max_length=MOST_BACKENDS)
     budget: Bytes | None = None  # how much models may take
     max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)
     gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)

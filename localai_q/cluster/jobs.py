@@ -10,7 +10,8 @@ from localai_q.cluster.events import Usage
 from localai_q.cluster.states import JobState
 
 GENERATIONS = ("chat", "completion", "embedding", "rerank")  # kinds that any replica of the model may do
-NODE_JOBS = ("install_backend", "fetch_model", "clean_models")  # kinds that a certain node must do
+BACKEND_JOBS = ("install_backend", "upgrade_backend", "delete_backend")
+NODE_JOBS = (*BACKEND_JOBS, "fetch_model", "clean_models")  # kinds that a certain node must do
 DEATHS = 2  # a generation that so many owners died of is not tried again
 GRACE = 20.0  # seconds for which a job goes on without a reader who may come back
 

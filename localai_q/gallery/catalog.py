@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
+from packaging.requirements import InvalidRequirement, Requirement
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,8 +24,11 @@ from pydantic import (
     model_validator,
 )
 
+from localai_q.cluster.builds import Build
 from localai_q.cluster.sources import parse
 from localai_q.errors import InvalidValue, NotFound, StartupError
+
+MOST_REQUIREMENTS = 200
 
 
 def _source(text: str) -> str:
@@ -35,12 +39,39 @@ def _source(text: str) -> str:
     return text
 
 
+def _requirement(text: str) -> str:
+    try:
+        Requirement(text)
+    except InvalidRequirement as error:
+        raise ValueError(f"it is no requirement as 'package==1.0': {str(error).splitlines()[0]}") from error
+    return text
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Source = Annotated[str, AfterValidator(_source)]
+PythonRequirement = Annotated[str, StringConstraints(max_length=500), AfterValidator(_requirement)]
 _Entry = TypeVar("_Entry", bound=BaseModel)
 Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize"]
+
+
+class Archive(BaseModel):
+    """A tar archive, plain or compressed, with `run.sh` or `server.py` at its top."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: Source
+    sha256: Digest
+
+
+class BuildEntry(BaseModel):
+    """How a backend is made for one kind of hardware."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requirements: tuple[PythonRequirement, ...] = Field((), max_length=MOST_REQUIREMENTS)  # instead of requirements.txt
+    archive: Archive | None = None  # instead of a folder of this version
 
 
 class BackendEntry(BaseModel):
@@ -51,10 +82,17 @@ class BackendEntry(BaseModel):
     name: Name
     version: Version
     description: str
-    source: Name  # a folder of workers/backends
+    source: Name | None = None  # a folder of workers/backends; None: each build has an archive
+    builds: dict[Build, BuildEntry] = Field({"cpu": BuildEntry()}, min_length=1)
     capabilities: tuple[Capability, ...] = Field(min_length=1)
     default: bool = False
     gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
+
+    @model_validator(mode="after")
+    def _is_made_of_something(self) -> Self:
+        if any((build.archive is None) == (self.source is None) for build in self.builds.values()):
+            raise ValueError("it needs either 'source', or an 'archive' in each of its 'builds'")
+        return self
 
 
 class ModelEntry(BaseModel):

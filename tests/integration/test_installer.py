@@ -1,6 +1,7 @@
 """Installing a backend: what counts as installed, what an interruption leaves, and what is said when it fails."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,10 +15,12 @@ from localai_q.cluster.events import Progress
 from localai_q.errors import Unavailable
 from localai_q.gallery import catalog
 from localai_q.gallery.catalog import BackendEntry
+from workers import versions
 from workers.node import installer
 from workers.node.installer import install_backend, python_of
 
 ECHO = catalog.backend("echo")
+SOURCES = installer.SOURCES
 
 
 @pytest.fixture
@@ -40,15 +43,19 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for backends of the test's own."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    (folder / "serving.py").write_text("")
+    shutil.copy2(installer.SOURCES / "serving.py", folder)
+    shutil.copytree(installer.SOURCES / "echo", folder / "toy")
     monkeypatch.setattr(installer, "SOURCES", folder)
     return folder
 
 
 def make_backend(sources: Path, server: str = "", requirements: str = "") -> BackendEntry:
-    (sources / "toy").mkdir()
-    (sources / "toy" / "server.py").write_text(server)
-    (sources / "toy" / "requirements.txt").write_text(requirements)
+    """The echo backend, or another server in its stead."""
+    if server:
+        (sources / "toy" / "server.py").write_text(server)
+        (sources / "toy" / "requirements.txt").write_text(requirements)
+    if requirements:
+        (sources / "toy" / "requirements.txt").write_text(requirements)
     return ECHO.model_copy(update={"name": "toy", "source": "toy"})
 
 
@@ -59,12 +66,15 @@ def names(folder: Path) -> set[str]:
 def test_an_installed_backend_holds_all_that_it_needs(tmp_path: Path) -> None:
     seen: list[Progress] = []
     place = install_backend(ECHO, tmp_path, seen.append)
-    assert place == tmp_path / "echo" / ECHO.version
+    manifest = versions.current(tmp_path, "echo")
+    assert (manifest.name, manifest.version, manifest.build) == ("echo", ECHO.version, "cpu")
+    assert place.parent == tmp_path / "echo"
+    assert place.name.startswith(f"{ECHO.version}-{manifest.digest[:12]}-")
     assert {"server.py", "serving.py", "backend_pb2.py", "backend_pb2_grpc.py", "venv"} <= names(place)
     assert subprocess.run([python_of(place), "-c", "import server"], cwd=place, check=False).returncode == 0
     assert {event.stage for event in seen} == {"installing"}
     assert {event.unit for event in seen} == {"packages"}
-    assert seen[-1].done == seen[-1].total == 3
+    assert max(event.done for event in seen) == max(event.total for event in seen) == 3
 
 
 def test_what_is_installed_is_not_installed_again(tmp_path: Path, sources: Path) -> None:
@@ -139,9 +149,10 @@ def test_a_killed_install_takes_its_children_along_and_the_next_one_cleans_up(tm
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
     assert [path.name for path in (tmp_path / "toy").glob(".*.part")]
-    (sources / "toy" / "server.py").write_text("")
+    shutil.copy2(SOURCES / "echo" / "server.py", sources / "toy")
+    shutil.copy2(SOURCES / "echo" / "requirements.txt", sources / "toy")
     place = install_backend(entry, tmp_path, lambda _: None)
-    assert names(tmp_path / "toy") == {".lock", place.name}
+    assert names(tmp_path / "toy") == {".lock", "current", place.name}
 
 
 def test_two_installs_of_one_backend_do_not_clash(tmp_path: Path, sources: Path) -> None:
@@ -155,8 +166,8 @@ def test_two_installs_of_one_backend_do_not_clash(tmp_path: Path, sources: Path)
         thread.start()
     for thread in threads:
         thread.join()
-    assert places == [tmp_path / "toy" / entry.version] * 3
-    assert sum(event.note == f"toy {entry.version}" for event in seen) == 1
+    assert places == [versions.pointer(tmp_path, "toy").resolve()] * 3
+    assert sum(event.note == f"toy {entry.version} for cpu" for event in seen) == 1
 
 
 def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, sources: Path) -> None:

@@ -81,3 +81,37 @@ def test_a_wrong_catalogue_stops_the_start_with_the_place_of_the_mistake(
 def test_a_missing_catalogue_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(StartupError, match="cannot read the catalogue"):
         catalog.load_catalog(tmp_path)
+
+
+ARCHIVE = "{archive: {source: 'https://x.example/b.tgz', sha256: '" + "0" * 64 + "'}}"
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("builds: {tpu: {}}", "wrong at 'one', builds.tpu"),
+        ("builds: {}", "wrong at 'one', builds"),
+        ("builds: {cpu: {requirements: ['--index-url=http://x']}}", "no requirement as"),
+        ("builds: {cpu: {requirements: ['-r /etc/passwd']}}", "no requirement as"),
+        (f"builds: {{cpu: {ARCHIVE}}}", "either 'source', or an 'archive'"),
+        ("source: null", "either 'source', or an 'archive'"),
+        (
+            "source: null, builds: {cpu: {archive: {source: 'https://x.example/b.tgz'}}}",
+            "archive.sha256: Field required",
+        ),
+        (f"source: null, builds: {{cpu: {ARCHIVE}, rocm: {{}}}}", "either 'source', or an 'archive'"),
+    ],
+)
+def test_a_backend_that_cannot_be_made_is_refused(tmp_path: Path, entry: str, says: str) -> None:
+    text = BACKENDS.replace("source: one, ", "") if "source:" in entry.partition("builds")[0] else BACKENDS
+    with pytest.raises(StartupError, match=says):
+        catalog.load_catalog(write(tmp_path, text.replace("capabilities", f"{entry}, capabilities")))
+
+
+def test_a_backend_can_be_made_of_an_archive_and_of_requirements_for_each_kind_of_hardware(tmp_path: Path) -> None:
+    builds = "builds: {cpu: {requirements: ['a==1']}, cuda12: {requirements: ['a[gpu]>=2', 'b']}}"
+    found = catalog.load_catalog(write(tmp_path, BACKENDS.replace("capabilities", f"{builds}, capabilities")))
+    assert found.backend("one").builds["cuda12"].requirements == ("a[gpu]>=2", "b")
+    packed = BACKENDS.replace("source: one", f"builds: {{cpu: {ARCHIVE}}}")
+    found = catalog.load_catalog(write(tmp_path, packed))
+    assert found.backend("one").builds["cpu"].archive.source == "https://x.example/b.tgz"

@@ -1,30 +1,37 @@
 """Makes a catalogue entry into a backend that can be started: its files and a virtual environment of its own.
 
-Owns the folder `<root>/<name>/<version>`, and how uv is run on this machine (`run_uv`). A folder of that name is
-complete: it is built beside its place and renamed into it last. What to install is the caller's decision.
+Owns how a version is made, and how uv is run on this machine (`run_uv`). One is built beside the others, started, asked
+for its health, and only then switched to (`workers.versions`). What to install is the caller's decision.
 """
 
 from __future__ import annotations
 
 import configparser
-import fcntl
+import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import uv
 
+from localai_q.cluster.builds import Build, choose, suitable
 from localai_q.cluster.events import Progress
-from localai_q.errors import Unavailable
-from localai_q.gallery.catalog import BackendEntry
+from localai_q.errors import StartupError, Unavailable
+from localai_q.gallery.catalog import Archive, BackendEntry
+from workers import versions
+from workers.backend_process import BackendProcess
+from workers.node.archives import unpack
+from workers.versions import Manifest
 
 SOURCES = Path(__file__).parents[1] / "backends"
 STAGE = "installing"
@@ -32,6 +39,7 @@ LINE_EVERY = 1.0  # seconds between two lines that are passed on for no number i
 LONGEST_NOTE = 200  # characters of a line that is passed on
 LAST_LINES = 4  # of uv's output, in an error
 PUBLIC_INDEX = "https://pypi.org/simple"
+HEALTH_PATIENCE = 120.0  # seconds that a new backend has to answer
 
 _UNREACHABLE = re.compile(
     r"dns error|error sending request|failed to fetch|tcp connect|connection (refused|reset)|timed out|network", re.I
@@ -46,12 +54,51 @@ def python_of(folder: Path) -> Path:
     return folder / "venv" / "bin" / "python"
 
 
-def installed_path(entry: BackendEntry, root: Path) -> Path:
-    """Where the entry is or would be installed."""
-    return root / entry.name / entry.version
+@dataclass(frozen=True, kw_only=True)
+class Kit:
+    """What a machine installs with."""
+
+    hardware: Mapping[str, Any] = field(default_factory=dict)  # as its node reports it
+    indexes: Mapping[Build, str] = field(default_factory=dict)  # URL of a further package index, by build
+    fetch: Callable[[Archive], Path] | None = None  # brings an archive
 
 
-def install_backend(entry: BackendEntry, root: Path, progress: Callable[[Progress], None]) -> Path:
+def wanted(entry: BackendEntry, hardware: Mapping[str, Any]) -> Manifest:
+    """The version that this entry is on a machine.
+
+    Raises:
+        Unavailable: nothing of it runs there.
+    """
+    build = choose(entry.builds, hardware)
+    if build is None:
+        raise Unavailable(
+            f"cannot install backend {entry.name}: it is made for {', '.join(entry.builds)}, "
+            f"and this machine has {', '.join(suitable(hardware))}"
+        )
+    parts = [entry.version, build, platform.system(), platform.machine(), sys.version.partition(" ")[0]]
+    parts.append(entry.builds[build].model_dump_json())
+    digest = hashlib.sha256("\0".join(parts).encode())
+    for path in _source_files(entry):
+        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return Manifest(
+        name=entry.name, version=entry.version, digest=digest.hexdigest(), build=build, installed_at=time.time()
+    )
+
+
+def is_installed(entry: BackendEntry, root: Path, hardware: Mapping[str, Any]) -> bool:
+    """Whether this version of the entry is the current one."""
+    found = versions.current(root, entry.name)
+    return found is not None and found.digest == wanted(entry, hardware).digest
+
+
+def install_backend(
+    entry: BackendEntry,
+    root: Path,
+    progress: Callable[[Progress], None],
+    kit: Kit | None = None,
+    *,
+    force: bool = False,
+) -> Path:
     """Install the entry below `root`, unless it is; an install that ends early leaves nothing that counts.
 
     uv runs in this process's group, so that whoever kills the group kills it too.
@@ -60,72 +107,114 @@ def install_backend(entry: BackendEntry, root: Path, progress: Callable[[Progres
         entry: what to install.
         root: the folder of all backends of this node.
         progress: told of each step; it may raise to stop.
+        kit: what this machine installs with.
+        force: make it anew, even if this very version is installed.
 
     Returns:
-        The folder with `server.py` and `venv/bin/python`.
+        The folder of the version, with `run.sh`, or with `server.py` and `venv/bin/python`.
 
     Raises:
         Unavailable: it cannot be installed; one line says why.
     """
-    place = installed_path(entry, root)
-    if place.is_dir():
-        return place
+    kit = kit or Kit()
+    home, what = root / entry.name, f"cannot install backend {entry.name}"
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(place.parent / ".lock"):
-            if not place.is_dir():
-                _clear_remains(place)
-                _build(entry, place, progress)
+        manifest = wanted(entry, kit.hardware)
+        with versions.alone(home):
+            if force or not is_installed(entry, root, kit.hardware):
+                versions.tidy_alone(home)
+                _Build(entry, manifest, kit, progress, what).make(root)
+                versions.tidy_alone(home)
     except OSError as error:
-        raise Unavailable(f"cannot install backend {entry.name}: {error.strerror or error}: {place.parent}") from error
-    return place
+        raise Unavailable(f"{what}: {error.strerror or error}: {home}") from error
+    return versions.pointer(root, entry.name).resolve()
 
 
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """Hold the lock file, across threads and processes; it is let go when this process dies."""
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _Build:
+    """One version on its way."""
 
+    def __init__(
+        self, entry: BackendEntry, manifest: Manifest, kit: Kit, progress: Callable[[Progress], None], what: str
+    ) -> None:
+        self._entry = entry
+        self._manifest = manifest
+        self._kit = kit
+        self._progress = progress
+        self._what = what  # the beginning of an error
+        self._build = entry.builds[manifest.build]
 
-def _clear_remains(place: Path) -> None:
-    for part in place.parent.glob(f".{place.name}.*.part"):
-        shutil.rmtree(part, ignore_errors=True)
+    def make(self, root: Path) -> None:
+        """Build it beside the others, and switch to it if it answers."""
+        manifest = self._manifest
+        name = f"{manifest.version}-{manifest.digest[:12]}-{secrets.token_hex(2)}"
+        part = root / self._entry.name / f".{name}{versions.PART}"
+        try:
+            self._say(f"{manifest.name} {manifest.version} for {manifest.build}")
+            self._bring_files(part)
+            if not (part / "run.sh").is_file():
+                self._install_packages(part)
+            self._say("starting it, to see whether it answers")
+            self._check_health(part)
+            versions.describe(part, manifest)
+            part.replace(part.with_name(name))
+            versions.switch(root, self._entry.name, name)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
 
+    def _bring_files(self, part: Path) -> None:
+        """The folder of the backend, with the plumbing that Python backends share."""
+        archive = self._build.archive
+        if archive:
+            assert self._kit.fetch is not None
+            unpack(self._kit.fetch(archive), part, self._what)
+            if not any((part / name).is_file() for name in ("run.sh", "server.py")):
+                raise Unavailable(f"{self._what}: its archive has neither run.sh nor server.py at its top")
+            return
+        source = SOURCES / str(self._entry.source)
+        if not (source / "server.py").is_file():
+            raise Unavailable(f"{self._what}: this version does not carry {source.name}/server.py")
+        shutil.copytree(source, part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+        shutil.copy2(SOURCES / "serving.py", part)
 
-def _build(entry: BackendEntry, place: Path, progress: Callable[[Progress], None]) -> None:
-    part = place.parent / f".{place.name}.{secrets.token_hex(4)}.part"
-    what = f"cannot install backend {entry.name}"
-    try:
-        progress(Progress(stage=STAGE, unit="packages", note=f"{entry.name} {entry.version}"))
-        _copy_files(entry, part)
-        run_uv(["venv", "--relocatable", "--python", sys.executable, str(part / "venv")], part, what)
+    def _install_packages(self, part: Path) -> None:
+        run_uv(["venv", "--relocatable", "--python", sys.executable, str(part / "venv")], part, self._what)
+        if self._build.requirements:
+            (part / "requirements.txt").write_text("\n".join(self._build.requirements) + "\n")
+        further = self._kit.indexes.get(self._manifest.build)
+        index = ["--index", further] if further else []
         requirements = ["--requirements", str(part / "requirements.txt")]
-        counted = _Counted(progress)
-        run_uv(["pip", "install", "--python", str(python_of(part)), *requirements], part, what, counted.line)
-        _check_imports(entry, part)
-        part.replace(place)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        counted = _Counted(self._progress)
+        command = ["pip", "install", "--python", str(python_of(part)), *requirements, *index]
+        run_uv(command, part, self._what, counted.line)
+
+    def _check_health(self, part: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="localai_q-") as folder:
+            log = Path(folder) / "log"
+            backend = BackendProcess(part, socket=Path(folder) / "health.sock", log=log, threads=2)
+            deadline = time.monotonic() + HEALTH_PATIENCE
+
+            def look() -> None:
+                if time.monotonic() > deadline:
+                    raise StartupError(backend.said(f"it has not answered within {HEALTH_PATIENCE:.0f} s"))
+
+            try:
+                backend.wait_for_health(look)
+            except StartupError as error:
+                line = " ".join(error.message.split())
+                raise Unavailable(f"{self._what}: it does not start on this machine: {line}") from error
+            finally:
+                backend.stop()
+
+    def _say(self, note: str) -> None:
+        self._progress(Progress(stage=STAGE, unit="packages", note=note))
 
 
-def _copy_files(entry: BackendEntry, part: Path) -> None:
-    """The folder of the backend, and the plumbing that Python backends share."""
-    source = SOURCES / entry.source
-    if not (source / "server.py").is_file():
-        raise Unavailable(f"cannot install backend {entry.name}: this version does not carry {source.name}/server.py")
-    shutil.copytree(source, part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    shutil.copy2(SOURCES / "serving.py", part)
-
-
-def _check_imports(entry: BackendEntry, part: Path) -> None:
-    check = subprocess.run(
-        [python_of(part), "-c", "import server"], cwd=part, capture_output=True, text=True, check=False
-    )
-    if check.returncode != 0:
-        lines = check.stderr.strip().splitlines() or [f"its import ended with status {check.returncode}"]
-        raise Unavailable(f"cannot install backend {entry.name}: it does not start on this machine: {lines[-1]}")
+def _source_files(entry: BackendEntry) -> list[Path]:
+    """The files of ours that a backend is made of; none for one that comes as an archive."""
+    if not entry.source:
+        return []
+    found = [*(SOURCES / entry.source).rglob("*"), SOURCES / "serving.py"]
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from localai_q import gguf
 from localai_q.cluster.disk import Blob, surplus
@@ -22,17 +22,21 @@ from localai_q.cluster.events import Progress
 from localai_q.config import settings
 from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
 from localai_q.gallery import catalog
+from workers import versions
 from workers.child import ChildSpec
 from workers.identity import Identity
+from workers.node import hardware
 from workers.node.api import NodeApi
-from workers.node.fetcher import discard, fetch, wanted_of
-from workers.node.installer import install_backend, installed_path
+from workers.node.fetcher import Wanted, discard, fetch, wanted_of
+from workers.node.installer import Kit, install_backend, is_installed
 from workers.node.sources import Access
 from workers.node.store import Store
 
 log = logging.getLogger(__name__)
 
 Report = Callable[[Progress], None]
+
+ARCHIVE = ".archive"  # folder of what a backend is unpacked from, in that of the backend
 
 
 class JobOrder(BaseModel):
@@ -46,10 +50,67 @@ class JobOrder(BaseModel):
 
 
 def install(order: JobOrder, report: Report) -> dict[str, Any]:
-    """Install a backend; the result names its version."""
-    entry = catalog.backend(str(order.request["backend"]))
-    install_backend(entry, order.spec.backends, report)
-    return {"backend": entry.name, "version": entry.version}
+    """Install a backend; the result is what it is."""
+    return _installed_by(order, report, force=False)
+
+
+def upgrade(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Make a backend anew, of the newest that its entry names; the result is what it is."""
+    return _installed_by(order, report, force=True)
+
+
+def delete(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Remove a backend. What runs of it runs on."""
+    name = checked_name(str(order.request["backend"]))
+    return {"name": name, "removed": versions.remove(order.spec.backends, name)}
+
+
+def _installed_by(order: JobOrder, report: Report, *, force: bool) -> dict[str, Any]:
+    spec, entry = order.spec, entry_of(order.request)
+    access = Access.of(settings(), spec)
+
+    def bring(archive: catalog.Archive) -> Path:
+        wanted = Wanted(source=archive.source, sha256=archive.sha256)
+        return fetch(wanted, spec.backends / entry.name / ARCHIVE, access, report)
+
+    kit = Kit(hardware=devices(spec), indexes=settings().backend_indexes, fetch=bring)
+    install_backend(entry, spec.backends, report, kit, force=force)
+    return _present(spec, entry)
+
+
+def entry_of(request: dict[str, Any]) -> catalog.BackendEntry:
+    """The entry that a job is about: as it comes with the job, for one of a gallery, else this version's own.
+
+    Raises:
+        InvalidValue: what comes is no entry.
+        NotFound: this version has none of that name.
+    """
+    given = request.get("entry")
+    if given is None:
+        return catalog.backend(str(request["backend"]))
+    try:
+        return catalog.BackendEntry.model_validate(given)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise InvalidValue(f"the entry of backend {request['backend']} cannot be read: {reason}") from error
+
+
+def checked_name(text: str) -> str:
+    """The name of a backend, which is the name of a folder, too; `InvalidValue` if it is none."""
+    try:
+        return TypeAdapter(catalog.Name).validate_python(text)
+    except ValidationError as error:
+        raise InvalidValue(f"{text!r} is no name of a backend") from error
+
+
+def devices(spec: ChildSpec) -> dict[str, Any]:
+    """The hardware of this machine."""
+    return hardware.read(spec.models, lambda total: total)
+
+
+def _present(spec: ChildSpec, entry: catalog.BackendEntry) -> dict[str, Any]:
+    found = versions.current(spec.backends, entry.name)
+    return asdict(found) if found else {}
 
 
 def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
@@ -96,6 +157,8 @@ def facts_of(path: Path) -> dict[str, Any] | None:
 
 KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
     "install_backend": install,
+    "upgrade_backend": upgrade,
+    "delete_backend": delete,
     "fetch_model": fetch_model,
     "clean_models": clean_models,
 }
@@ -103,10 +166,8 @@ KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
 
 def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
     """The result of `install`, if there is nothing left to do."""
-    entry = catalog.backend(str(request["backend"]))
-    if not installed_path(entry, spec.backends).is_dir():
-        return None
-    return {"backend": entry.name, "version": entry.version}
+    entry = entry_of(request)
+    return _present(spec, entry) if is_installed(entry, spec.backends, devices(spec)) else None
 
 
 def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
@@ -122,6 +183,8 @@ PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]]
 
 # What a job leaves that was cancelled, and that nobody will go on with.
 DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
+    "install_backend": lambda spec, request: versions.tidy(spec.backends),
+    "upgrade_backend": lambda spec, request: versions.tidy(spec.backends),
     "fetch_model": lambda spec, request: discard(wanted_of(request), spec.models),
 }
 

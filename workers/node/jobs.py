@@ -24,8 +24,9 @@ from localai_q.celery import app, use_broker
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
-from localai_q.errors import Cancelled, GenerationFailed, to_record
+from localai_q.errors import Cancelled, GenerationFailed, LocalAIError, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
+from workers import versions
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
 from workers.identity import Identity
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 CONCURRENCY = 2
 DEATHS = 3
+TIDY = 60.0  # seconds between two looks for versions of backends that nobody uses any more
 
 
 class Jobs:
@@ -62,6 +64,8 @@ class Jobs:
             end = self._present(held.lease.request) or self._in_child(held)
         except OSError as error:
             end = _failed(f"the node cannot start it: {error}")
+        except LocalAIError as error:
+            end = End(state=JobState.FAILED, error=to_record(error))
         if held.cancelled.is_set() and held.why != "cancelled":
             held.release()
         else:
@@ -132,10 +136,18 @@ def prepare(worker: Any, conf: Any) -> None:
     def run_job(job_id: str) -> None:
         jobs.run(job_id)
 
+    threading.Thread(target=_tidy, args=(spec.backends,), name="tidy", daemon=True).start()
     signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
     signals.worker_ready.connect(lambda **_: probe.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: jobs.claims.cancel_all("drain"), weak=False)
+
+
+def _tidy(backends: Path) -> None:
+    """Remove what interrupted installs have left, and what nobody runs any more, from time to time."""
+    while True:
+        versions.tidy(backends)
+        time.sleep(TIDY)
 
 
 def _kill_when_stalled(process: subprocess.Popen[bytes], watch: Watch) -> threading.Event:

@@ -22,12 +22,11 @@ from localai_q import names
 from localai_q.celery import app, use_broker
 from localai_q.config import Settings, settings
 from localai_q.errors import Forbidden, LocalAIError, NotFound, StartupError
-from localai_q.gallery import catalog
+from workers import versions
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
 from workers.identity import Identity
 from workers.node import api, hardware
 from workers.node.children import Children
-from workers.node.installer import installed_path
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class Node:
         self.name: str = answer["name"]
         self.home = cfg.node_home
         self.models = cfg.models_path or self.home / "models"
-        self.backends = cfg.backends_path or self.home / "backends"
+        self.backends = cfg.backends_of_node
         self._sockets = socket_folder(self.home)
         self._cfg = cfg
         self._answer = answer
@@ -158,7 +157,7 @@ class Node:
             id=told["id"],
             number=told["number"],
             model=model,
-            backend_folder=installed_path(catalog.backend(model.backend), self.backends),
+            backend_folder=versions.pointer(self.backends, model.backend),
             model_file=self._model_file(model),
             socket=self._sockets / f"{told['id']}.sock",
             log=self.home / "logs" / f"backend-{told['id']}.log",
@@ -196,7 +195,8 @@ def prepare(worker: Any, conf: Any) -> None:
 def reading(cfg: Settings) -> dict[str, Any]:
     """What the node says of its machine and of what that may hold."""
     found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
-    return {**found, "max_replicas_per_model": cfg.max_replicas_per_model, "disk_spare": cfg.disk_spare}
+    limits = {"max_replicas_per_model": cfg.max_replicas_per_model, "disk_spare": cfg.disk_spare}
+    return {**found, **limits, "backends": versions.installed(cfg.backends_of_node)}
 
 
 def check_name(name: str) -> None:
