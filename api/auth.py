@@ -43,6 +43,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "jobs": any_key,
     "loads": any_key,
     "admin": admin_key,
+    "backends": admin_key,
     "node": node_secret,
 }
 

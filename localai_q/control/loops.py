@@ -12,7 +12,7 @@ import redis
 
 from localai_q import names
 from localai_q.errors import Unavailable
-from localai_q.services import cleaning, jobs, node_users, nodes, replicas
+from localai_q.services import backends, cleaning, jobs, node_users, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import leaders
 
@@ -34,11 +34,12 @@ class Loop:
 
 
 def prune(services: Services) -> None:
-    """Forget jobs that ended long ago."""
+    """Forget jobs and wishes that ended long ago."""
     from localai_q.store import jobs as rows
 
     with services.db.transaction() as db:
         rows.prune(db, days=KEPT_DAYS)
+    backends.prune(services, days=KEPT_DAYS)
 
 
 def make_loops() -> list[Loop]:
@@ -49,6 +50,7 @@ def make_loops() -> list[Loop]:
         Loop("recovery", 2.0, jobs.recover, threading.Event()),
         Loop("users", 1.0, node_users.restore, threading.Event()),
         Loop("health", 2.0, nodes.watch_health, threading.Event()),
+        Loop("backends", 1.0, backends.fulfil, threading.Event()),
         Loop("files", 30.0, cleaning.tidy, threading.Event()),
         Loop("prune", 3600.0, prune, threading.Event()),
     ]

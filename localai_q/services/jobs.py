@@ -50,7 +50,7 @@ def submit_node_job(
         if existing:
             return existing
         job = Job(id=names.new_id(), kind=kind, state=JobState.OPEN, line=line, model_id=model_id, node_id=node_id,
-                  request=request)  # fmt: skip
+                  request=request, keep=Keep.BACKGROUND)  # fmt: skip
         jobs.add(db, job)
     _enter_line(services, job)
     return job.id
@@ -351,6 +351,17 @@ def _shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
             "deadline": job.deadline,
         })  # fmt: skip
     return shown
+
+
+def percentages(services: Services, job_ids: Sequence[str]) -> dict[str, float]:
+    """How far jobs of nodes are, of 100, as far as that is known."""
+    latest = journal.latest(services.redis, list(job_ids))
+    return {job_id: percentage(event) for job_id, event in latest.items() if isinstance(event, Progress)}
+
+
+def percentage(progress: Progress) -> float:
+    """How far a job is, of 100."""
+    return round(min(100.0 * progress.done / progress.total, 100.0), 1) if progress.total else 0.0
 
 
 def _progress(event: Event | None) -> dict[str, Any] | None:

@@ -137,6 +137,22 @@ jobs = Table(
     Index("jobs_created_at_idx", "created_at"),
 )
 
+backend_wishes = Table(  # `cluster.backends.Wish`
+    "backend_wishes",
+    metadata,
+    Column("node_id", ForeignKey("nodes.id", ondelete="CASCADE"), primary_key=True),
+    Column("backend", Text, primary_key=True),
+    Column("op", Text, nullable=False),
+    Column("operation", Text, nullable=False, index=True),
+    Column("entry", JSONB),
+    Column("state", Text, nullable=False, server_default=text("'open'")),
+    Column("attempts", Integer, nullable=False, server_default=text("0")),
+    Column("last_error", Text, nullable=False, server_default=text("''")),
+    Column("next_try", DateTime(timezone=True), nullable=False, server_default=func.now()),
+    Column("job_id", Text),
+    _created(),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -1,0 +1,103 @@
+"""Backends and operations, with LocalAI's paths. Each endpoint is a use case of `localai_q.services` behind a path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flask import Blueprint, request
+from pydantic import BaseModel, ConfigDict, Field
+
+from api.bodies import parse
+from api.web import web
+from localai_q.cluster.backends import Op
+from localai_q.gallery.catalog import Name
+from localai_q.services import backends, nodes
+
+routes = Blueprint("backends", __name__)
+
+MOST_NODES = 1000
+
+
+class OnNode(BaseModel):
+    """What to install, upgrade or delete on a node."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Name
+
+
+class Narrowed(BaseModel):
+    """Which nodes a request is for: all of these, that have these labels."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    nodes: list[str] = Field(default_factory=list, max_length=MOST_NODES)  # ids or names; none: all
+    selector: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+
+class Apply(Narrowed):
+    """What to install on all nodes."""
+
+    id: Name
+
+
+@routes.get("/api/nodes/<node>/backends")
+def of_node(node: str) -> list[dict[str, Any]]:
+    return backends.of_node(nodes.named(web().services, node))
+
+
+@routes.post("/api/nodes/<node>/backends/install", defaults={"op": Op.INSTALL})
+@routes.post("/api/nodes/<node>/backends/upgrade", defaults={"op": Op.UPGRADE})
+@routes.post("/api/nodes/<node>/backends/delete", defaults={"op": Op.DELETE})
+def change_on_node(node: str, op: Op) -> tuple[dict[str, Any], int]:
+    """The job's id; `GET /api/jobs/<id>` shows it."""
+    name = parse(OnNode, request.get_data()).backend
+    job_id = backends.change(web().services, nodes.named(web().services, node), op, name)
+    return {"jobID": job_id, "message": f"{op} of {name} on {node}"}, 202
+
+
+@routes.get("/api/backends")
+@routes.get("/backends")
+def list_backends() -> list[dict[str, Any]]:
+    """What is installed, on which nodes, and whether their versions differ."""
+    return backends.listed(web().services)
+
+
+@routes.get("/backends/available")
+def list_available() -> list[dict[str, Any]]:
+    return backends.available(web().services)
+
+
+@routes.post("/backends/apply")
+def apply() -> tuple[dict[str, Any], int]:
+    """Install on every node that can run it; those that are away install it when they are back."""
+    body = parse(Apply, request.get_data())
+    return _everywhere(Op.INSTALL, body.id, body)
+
+
+@routes.post("/backends/upgrade/<name>", defaults={"op": Op.UPGRADE})
+@routes.post("/backends/delete/<name>", defaults={"op": Op.DELETE})
+def change_everywhere(op: Op, name: str) -> tuple[dict[str, Any], int]:
+    """On every node that has it."""
+    return _everywhere(op, name, parse(Narrowed, request.get_data()))
+
+
+@routes.get("/backends/jobs")
+def list_operations() -> dict[str, Any]:
+    return {operation["uuid"]: operation for operation in backends.operations(web().services)}
+
+
+@routes.get("/backends/jobs/<id:operation_id>")
+def show_operation(operation_id: str) -> dict[str, Any]:
+    return backends.operation(web().services, operation_id)
+
+
+@routes.delete("/backends/jobs/<id:operation_id>")
+def give_up(operation_id: str) -> dict[str, Any]:
+    """Take back what is not done yet."""
+    return backends.give_up(web().services, operation_id)
+
+
+def _everywhere(op: Op, name: str, narrowed: Narrowed) -> tuple[dict[str, Any], int]:
+    made = backends.change_everywhere(web().services, op, name, only=narrowed.nodes, selector=narrowed.selector)
+    return made, 202

@@ -1,0 +1,253 @@
+"""Backends on nodes: what is installed where, and changing that, on one node now or on many when they are there."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from localai_q import names
+from localai_q.cluster.backends import (
+    MOST_ATTEMPTS,
+    REACHABLE,
+    Installed,
+    Op,
+    Step,
+    Wish,
+    WishState,
+    drifts,
+    has,
+    installed_on,
+    next_step,
+    pause,
+    targets,
+)
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState
+from localai_q.errors import Cancelled, Conflict, NotFound
+from localai_q.gallery import catalog
+from localai_q.services import jobs as job_services
+from localai_q.services.wiring import Services
+from localai_q.store import backends, jobs, nodes
+
+log = logging.getLogger(__name__)
+
+ENDED = (WishState.DONE, WishState.DEAD, WishState.CANCELLED)
+
+
+def request_for(op: Op, name: str, entry: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The request of a job on a backend."""
+    return {"kind": op.kind, "backend": name, **({"entry": entry} if entry else {})}
+
+
+def of_node(node: Node) -> list[dict[str, Any]]:
+    """What is installed on a node, as it has reported it."""
+    return [asdict(found) for found in installed_on(node)]
+
+
+def listed(services: Services) -> list[dict[str, Any]]:
+    """Every backend that some node has, with its nodes, and whether their versions differ."""
+    with services.db.transaction() as db:
+        known = nodes.every(db)
+    where: dict[str, list[tuple[Node, Installed]]] = {}
+    for node in known:
+        for found in installed_on(node):
+            where.setdefault(found.name, []).append((node, found))
+    return [_listed(name, where[name]) for name in sorted(where)]
+
+
+def _listed(name: str, where: list[tuple[Node, Installed]]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "drift": drifts([found for _, found in where]),
+        "nodes": [
+            {"node_id": node.id, "node_name": node.name, "node_status": node.state,
+             "version": found.version, "digest": found.digest, "build": found.build, "installed_at": found.installed_at}
+            for node, found in where
+        ],
+    }  # fmt: skip
+
+
+def available(services: Services) -> list[dict[str, Any]]:
+    """Every backend that can be installed, and on which nodes it is."""
+    with services.db.transaction() as db:
+        known = nodes.every(db)
+    return [
+        {"name": entry.name, "version": entry.version, "description": entry.description,
+         "capabilities": list(entry.capabilities), "builds": list(entry.builds),
+         "installed": any(has(node, entry.name) for node in known),
+         "nodes": [node.name for node in known if has(node, entry.name)]}
+        for entry in catalog.catalog().backends
+    ]  # fmt: skip
+
+
+def change(services: Services, node: Node, op: Op, name: str) -> str:
+    """Have one node install, upgrade or delete a backend now; the id of the job.
+
+    Raises:
+        NotFound: there is no such backend, or the node does not have it.
+        Conflict: the node is not there, or nothing of the backend runs on it.
+    """
+    if node.state not in REACHABLE:
+        raise Conflict(
+            f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
+        )
+    chosen = targets(op, name, _builds(op, name), [node])
+    if not chosen.nodes:
+        kind = Conflict if op is Op.INSTALL else NotFound
+        raise kind(f"Node '{node.name}' cannot {op} backend '{name}': {chosen.others[node.name]}.")
+    request = request_for(op, name)
+    return job_services.submit_node_job(services, kind=op.kind, node_id=node.id, model_id=None, request=request)
+
+
+def change_everywhere(
+    services: Services, op: Op, name: str, *, only: Collection[str] = (), selector: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Have every node that it is for install, upgrade or delete a backend, those that are away when they are back.
+
+    Returns:
+        The operation, as `operation` shows it.
+
+    Raises:
+        NotFound: there is no such backend or node.
+        Conflict: it is for no node; the message says why.
+    """
+    builds = _builds(op, name)
+    with services.db.transaction() as db:
+        known = nodes.every(db)
+        if unknown := set(only) - {node.id for node in known} - {node.name for node in known}:
+            raise NotFound(f"There is no node '{min(unknown)}'. 'localai-q nodes list' shows them.")
+        chosen = targets(op, name, builds, known, only=only, selector=selector)
+        if not chosen.nodes:
+            reasons = "; ".join(f"{node}: {reason}" for node, reason in chosen.others.items())
+            raise Conflict(f"No node is to {op} backend '{name}': {reasons or 'there is no node'}.")
+        operation_id = names.new_id()
+        for node in chosen.nodes:
+            backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id))
+    log.info("%s of backend %s on %d nodes", op, name, len(chosen.nodes), extra={"action": "backends"})
+    return operation(services, operation_id)
+
+
+def operation(services: Services, operation_id: str) -> dict[str, Any]:
+    """How far a request for many nodes is.
+
+    Raises:
+        NotFound: there is none of that id, or later ones have taken its place on all of its nodes.
+    """
+    with services.db.transaction() as db:
+        found = backends.every(db, operation=operation_id)
+    if not found:
+        raise NotFound(f"There is no operation '{operation_id}'.")
+    return _operations(services, found)[0]
+
+
+def operations(services: Services) -> list[dict[str, Any]]:
+    """Every request for many nodes that is remembered, the oldest first."""
+    with services.db.transaction() as db:
+        found = backends.every(db)
+    return _operations(services, found)
+
+
+def give_up(services: Services, operation_id: str) -> dict[str, Any]:
+    """Take back what of a request for many nodes is not done yet.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    operation(services, operation_id)
+    with services.db.transaction() as db:
+        found = backends.every(db, states=(WishState.OPEN,), operation=operation_id)
+        for wish in found:
+            backends.note(db, wish, state=WishState.CANCELLED)
+        begun = [job for wish in found if wish.job_id and (job := jobs.by_id(db, wish.job_id))]
+    for job in begun:
+        job_services.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    return operation(services, operation_id)
+
+
+def fulfil(services: Services) -> None:
+    """Take every wish one step further."""
+    with services.db.transaction() as db:
+        found = backends.every(db, states=(WishState.OPEN,))
+        reachable = {node.id for node in nodes.every(db) if node.state in REACHABLE}
+        begun = {wish.job_id: jobs.by_id(db, wish.job_id) for wish in found if wish.job_id}
+    for wish in found:
+        job = begun.get(wish.job_id or "")
+        step = next_step(wish, job, reachable=wish.node_id in reachable, now=time.time())
+        _take(services, wish, step, str((job.error or {}).get("message", "")) if job else "")
+
+
+def prune(services: Services, *, days: int) -> None:
+    """Forget wishes that ended long ago."""
+    with services.db.transaction() as db:
+        backends.forget_ended(db, days=days)
+
+
+def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
+    values: dict[str, Any]
+    match step:
+        case Step.WAIT:
+            return
+        case Step.BEGIN:
+            request = request_for(wish.op, wish.backend, wish.entry)
+            job_id = job_services.submit_node_job(
+                services, kind=wish.op.kind, node_id=wish.node_id, model_id=None, request=request
+            )
+            values = {"job_id": job_id}
+        case Step.DONE:
+            values = {"state": WishState.DONE, "last_error": "", "job_id": None}
+        case Step.CANCELLED:
+            values = {"state": WishState.CANCELLED, "last_error": error, "job_id": None}
+        case Step.AGAIN:
+            values = {"job_id": None, "last_error": error}
+        case Step.FAILED:
+            attempts = wish.attempts + 1
+            dead = attempts >= MOST_ATTEMPTS
+            values = {"job_id": None, "last_error": error, "attempts": attempts, "pause": pause(attempts),
+                      "state": WishState.DEAD if dead else WishState.OPEN}  # fmt: skip
+            log.warning("%s of backend %s on node %s failed (%d of %d): %s",
+                        wish.op, wish.backend, wish.node_id, attempts, MOST_ATTEMPTS, error)  # fmt: skip
+    with services.db.transaction() as db:
+        backends.note(db, wish, **values)
+
+
+def _builds(op: Op, name: str) -> Collection[Any]:
+    """The builds of the backend; those of one that is to be deleted do not matter."""
+    return () if op is Op.DELETE else catalog.backend(name).builds
+
+
+def _operations(services: Services, found: list[Wish]) -> list[dict[str, Any]]:
+    with services.db.transaction() as db:
+        node_names = {node.id: node.name for node in nodes.every(db)}
+    progress = job_services.percentages(services, [wish.job_id for wish in found if wish.job_id])
+    by_id: dict[str, list[Wish]] = {}
+    for wish in found:
+        by_id.setdefault(wish.operation, []).append(wish)
+    return [_operation(wishes, node_names, progress) for wishes in by_id.values()]
+
+
+def _operation(wishes: list[Wish], node_names: dict[str, str], progress: dict[str, float]) -> dict[str, Any]:
+    """A request for many nodes: LocalAI's names of what is known of a job, and what is on each node."""
+    parts = [100.0 if wish.state in ENDED else progress.get(wish.job_id or "", 0.0) for wish in wishes]
+    errors = [f"{node_names.get(wish.node_id)}: {wish.last_error}" for wish in wishes if wish.last_error]
+    ended = sum(wish.state in ENDED for wish in wishes)
+    op, name = wishes[0].op, wishes[0].backend
+    return {
+        "uuid": wishes[0].operation,
+        "status": f"/backends/jobs/{wishes[0].operation}",
+        "gallery_element_name": name,
+        "op": op,
+        "deletion": op is Op.DELETE,
+        "processed": ended == len(wishes),
+        "progress": round(sum(parts) / len(parts), 1),
+        "message": f"{op} of {name}: {ended} of {len(wishes)} nodes",
+        "error": "; ".join(errors) or None,
+        "nodes": [
+            {"node_id": wish.node_id, "node_name": node_names.get(wish.node_id), "status": wish.state,
+             "percentage": part, "error": wish.last_error or None, "attempts": wish.attempts,
+             "next_try": wish.next_try if wish.attempts and wish.state is WishState.OPEN else None, "job": wish.job_id}
+            for wish, part in zip(wishes, parts, strict=True)
+        ],
+    }  # fmt: skip

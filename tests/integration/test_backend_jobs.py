@@ -1,0 +1,179 @@
+"""Backends installed, upgraded and deleted as a node does it: jobs in processes of their own; and the API for that."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from cluster_data import ready_node
+from toy_backends import entry_of, pack, run_script
+from waiting import wait_for
+
+from api.app import create_app
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState
+from localai_q.errors import Cancelled
+from localai_q.gallery.catalog import BackendEntry, backend
+from localai_q.services import jobs, keys, nodes
+from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
+from workers import versions
+from workers.child import ChildSpec
+from workers.identity import Identity
+from workers.node.installer import install_backend, python_of
+from workers.node.jobs import Jobs
+
+
+@pytest.fixture(scope="module")
+def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_backend(backend("echo"), tmp_path_factory.mktemp("echo"), lambda _: None)
+
+
+@pytest.fixture
+def node(services: Services) -> Node:
+    return ready_node(services)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return tmp_path / "backends"
+
+
+@pytest.fixture
+def worker(services: Services, node: Node, root: Path, tmp_path: Path) -> Jobs:
+    spec = ChildSpec(
+        node_id=node.id, node_name=node.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
+        journal_max=1000, load_stall=60.0, status_fd=-1, backends=root, models=tmp_path / "models",
+        api_url="http://127.0.0.1:9", identity=tmp_path / "identity.json",
+    )  # fmt: skip
+    return Jobs(spec, Identity(spec.identity), tmp_path / "run")
+
+
+@pytest.fixture
+def call(services: Services) -> Callable[..., Any]:
+    """An admin's request; fails on another status than `status`."""
+    key = keys.create(services, name="a", role="admin")[1]
+
+    def ask(method: str, path: str, status: int = 200, **more: Any) -> Any:
+        with create_app(services.settings).test_client() as http:
+            answer = http.open(path, method=method, headers={"Authorization": f"Bearer {key}"}, **more)
+        assert answer.status_code == status, answer.text
+        return answer.get_json()
+
+    return ask
+
+
+def submit(services: Services, node: Node, kind: str, entry: BackendEntry) -> str:
+    request = {"kind": kind, "backend": entry.name, "entry": entry.model_dump(mode="json")}
+    return jobs.submit_node_job(services, kind=kind, node_id=node.id, model_id=None, request=request)
+
+
+def result(services: Services, job_id: str) -> tuple[JobState, dict]:
+    jobs.apply_ends(services)
+    with services.db.transaction() as db:
+        found = job_rows.by_id(db, job_id)
+    return found.state, found.result or found.error
+
+
+def test_a_backend_of_a_job_is_installed_made_anew_and_deleted(
+    services: Services, node: Node, worker: Jobs, echo: Path, root: Path, tmp_path: Path
+) -> None:
+    entry = entry_of(pack(tmp_path / "a.tgz", run_script(python_of(echo), echo)))
+    first = submit(services, node, "install_backend", entry)
+    worker.run(first)
+    state, told = result(services, first)
+    assert (state, told["name"], told["version"], told["build"]) == (JobState.DONE, "toy", "1", "cpu")
+    place = versions.pointer(root, "toy").resolve()
+    (tmp_path / "a.tgz").unlink()
+    again = submit(services, node, "install_backend", entry)
+    worker.run(again)
+    assert result(services, again) == (JobState.DONE, told)
+    upgrade = submit(services, node, "upgrade_backend", entry)
+    worker.run(upgrade)
+    assert result(services, upgrade)[0] is JobState.FAILED
+    assert versions.pointer(root, "toy").resolve() == place
+    entry = entry_of(pack(tmp_path / "a.tgz", run_script(python_of(echo), echo)))
+    upgrade = submit(services, node, "upgrade_backend", entry)
+    worker.run(upgrade)
+    assert result(services, upgrade)[0] is JobState.DONE
+    assert versions.pointer(root, "toy").resolve() != place
+    delete = submit(services, node, "delete_backend", entry)
+    worker.run(delete)
+    assert result(services, delete) == (JobState.DONE, {"name": "toy", "removed": True})
+    assert sorted(path.name for path in (root / "toy").iterdir()) == [".lock"]
+
+
+@pytest.mark.parametrize("kind", ["install_backend", "upgrade_backend"])
+def test_a_cancelled_install_leaves_no_file_and_no_process(
+    services: Services, node: Node, worker: Jobs, root: Path, tmp_path: Path, kind: str
+) -> None:
+    mark = tmp_path / "mark"
+    script = run_script(Path("/nowhere"), tmp_path, extra=f"echo $$ > {mark}; exec sleep 300")
+    job_id = submit(services, node, kind, entry_of(pack(tmp_path / "a.tgz", script)))
+    working = threading.Thread(target=worker.run, args=(job_id,))
+    working.start()
+    assert wait_for(lambda: mark.exists() and mark.read_text().strip(), 30)
+    with services.db.transaction() as db:
+        job = job_rows.by_id(db, job_id)
+    jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    working.join(30)
+    assert result(services, job_id)[0] is JobState.CANCELLED
+    assert wait_for(lambda: not psutil.pid_exists(int(mark.read_text())))
+    assert [path.name for path in (root / "toy").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    ("request_body", "says"),
+    [
+        ({"backend": "ghost"}, "no backend 'ghost'"),
+        ({"backend": "toy", "entry": {"name": "../toy"}}, "cannot be read"),
+    ],
+)
+def test_an_order_that_makes_no_sense_fails_with_the_reason(
+    services: Services, node: Node, worker: Jobs, request_body: dict, says: str
+) -> None:
+    request = {"kind": "install_backend", **request_body}
+    job_id = jobs.submit_node_job(services, kind="install_backend", node_id=node.id, model_id=None, request=request)
+    worker.run(job_id)
+    state, error = result(services, job_id)
+    assert state is JobState.FAILED
+    assert says in error["message"]
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(services: Services, node: Node, worker: Jobs) -> None:
+    request = {"kind": "delete_backend", "backend": "../models"}
+    job_id = jobs.submit_node_job(services, kind="delete_backend", node_id=node.id, model_id=None, request=request)
+    worker.run(job_id)
+    assert "is no name of a backend" in result(services, job_id)[1]["message"]
+
+
+def test_the_api_on_one_node(services: Services, node: Node, call) -> None:
+    assert call("GET", "/api/nodes/n1/backends") == []
+    told = call("POST", "/api/nodes/n1/backends/install", 202, json={"backend": "echo"})
+    assert call("GET", f"/api/jobs/{told['jobID']}")["kind"] == "install_backend"
+    call("POST", "/api/nodes/n1/backends/install", 404, json={"backend": "ghost"})
+    call("POST", "/api/nodes/n1/backends/install", 400, json={"backend": "../x"})
+    call("POST", "/api/nodes/n1/backends/install", 400, json={"backend": "echo", "force": 1})
+    call("POST", "/api/nodes/n1/backends/upgrade", 404, json={"backend": "echo"})
+    found = {"name": "echo", "version": "1", "digest": "a" * 64, "build": "cpu", "installed_at": 1.5}
+    nodes.heartbeat(services, node, hardware={"backends": [found]})
+    assert call("GET", "/api/nodes/n1/backends") == [found]
+    for op in ("upgrade", "delete"):
+        told = call("POST", f"/api/nodes/n1/backends/{op}", 202, json={"backend": "echo"})
+        assert call("GET", f"/api/jobs/{told['jobID']}")["kind"] == f"{op}_backend"
+
+
+def test_the_api_on_many_nodes(services: Services, node: Node, call) -> None:
+    assert call("GET", "/backends") == call("GET", "/api/backends") == []
+    told = call("POST", "/backends/apply", 202, json={"id": "echo"})
+    assert call("GET", told["status"]) == told
+    assert list(call("GET", "/backends/jobs")) == [told["uuid"]]
+    assert call("DELETE", told["status"])["nodes"][0]["status"] == "cancelled"
+    call("POST", "/backends/apply", 409, json={"id": "echo", "selector": {"zone": "home"}})
+    call("POST", "/backends/apply", 404, json={"id": "echo", "nodes": ["n9"]})
+    call("POST", "/backends/upgrade/echo", 409)
+    call("POST", "/backends/delete/echo", 409)
+    call("GET", "/backends/jobs/nothing", 404)
+    assert {entry["name"] for entry in call("GET", "/backends/available")} >= {"echo", "xllamacpp"}
