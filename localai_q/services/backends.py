@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -31,6 +30,7 @@ from localai_q.gallery import catalog
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
 from localai_q.store import backends, jobs, nodes
+from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
 
@@ -173,9 +173,10 @@ def fulfil(services: Services) -> None:
         found = backends.every(db, states=(WishState.OPEN,))
         reachable = {node.id for node in nodes.every(db) if node.state in REACHABLE}
         begun = {wish.job_id: jobs.by_id(db, wish.job_id) for wish in found if wish.job_id}
+        now = clock(db)
     for wish in found:
         job = begun.get(wish.job_id or "")
-        step = next_step(wish, job, reachable=wish.node_id in reachable, now=time.time())
+        step = next_step(wish, job, reachable=wish.node_id in reachable, now=now)
         _take(services, wish, step, str((job.error or {}).get("message", "")) if job else "")
 
 
