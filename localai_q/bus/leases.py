@@ -27,6 +27,7 @@ from localai_q.errors import Busy
 
 SCRIPTS = ("submit", "claim", "append", "renew", "finish", "abort", "release", "requeue", "restore")
 DAY_MS = 24 * 3600 * 1000
+AT_ONCE = 500  # jobs that are asked for in one go: between two, a web process lets its streams go on
 CONTROL = "control"  # the name under which ends are kept that no node has written
 
 
@@ -316,9 +317,11 @@ class Leases:
         for line in lines:
             pipe.zrange(names.leases_key(line), 0, -1)
         held = [job_id for job_ids in pipe.execute() for job_id in job_ids] if lines else []
-        for job_id in held:
-            pipe.hget(names.job_key(job_id), "owner")
-        found = pipe.execute() if held else []
+        found: list[str | None] = []
+        for start in range(0, len(held), AT_ONCE):
+            for job_id in held[start : start + AT_ONCE]:
+                pipe.hget(names.job_key(job_id), "owner")
+            found += pipe.execute()
         return {job_id: name for job_id, name in zip(held, found, strict=True) if name}
 
     def live(self, job_ids: Sequence[str]) -> dict[str, LiveState]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import math
 import secrets
 import threading
 import time
@@ -36,7 +37,8 @@ UNCLAIMED = 0.2  # seconds after which a doorbell that was rung for one replica 
 AGAIN = 1.0  # seconds before what has failed is tried again
 TICK = 0.05  # seconds between two looks at jobs that are due for one
 LOOKS = 60.0  # seconds after which nobody looks any more who has taken a job
-FRESH = 0.2  # seconds for which what others do is taken for known
+FRESH = 0.2  # seconds for which what others do is taken for known, at least
+COSTLY = 20  # times as long as it took to read that: many jobs are looked at more seldom
 DEAF = 5.0  # seconds for which a replica that has not taken what it was told of is not told of more
 ON_ITS_WAY = 1.0  # seconds in which a job of this process that nobody holds may still be on its way
 MOST_WATCHED = 10_000  # jobs whose taking is watched; control rings again for those above
@@ -69,7 +71,7 @@ class _View:
     """What the replicas of one model have to do, as far as this process knows."""
 
     def __init__(self) -> None:
-        self.read = float("-inf")
+        self.due = float("-inf")  # when to read again what others do
         self._own: dict[str, float] = {}  # when jobs of this process set out
         self._where: dict[str, str] = {}  # the replicas of jobs; empty: whichever has a slot
         self._counts: Counter[str] = Counter()
@@ -219,9 +221,13 @@ class Router:
     def _view(self, line: str, now: float) -> _View:
         """What the model's replicas have to do; read again by the first that finds it old."""
         view = self._views.setdefault(line, _View())
-        if now - view.read >= FRESH:
-            view.read = now
-            view.refresh(*self._services.leases.at_work(line), now)
+        if now >= view.due:
+            view.due = math.inf  # nobody else reads it meanwhile
+            try:
+                view.refresh(*self._services.leases.at_work(line), now)
+            finally:
+                read = time.monotonic()
+                view.due = read + max(FRESH, COSTLY * (read - now))
         return view
 
     def _learn(self, trip: Trip, replica_id: str, now: float) -> None:

@@ -18,7 +18,7 @@ from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import Busy, Unavailable
 from localai_q.services import generations, jobs, models, nodes, replicas
-from localai_q.services.router import UNCLAIMED, Router
+from localai_q.services.router import COSTLY, FRESH, UNCLAIMED, Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import nodes as node_rows
@@ -93,6 +93,17 @@ def counted(web: Router, play: Play) -> int:
 
 
 SLOTS = 8  # of both replicas
+
+
+def raising(error: Exception):
+    """A function that raises this, whatever it is called with."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    return fail
+
+
 LONG = "Once upon a time there was a lighthouse. " * 50
 
 
@@ -151,6 +162,36 @@ class TestLoad:
             play.claim(play.ask(play.web()), play.one)
         web = play.web()
         assert [play.told(play.ask(web)) for _ in range(3)] == [play.two] * 3
+
+    def test_many_jobs_are_read_piece_by_piece(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        web = play.web()
+        asked = [play.ask(web) for _ in range(5)]
+        for job_id in asked:
+            play.claim(job_id, play.one)
+        whole = play.services.leases.at_work(play.line)
+        monkeypatch.setattr("localai_q.bus.leases.AT_ONCE", 2)
+        assert play.services.leases.at_work(play.line) == whole == (dict.fromkeys(asked, play.one), 0)
+
+    def test_what_takes_long_to_read_is_read_more_seldom(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        web, at_work = play.web(), play.services.leases.at_work
+        for took, pause in ((0.0, FRESH), (0.1, 0.1 * COSTLY)):
+            web._views.clear()
+            monkeypatch.setattr(
+                play.services.leases, "at_work", lambda line, took=took: (time.sleep(took), at_work(line))[1]
+            )
+            began = time.monotonic()
+            play.ask(web)
+            assert web._views[play.line].due - began >= pause
+
+    def test_what_cannot_be_read_is_read_again(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+        web = play.web()
+        with monkeypatch.context() as patched:
+            patched.setattr(play.services.leases, "at_work", raising(Unavailable("away")))
+            with pytest.raises(Unavailable):
+                play.ask(web)
+        play.claim(play.ask(play.web()), play.one)
+        web._view(play.line, time.monotonic() + FRESH)
+        assert counted(web, play) == 1
 
     def test_own_requests_count_at_once_until_they_end(self, play: Play) -> None:
         web = play.web()
