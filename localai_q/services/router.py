@@ -38,7 +38,8 @@ AGAIN = 1.0  # seconds before what has failed is tried again
 TICK = 0.05  # seconds between two looks at jobs that are due for one
 LOOKS = 60.0  # seconds after which nobody looks any more who has taken a job
 FRESH = 0.2  # seconds for which what others do is taken for known, at least
-COSTLY = 20  # times as long as it took to read that: many jobs are looked at more seldom
+STALE = 5.0  # seconds, at most
+COSTLY = 20  # times the work of reading that, in seconds: many jobs are looked at more seldom
 DEAF = 5.0  # seconds for which a replica that has not taken what it was told of is not told of more
 ON_ITS_WAY = 1.0  # seconds in which a job of this process that nobody holds may still be on its way
 MOST_WATCHED = 10_000  # jobs whose taking is watched; control rings again for those above
@@ -222,12 +223,11 @@ class Router:
         """What the model's replicas have to do; read again by the first that finds it old."""
         view = self._views.setdefault(line, _View())
         if now >= view.due:
-            view.due = math.inf  # nobody else reads it meanwhile
+            view.due, began = math.inf, time.process_time()  # nobody else reads it meanwhile
             try:
                 view.refresh(*self._services.leases.at_work(line), now)
             finally:
-                read = time.monotonic()
-                view.due = read + max(FRESH, COSTLY * (read - now))
+                view.due = now + min(max(FRESH, COSTLY * (time.process_time() - began)), STALE)
         return view
 
     def _learn(self, trip: Trip, replica_id: str, now: float) -> None:

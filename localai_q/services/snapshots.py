@@ -1,4 +1,7 @@
-"""The registry as a web process last read it: fresh to half a second, so that routing costs no query."""
+"""The registry as a web process last read it: fresh to half a second, so that routing costs no query.
+
+Where there is so much in it that reading it takes long, it is read more seldom, and only who reads it waits for it.
+"""
 
 from __future__ import annotations
 
@@ -14,33 +17,44 @@ from localai_q.services.wiring import Services
 from localai_q.store import measures, models, nodes, replicas
 from localai_q.store.engine import clock
 
-FRESH = 0.5  # seconds
+FRESH = 0.5  # seconds, at least
+STALE = 10.0  # seconds, at most
+SILENT = (NodeState.UNHEALTHY, NodeState.OFFLINE)
+COSTLY = 4  # times the work of reading it, in seconds: a process has other things to do
 
 
 class Snapshots:
-    """Reads the registry at most every `FRESH` seconds."""
+    """Reads the registry at most every `FRESH` seconds, unless somebody needs it younger."""
 
     def __init__(self, services: Services) -> None:
         self._services = services
         self._last: Snapshot | None = None
         self._read = 0.0  # when, by this process's clock
         self._lock = threading.Lock()
+        self._lasts = FRESH  # seconds
 
-    def now(self, *, younger_than: float = FRESH) -> Snapshot:
-        """A snapshot not older than so many seconds."""
+    def now(self, *, younger_than: float | None = None) -> Snapshot:
+        """A snapshot: not older than so many seconds, or as old as may be."""
         last = self._last
-        if last and time.monotonic() - self._read < younger_than:
+        if last and time.monotonic() - self._read < (self._lasts if younger_than is None else younger_than):
             return last
-        with self._lock:
+        if not self._lock.acquire(blocking=last is None or younger_than is not None):
+            assert last is not None
+            return last
+        try:
             if self._last is last:
-                read = time.monotonic()
+                read, began = time.monotonic(), time.process_time()
                 self._last = take(self._services)
                 self._read = read
+                work = time.process_time() - began  # no more: a store that is slow to answer is asked as often as ever
+                self._lasts = min(max(FRESH, COSTLY * work), STALE)
             assert self._last is not None
             return self._last
+        finally:
+            self._lock.release()
 
-    def model(self, name: str, *, younger_than: float = FRESH) -> tuple[Model, Snapshot]:
-        """The model of that name, and the snapshot that has it, not older than so many seconds.
+    def model(self, name: str, *, younger_than: float | None = None) -> tuple[Model, Snapshot]:
+        """The model of that name, and the snapshot that has it; `younger_than` is as in `now`.
 
         Raises:
             ModelNotFound: there is none, even now.
@@ -59,12 +73,12 @@ def take(services: Services) -> Snapshot:
     with services.db.transaction() as db:
         known, what = models.every(db), replicas.every(db)
         coming = {replica.node_id for replica in what if replica.state in COMING_UP}
-        machines = nodes.every(db)
+        machines = nodes.states(db)
         return Snapshot(
             models={model.name: model for model in known},
             replicas=tuple(what),
             speeds=Speeds(measures.every(db, node_ids=coming), known) if coming else Speeds(),
-            node_names={node.id: node.name for node in machines},
-            silent=frozenset(node.id for node in machines if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE)),
+            node_names={node_id: name for node_id, (name, _) in machines.items()},
+            silent=frozenset(node_id for node_id, (_, state) in machines.items() if state in SILENT),
             taken=clock(db),
         )

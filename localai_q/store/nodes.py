@@ -42,6 +42,12 @@ def every(db: Connection) -> list[Node]:
     return [_node(row) for row in db.execute(select(nodes).order_by(nodes.c.name))]
 
 
+def states(db: Connection) -> dict[str, tuple[str, NodeState]]:
+    """Name and state of every node, by id: a small part of what `every` reads."""
+    rows = db.execute(select(nodes.c.id, nodes.c.name, nodes.c.state))
+    return {node_id: (name, NodeState(state)) for node_id, name, state in rows}
+
+
 def heard_of(db: Connection, node_id: str, *, hardware: dict[str, Any] | None, version: str | None = None) -> None:
     """Note that the node has reported."""
     values: dict[str, Any] = {"last_heartbeat": func.now()}

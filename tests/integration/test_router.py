@@ -1,6 +1,8 @@
 """Which replica a request is rung for: two replicas that the test plays, two web processes, the real stores between them."""
 
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from cluster_data import add_model, model_named, ready_node, rung
@@ -17,8 +19,8 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import Busy, Unavailable
-from localai_q.services import generations, jobs, models, nodes, replicas
-from localai_q.services.router import COSTLY, FRESH, UNCLAIMED, Router
+from localai_q.services import generations, jobs, models, nodes, replicas, snapshots
+from localai_q.services.router import COSTLY, FRESH, STALE, UNCLAIMED, Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 from localai_q.store import nodes as node_rows
@@ -104,6 +106,13 @@ def raising(error: Exception):
     return fail
 
 
+def works(seconds: float) -> None:
+    """Keep the processor busy for so long."""
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+
+
 LONG = "Once upon a time there was a lighthouse. " * 50
 
 
@@ -172,16 +181,34 @@ class TestLoad:
         monkeypatch.setattr("localai_q.bus.leases.AT_ONCE", 2)
         assert play.services.leases.at_work(play.line) == whole == (dict.fromkeys(asked, play.one), 0)
 
-    def test_what_takes_long_to_read_is_read_more_seldom(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_what_is_much_work_to_read_is_read_more_seldom(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
         web, at_work = play.web(), play.services.leases.at_work
-        for took, pause in ((0.0, FRESH), (0.1, 0.1 * COSTLY)):
+        for work, pause in ((0.0, FRESH), (0.1, 0.1 * COSTLY), (0.5, STALE)):
             web._views.clear()
             monkeypatch.setattr(
-                play.services.leases, "at_work", lambda line, took=took: (time.sleep(took), at_work(line))[1]
+                play.services.leases, "at_work", lambda line, work=work: (works(work), at_work(line))[1]
             )
             began = time.monotonic()
             play.ask(web)
             assert web._views[play.line].due - began >= pause
+
+    def test_a_registry_that_is_much_work_to_read_is_read_more_seldom_and_by_one(
+        self, play: Play, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        found, reading, go_on = Snapshots(play.services), threading.Event(), threading.Event()
+        monkeypatch.setattr(snapshots, "COSTLY", 1000)
+        first = found.now()
+        time.sleep(FRESH)
+        assert found.now() is first, "at the price of a thousand times its work"
+        with monkeypatch.context() as patched, ThreadPoolExecutor() as pool:
+            patched.setattr(snapshots, "take", lambda _: (reading.set(), go_on.wait(10), first)[2])
+            patched.setattr(found, "_lasts", 0.0)
+            reader = pool.submit(found.now)
+            assert reading.wait(10)
+            assert found.now() is first, "who does not read it does not wait"
+            go_on.set()
+            assert reader.result() is first
+        assert found.now(younger_than=0.0) is not first
 
     def test_what_cannot_be_read_is_read_again(self, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
         web = play.web()
