@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import os
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
 from workers.identity import Identity
+from workers.node import stalls
 from workers.node.jobs import Jobs
 from workers.node.stalls import Watch
 
@@ -140,6 +142,46 @@ def test_what_no_worker_of_a_node_begins_is_ended(services: Services, node: Node
     watched(services)
     jobs.recover(services)
     assert ended(services, job_id) == (JobState.FAILED, "its node has not begun it for 1 s")
+
+
+def test_a_stage_that_is_busy_for_ever_is_ended_too(
+    services: Services, node: Node, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stalls, "LONGEST", 3.0)
+    monkeypatch.setattr(Watch, "_moved", lambda _: True)
+    source.pause = 60.0
+    job_id = fetch(services, node)
+    worker(services, node, tmp_path, source).run(job_id)
+    assert ended(services, job_id) == (
+        JobState.FAILED,
+        f"is busy for ever at downloading {HALF} of {len(CONTENT)} bytes: nothing was heard of its progress for 4 s",
+    )
+
+
+def test_who_says_how_far_it_is_may_take_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stalls, "LONGEST", 3.0)
+    watch = Watch(0, 2.0)
+    watch._moved = lambda: True
+    for done in range(10):
+        watch.note(Progress(stage="x", done=done))
+        assert not watch.look()
+        assert not watch.look()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("io file was empty"), FileNotFoundError(), psutil.AccessDenied(1)])
+@pytest.mark.parametrize("asked", ["io_counters", "cpu_times", "children"])
+def test_what_the_system_does_not_tell_of_a_process_is_no_movement(
+    monkeypatch: pytest.MonkeyPatch, asked: str, error: Exception
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(psutil.Process, asked, fail)
+    resting = subprocess.Popen(["sleep", "60"])
+    watch = Watch(resting.pid, 2.0)
+    assert [watch.look() for _ in range(4)][-1]
+    resting.kill()
+    resting.wait()
 
 
 def test_to_say_the_same_again_is_no_progress() -> None:

@@ -25,7 +25,7 @@ from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
 from workers.child import ALIVE, FINISH, ChildSpec, ReplicaSpec, read_statuses, write_spec
 from workers.node import leftovers
-from workers.node.stalls import LONGEST_LOAD, LOOK, Watch, longest
+from workers.node.stalls import LOOK, Watch, longest
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +49,11 @@ class Load:
 
     def verdict(self) -> str:
         """Why it must end, `LOOK` seconds after this was asked last; empty as long as it may go on."""
-        stalled = self.watch.look()
-        if stalled and self.watch.elapsed > self.longest:
-            return self._told(f"loading {self.watch}, {self.watch.elapsed:.0f} s after it began")
-        if self.watch.elapsed > LONGEST_LOAD:
-            return self._told(f"loading has not ended within {LONGEST_LOAD:.0f} s")
-        return ""
-
-    def _told(self, what: str) -> str:
+        if not self.watch.look() or self.watch.elapsed <= self.longest:
+            return ""
         words = tail(self.log, LAST_LINES).strip()
-        return f"{what}; the backend's last words: {words}" if words else what
+        why = f"loading {self.watch}, {self.watch.elapsed:.0f} s after it began"
+        return f"{why}; the backend's last words: {words}" if words else why
 
 
 @dataclass

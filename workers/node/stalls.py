@@ -16,7 +16,8 @@ IDLE_CPU = 0.01  # of a core: what a process uses that only waits, and more
 LEAST_CPU = 0.05  # seconds; the kernel counts in hundredths
 LEAST_READ = 1 << 20  # bytes
 PER_GIB = 20.0  # seconds that loading may take for each GiB, as LocalAI has it
-LONGEST_LOAD = 6 * 3600.0  # seconds, as LocalAI has it: for what is busy for ever
+LONGEST = 6 * 3600.0  # seconds without a word, as LocalAI has it for loads: for what is busy for ever
+UNREADABLE = (psutil.Error, OSError, RuntimeError)  # psutil passes on some of what the system says
 
 
 class Watch:
@@ -30,6 +31,7 @@ class Watch:
     def __init__(self, pid: int, patience: float) -> None:
         self.elapsed = 0.0  # seconds
         self.still = 0.0  # seconds since anything moved
+        self.silent = 0.0  # seconds since it has said something new
         self._pid = pid
         self._patience = patience
         self._seen: dict[int, tuple[float, int]] = {}
@@ -38,19 +40,22 @@ class Watch:
     def note(self, progress: Progress) -> None:
         """It has said how far it is; to say the same again is no progress."""
         if progress != self._at:
-            self._at, self.still = progress, 0.0
+            self._at, self.still, self.silent = progress, 0.0, 0.0
 
     def look(self) -> bool:
-        """Whether it has stalled."""
+        """Whether it has stalled, or is busy for ever; which of both, and where, its text says."""
         self.elapsed += LOOK
         self.still += LOOK
+        self.silent += LOOK
         if self._moved():
             self.still = 0.0
-        return self.still > self._patience
+        return self.still > self._patience or self.silent > LONGEST
 
     def __str__(self) -> str:
         where = f" at {_place(self._at)}" if self._at else ""
-        return f"stalled{where}: nothing moved for {self.still:.0f} s"
+        if self.still > self._patience:
+            return f"stalled{where}: nothing moved for {self.still:.0f} s"
+        return f"is busy for ever{where}: nothing was heard of its progress for {self.silent:.0f} s"
 
     def _moved(self) -> bool:
         """Whether its processes have worked, read or changed since that was last so."""
@@ -66,7 +71,7 @@ class Watch:
 
 def longest(file_size: int, patience: float) -> float:
     """Seconds that a backend may take to load so many bytes without any sign that it moves."""
-    return patience + PER_GIB * file_size / (1 << 30)
+    return min(patience + PER_GIB * file_size / (1 << 30), LONGEST)
 
 
 def _place(progress: Progress) -> str:
@@ -78,10 +83,10 @@ def _place(progress: Progress) -> str:
 def _readings(pid: int) -> dict[int, tuple[float, int]]:
     """CPU seconds and bytes read of a process and of all below it, by id; of those that can be asked."""
     found = {}
-    with suppress(psutil.Error):
+    with suppress(*UNREADABLE):
         root = psutil.Process(pid)
         for process in [root, *root.children(recursive=True)]:
-            with suppress(psutil.Error):
+            with suppress(*UNREADABLE):
                 cpu = sum(process.cpu_times()[:4])  # with that of children that have ended
                 found[process.pid] = cpu, _read(process)
     return found
@@ -91,6 +96,6 @@ def _read(process: psutil.Process) -> int:
     """Bytes that it has read, from the disk or the page cache; 0 where the system does not count them."""
     try:
         counted = process.io_counters()
-    except (psutil.Error, AttributeError):
+    except (*UNREADABLE, AttributeError):
         return 0
     return int(counted.read_bytes) + int(getattr(counted, "read_chars", 0))
