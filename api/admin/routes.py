@@ -85,8 +85,8 @@ def list_rules() -> dict[str, Any]:
 
 @routes.post("/api/nodes/scheduling")
 def put_rule() -> dict[str, Any]:
-    """The body is the whole rule."""
-    return scheduling.put(web().services, load_object(request.get_data()))
+    """The body is the whole rule. With `force=true` even if no node could have the model so."""
+    return scheduling.put(web().services, load_object(request.get_data()), force=_flag("force"))
 
 
 @routes.get("/api/nodes/scheduling/<path:model>", merge_slashes=False, strict_slashes=True)
@@ -209,8 +209,8 @@ def add_model() -> tuple[dict[str, Any], int]:
 
 @routes.patch("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)
 def edit_model(name: str) -> dict[str, Any]:
-    """The body has the fields that change, as `POST` takes them."""
-    return models.edit(web().services, name, load_object(request.get_data()))
+    """The body has the fields that change, as `POST` takes them. With `force=true` even if no node could have it so."""
+    return models.edit(web().services, name, load_object(request.get_data()), force=_flag("force"))
 
 
 @routes.delete("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)  # slashes are part of a name

@@ -131,15 +131,35 @@ def hopeless(replica: Replica) -> bool:
 def plan(fleet: Fleet) -> list[Action]:
     """What to do now."""
     board = Board(fleet)
-    actions: list[Action] = [
-        _end(board, replica, reason)
-        for model in fleet.models
-        for replica in board.of(model.id)
-        if replica.state is not ReplicaState.STOPPING and (reason := _unwanted(board, model, replica))
-    ]
+    actions: list[Action] = [action for model in fleet.models for action in _end_unwanted(board, model)]
     for model in sorted(fleet.models, key=lambda model: -board.demand(model.id).longest):
         actions += _of_model(board, model)
     return actions
+
+
+def ruled_out(fleet: Fleet, model: Model) -> dict[str, str]:
+    """Why nothing would be left of a model that serves, if it were changed so, and no node could ever take it again, by
+    the nodes' names, of so many as an error names; empty: it could go on.
+
+    Args:
+        fleet: with the model as it would be, and its replicas as they are.
+    """
+    board = Board(fleet)
+    _end_unwanted(board, model)
+    if board.alive(model.id):
+        return {}
+    verdicts = [board.examine(model, node_id) for node_id in board.nodes]
+    if any(verdict.fits or (verdict.crowded and eviction.may_fit(board, verdict)) for verdict in verdicts):
+        return {}
+    return {verdict.node.name: verdict.reason for verdict in verdicts[:MOST_REASONS]}
+
+
+def _end_unwanted(board: Board, model: Model) -> list[Stop | Drop]:
+    return [
+        _end(board, replica, reason)
+        for replica in board.of(model.id)
+        if replica.state is not ReplicaState.STOPPING and (reason := _unwanted(board, model, replica))
+    ]
 
 
 def _stop(board: Board, replica: Replica, reason: str, *, if_idle: bool = False) -> Stop:

@@ -27,7 +27,7 @@ def fields_of(rule: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         MissingParameter: it names no model.
         UnknownParameter: it says something that no rule does.
     """
-    unknown = sorted(rule.keys() - {NAME, *FIELDS})
+    unknown = sorted(map(str, rule.keys() - {NAME, *FIELDS}))  # in YAML a key can be of any kind
     if unknown:
         raise UnknownParameter(f"Unknown parameter: '{unknown[0]}'. A rule has {', '.join([NAME, *FIELDS])}.",
                                param=unknown[0])  # fmt: skip

@@ -13,7 +13,9 @@ from typing import IO, Any
 
 from localai_q import gguf, names
 from localai_q.cluster import sources
+from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.placement import ruled_out
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
 from localai_q.documents import checked
@@ -23,7 +25,8 @@ from localai_q.services import jobs, snapshots, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
-from localai_q.store import marks, models, replicas
+from localai_q.store import marks, models, nodes, replicas
+from localai_q.store.engine import clock
 
 CHUNK = 1 << 20
 HEADROOM = 1 << 30  # bytes that an upload leaves free on the disk
@@ -62,26 +65,47 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
     return {"id": model.id, "name": model.name}
 
 
-def edit(services: Services, name: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:
     """Change fields of a model's configuration. All others stay, or are as somebody else changes them at the same time.
 
     Where this makes another replica, the model gets a new revision: what is accepted after this has returned is answered
     by that, and replicas of the old one finish what they hold and end. Returns the model as `listed` shows it.
 
+    Args:
+        force: even if it is loaded and no node could have it so.
+
     Raises:
         ModelNotFound: there is none of that name.
         UnknownParameter, InvalidValue, NotFound: a model like that could not be added either.
+        Conflict: it would be gone for good.
     """
     while True:
         before = named(services, name)
         after = _changed(services, before, changes)
         with services.db.transaction() as db:
+            if not force:
+                _keep_possible(db, after)
             if models.change(db, before, after):
                 break
     if after.config.source != before.config.source:
         _forget_file(services, before.config.source)
     services.redis.publish(names.WAKE_CHANNEL, after.id)
     return next(record for record in listed(services) if record["id"] == after.id)
+
+
+def _keep_possible(db: Any, model: Model) -> None:
+    """Refuse to make of a model that is loaded one that no node could have."""
+    if not replicas.every(db, model_id=model.id, states=[ReplicaState.READY]):
+        return
+    known = [model if each.id == model.id else each for each in models.every(db)]
+    fleet = Fleet(models=known, nodes=nodes.every(db), replicas=replicas.every(db),
+                  gpu_backends=catalog.gpu_backends(), now=clock(db))  # fmt: skip
+    if found := ruled_out(fleet, model):
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in found.items())
+        raise Conflict(
+            f"The model '{model.name}' is loaded, and no node could have it so: {reasons}. Nothing was changed. Send this "
+            "with ?force=true to have it changed all the same."
+        )
 
 
 def _changed(services: Services, model: Model, changes: Mapping[str, Any]) -> Model:

@@ -38,15 +38,16 @@ def show(services: Services, name: str) -> dict[str, Any]:
     return rule_of(model_services.named(services, name))
 
 
-def put(services: Services, rule: Mapping[str, Any]) -> dict[str, Any]:
-    """Let a model's rule be this one, and return it.
+def put(services: Services, rule: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:
+    """Let a model's rule be this one, and return it. `force`: even if the model is loaded and no node could have it so.
 
     Raises:
         ModelNotFound: there is no such model.
+        Conflict: the model would be gone for good.
         MissingParameter, UnknownParameter, InvalidValue: it is no rule, or none that the model can have.
     """
     name, fields = fields_of(rule)
-    model_services.edit(services, name, fields)
+    model_services.edit(services, name, fields, force=force)
     return show(services, name)
 
 
@@ -91,7 +92,7 @@ def apply_declared(services: Services) -> None:
     """
     for rule in declared(services.settings):
         try:
-            put(services, rule)
+            put(services, rule, force=True)  # the nodes that it is for may be yet to come
         except ModelNotFound:
             log.warning("the rule for model %s has no effect: there is no such model", rule["model_name"])
         except LocalAIError as error:

@@ -15,7 +15,7 @@ from localai_q.cluster.models import AROUND_REPLICAS, ModelConfig
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import COMING_UP, ReplicaState
-from localai_q.errors import InvalidValue, LocalAIError, ModelNotFound, NotFound, UnknownParameter
+from localai_q.errors import Conflict, InvalidValue, LocalAIError, ModelNotFound, NotFound, UnknownParameter
 from localai_q.services import generations, jobs, models, nodes, replicas
 from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
@@ -225,6 +225,26 @@ class TestReplicas:
         assert by_revision(services) == {2: READY}
         (shown,) = models.listed(services)
         assert [replica["revision"] for replica in shown["replicas"]] == [2]
+
+    @pytest.mark.parametrize("change", [{"memory": 1500}, {"selector": {"gpu": "none"}}])
+    def test_what_would_end_it_for_good_is_refused_unless_it_is_forced(self, services: Services, change: dict) -> None:
+        node = ready_node(services)
+        hardware = {"ram_available": 1000, "budget": 1000}
+        nodes.heartbeat(services, node, hardware=hardware)
+        add_model(services, memory=600)
+        models.edit(services, "m", change)  # nothing is loaded yet
+        models.edit(services, "m", {"memory": 700, "selector": {}})
+        ask(services)
+        old = until_loading(services)
+        nodes.report_replica(services, node, old.id, READY, "", hardware)
+        before = model_named(services, "m")
+        with pytest.raises(Conflict, match=f"{node.name}: .*force=true"):
+            models.edit(services, "m", change)
+        assert model_named(services, "m") == before
+        models.edit(services, "m", {"memory": 900})  # where the old one leaves
+        models.edit(services, "m", change, force=True)
+        replicas.reconcile(services)
+        assert {replica.state for replica in all_replicas(services)} == {STOPPING}
 
     def test_where_both_have_no_room_the_new_one_comes_when_the_old_one_is_gone(self, services: Services) -> None:
         node = ready_node(services)

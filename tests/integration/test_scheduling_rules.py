@@ -1,19 +1,32 @@
 """Scheduling rules are a view on models' fields; those that are declared hold again at each start, or end it."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from cluster_data import add_model, model_named
+from cluster_data import add_model, model_named, ready_node
 
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.models import AROUND_REPLICAS, ModelConfig
 from localai_q.cluster.scheduling import FIELDS
+from localai_q.cluster.states import ReplicaState
 from localai_q.config import Settings
-from localai_q.errors import InvalidValue, LocalAIError, MissingParameter, ModelNotFound, StartupError, UnknownParameter
+from localai_q.errors import (
+    Conflict,
+    InvalidValue,
+    LocalAIError,
+    MissingParameter,
+    ModelNotFound,
+    StartupError,
+    UnknownParameter,
+)
 from localai_q.services import models, scheduling
 from localai_q.services.wiring import Services
+from localai_q.store import replicas
 
 RULE = {"model_name": "m", "node_selector": {"gpu": "a100"}, "min_replicas": 1, "max_replicas": 3, "spread_all": False,
         "route_policy": "round_robin", "balance_abs_threshold": 4, "balance_rel_threshold": 2.5,
@@ -65,6 +78,26 @@ def test_what_is_no_rule_is_refused_and_changes_nothing(
     with pytest.raises(error, match=words):
         scheduling.put(services, rule)
     assert model_named(services, "m").config == ModelConfig(backend="echo")
+
+
+class TestOfALoadedModel:
+    RULE: ClassVar = {"model_name": "m", "node_selector": {"gpu": "none"}}
+
+    @pytest.fixture(autouse=True)
+    def loaded(self, services: Services) -> None:
+        node, model_id = ready_node(services), add_model(services)
+        with services.db.transaction() as db:
+            replicas.enter(db, "r", ReplicaState.READY, booking=Booking(), model_id=model_id, node_id=node.id, number=1,
+                           revision=1, slots=4)  # fmt: skip
+
+    def test_what_no_node_could_have_is_refused(self, services: Services) -> None:
+        with pytest.raises(Conflict, match="lacks the label gpu=none"):
+            scheduling.put(services, self.RULE)
+        assert scheduling.put(services, self.RULE, force=True)["node_selector"] == {"gpu": "none"}
+
+    def test_what_is_declared_holds_though_the_nodes_for_it_are_yet_to_come(self, services: Services) -> None:
+        scheduling.apply_declared(declaring(services, model_scheduling=json.dumps([self.RULE])))
+        assert model_named(services, "m").config.selector == {"gpu": "none"}
 
 
 class TestDeclared:
@@ -123,6 +156,9 @@ class TestDeclared:
             scheduling.declared(settings.model_copy(update={"model_scheduling_config": path}))
         path.write_text("- [")
         with pytest.raises(StartupError, match=f"cannot read {path}"):
+            scheduling.declared(settings.model_copy(update={"model_scheduling_config": path}))
+        path.write_text("- {model_name: m, 5: x, colour: red}")
+        with pytest.raises(StartupError, match="rule 1: Unknown parameter: '5'"):
             scheduling.declared(settings.model_copy(update={"model_scheduling_config": path}))
         both = {"model_scheduling_config": path, "model_scheduling": "[]"}
         with pytest.raises(StartupError, match="keep one of them"):

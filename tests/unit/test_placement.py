@@ -22,6 +22,7 @@ from localai_q.cluster.placement import (
     Retry,
     Stop,
     plan,
+    ruled_out,
 )
 from localai_q.cluster.speeds import Measure, Speeds
 from localai_q.cluster.states import COMING_UP, NodeState, ReplicaState
@@ -195,6 +196,31 @@ def test_replicas_are_stacked_where_there_are_too_few_nodes(slots, held, expecte
     actions = plan(fleet([several], nodes, cooled, {}))
     assert [action.node_id for action in actions if isinstance(action, Place)] == expected
     assert any(isinstance(action, Retry) for action in actions) == any(r.state is S.FAILED for r in held)
+
+
+@pytest.mark.parametrize(
+    ("case", "memory", "selector", "others", "reasons"),
+    [
+        ("it fits where the old one leaves", 8, {}, [], {}),
+        ("it fits nowhere", 11, {}, [], {"n1": "needs 11 B", "n2": "draining"}),
+        ("something else could make room", 8, {}, [{}], {}),
+        ("what is there stays", 8, {}, [{"pinned": True}], {"n1": "needs 8 B", "n2": "draining"}),
+        ("no node has the label", 5, {"a": "b"}, [], {"n1": "lacks the label a=b", "n2": "draining"}),
+        ("it stays as it is", 5, {}, [{"pinned": True}], {}),
+    ],
+)
+def test_what_no_node_could_have_is_told_with_each_nodes_reason(case, memory, selector, others, reasons) -> None:
+    config = ModelConfig(backend="echo", memory=memory, selector=selector)
+    changed = Model(id="m", name="m", revision=2 if memory != 5 else 1, config=config)
+    rest = [
+        Model(id="o", name="o", revision=1, config=ModelConfig(backend="echo", memory=5, **other)) for other in others
+    ]
+    held = [replica(S.READY, age=99, reserved=Memory(ram=5), of=each.id) for each in (changed, *rest)]
+    where = [replace(N1, hardware={"ram_available": 99, "budget": 10}, last_heartbeat=NOW),
+             node("n2", NodeState.DRAINING)]  # fmt: skip
+    found = ruled_out(fleet([changed, *rest], where, held, {}), changed)
+    assert found.keys() == reasons.keys(), case
+    assert all(found[name].startswith(words) for name, words in reasons.items()), found
 
 
 def test_replicas_of_one_plan_are_spread_over_the_nodes() -> None:
