@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers["ETag"] = remote.etag
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(remote.content) - 1}/{len(remote.content)}"
-        self.send_response(206 if start else 200)
+        self.send_response(206 if start or "Content-Range" in headers else 200)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -133,4 +133,4 @@ class _Handler(BaseHTTPRequestHandler):
         condition = seen.headers.get("if-range")
         if not asked or not remote.ranges or (condition and condition != remote.etag):
             return 0
-        return int(asked.removeprefix("bytes=").removesuffix("-"))
+        return int(asked.removeprefix("bytes=").partition("-")[0])

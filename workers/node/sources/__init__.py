@@ -10,6 +10,7 @@ from localai_q.config import Settings
 from localai_q.errors import NotFound
 from workers.child import ChildSpec
 from workers.identity import Identity
+from workers.node.api import NodeApi
 from workers.node.sources import huggingface, images, network, s3, wheels
 from workers.node.sources.network import Network, Trust
 from workers.node.sources.origin import Origin
@@ -24,10 +25,13 @@ class Access:
     node_id: str
     secret: str
     redis_url: str = ""
+    peers: NodeApi | None = None  # None: other nodes are not asked
 
     @classmethod
     def of(cls, settings: Settings, spec: ChildSpec) -> Access:
-        return cls(settings, spec.api_url, spec.node_id, Identity(spec.identity).secret(), spec.redis_url)
+        identity = Identity(spec.identity)
+        api = NodeApi(spec.api_url, spec.node_id, identity)
+        return cls(settings, spec.api_url, spec.node_id, identity.secret(), spec.redis_url, api)
 
     def network(self) -> Network:
         """The network as sources may use it."""
@@ -54,12 +58,13 @@ def resolve(source: Source, access: Access, net: Network) -> Origin:
         case Wheel():
             return wheels.resolve(source)
         case Stored():
-            return _uploaded(source, access)
+            return uploaded(source, access)
         case OnNode():
             return _on_node(source)
 
 
-def _uploaded(source: Stored, access: Access) -> Origin:
+def uploaded(source: Stored, access: Access) -> Origin:
+    """What the API's own store has."""
     url = f"{access.api_url}/api/node/{access.node_id}/files/{source.sha256}"
     headers = {"Authorization": f"Bearer {access.secret}"}
     trust = Trust(origins=network.trust_in(url).origins, direct=True)
