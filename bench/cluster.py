@@ -29,7 +29,7 @@ STOP = 20.0  # seconds that the end of a cluster may take before it is killed
 ROLES = {  # words of a command line: what that process is
     "jobs@": "jobs", "-Q model.": "replica", "server.py": "backend", "valkey-server": "valkey", "postgres": "postgres",
     "gunicorn": "web", "-Q control": "control", "localai_q flower": "flower", "localai-q up": "up",
-    "celery -A localai_q worker": "node",
+    "celery -A localai_q worker": "node", "workers.node.holder": "files",
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from holding import Running, holder, lay
 from localai_q.cluster.events import Progress
 from localai_q.config import load_settings
 from localai_q.errors import NotFound, Unavailable
-from workers.node import pulling
+from workers.node import downloads, pulling
 from workers.node.digests import PIECE, Digest
 from workers.node.fetcher import Wanted, fetch
 from workers.node.sources import Access, origin
@@ -79,6 +79,7 @@ def source() -> Iterator[FileServer]:
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(origin, "PAUSE", 0.0)
     monkeypatch.setattr(pulling, "PAUSE", 0.05)
+    monkeypatch.setattr(downloads, "REPORT_EVERY", 0.0)
 
 
 Get = Callable[..., Path]
@@ -150,7 +151,7 @@ def test_one_that_dies_is_replaced_by_another(get: Get, start, told: Told, sourc
 def test_when_the_only_one_dies_the_source_goes_on(
     get: Get, start, told: Told, source: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pulling, "MOST_CONNECTIONS", 1)
+    monkeypatch.setattr(pulling, "AHEAD", 1)
     told.named = [start("h1")]
 
     def kill(event: Progress) -> None:
