@@ -123,7 +123,7 @@ class Ledger:
         """How many processes there are too many or too few, by what they are."""
         found = Counter(name.partition("@")[0] for name, each in by_role(self.cluster).items() for _ in each)
         expected = Counter({"up": 1, "valkey": 1, "postgres": 1, "web": 2, "control": 1, "flower": 1, "node ": 2,
-                            "jobs ": 2, "replica echo": 2, "replica echo-one": 1, "backend": 3})  # fmt: skip
+                            "jobs ": 2, "holder": 2, "replica echo": 2, "replica echo-one": 1, "backend": 3})  # fmt: skip
         return {name: found[name] - expected[name] for name in found | expected if found[name] != expected[name]}
 
     def jobs(self) -> dict[str, str]:

@@ -34,7 +34,7 @@ def role(line: list[str], name: str) -> str | None:
     if found := JOBS.search(text):
         return f"jobs @{found[1]}"
     known = {"valkey-server": "valkey", "bin/postgres": "postgres", "gunicorn": "web", "-Q control": "control",
-             "celery -A localai_q flower": "flower", "server.py": "backend", "localai-q up": "up"}  # fmt: skip
+             "celery -A localai_q flower": "flower", "server.py": "backend", "workers.node.holder": "holder", "localai-q up": "up"}  # fmt: skip
     for words, what in known.items():
         if words in text:
             return what
