@@ -185,9 +185,12 @@ def _end(board: Board, replica: Replica, reason: str) -> Stop | Drop:
 
 
 def _of_model(board: Board, model: Model) -> list[Action]:
-    surplus = scaling.surplus(board, model)
-    if surplus:
-        return [_end(board, replica, reason) for replica, reason in surplus]
+    ended = [_end(board, replica, reason) for replica, reason in scaling.surplus(board, model)]
+    return [*ended, *_by_its_wish(board, model)]
+
+
+def _by_its_wish(board: Board, model: Model) -> list[Action]:
+    """What brings a model that has no more than it may closer to what it should have."""
     unused = scaling.superfluous(board, model)
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]

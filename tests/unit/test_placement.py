@@ -134,6 +134,8 @@ def test_what_has_the_file_or_less_to_do_goes_before_what_is_faster(hindrance: s
          [("drop", "m-n3"), ("stop", "m-n1")]),
         ("more than its node may have", [model(spread=True)], [N1],
          [replica(S.READY, age=5), replica(S.READY, number=2, age=9)], 0, [("stop", "m-n1-2")]),
+        ("more than its node may have, and none on another", [model(spread=True)], [N1, N2],
+         [replica(S.READY, age=5), replica(S.READY, number=2, age=9)], 0, [("stop", "m-n1-2"), ("place", "m", "n2")]),
         ("its node lacks the labels", [labelled()], [N1], [replica(S.READY)], 0, [("stop", "m-n1")]),
         ("its node lacks the labels while it comes up", [labelled()], [N1], [replica(S.STAGING)], 0,
          [("drop", "m-n1")]),
