@@ -222,14 +222,14 @@ def test_a_file_that_comes_packed_is_not_taken_for_the_file(tmp_path: Path, serv
 def test_a_disk_that_fills_up_is_given_back_what_came(
     tmp_path: Path, server: FileServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    add = downloads._Growing.add
+    add = downloads.Growing.add
 
-    def fill(growing: downloads._Growing, block: bytes) -> None:
-        add(growing, block)
+    def fill(growing: downloads.Growing, *block: object) -> None:
+        add(growing, *block)
         if growing.done > len(CONTENT) // 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(downloads._Growing, "add", fill)
+    monkeypatch.setattr(downloads.Growing, "add", fill)
     with pytest.raises(Unavailable, match=f"the disk of {tmp_path} is full"):
         get(tmp_path, server.put("/m.gguf", Remote(CONTENT)))
     assert remains(tmp_path) == []
