@@ -46,6 +46,7 @@ def submit_node_job(
     """Have a node do something long; the same thing for the same node is one job while it is open."""
     line = names.node_jobs_queue(node_id)
     with services.db.transaction() as db:
+        nodes.lock(db, node_id)  # others may ask for the same at the same time
         existing = jobs.find_open(db, kind=kind, line=line, request=request)
         if existing:
             return existing

@@ -15,6 +15,7 @@ from localai_q.cluster.capacity import Site
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import NodeState, ReplicaState
+from localai_q.errors import Unavailable
 from localai_q.services import fleet, jobs, models, nodes, replicas
 from localai_q.services.reports import LOST
 from localai_q.services.wiring import Services, make_leases
@@ -257,6 +258,18 @@ def test_while_redis_is_away_the_last_report_says_what_a_replica_holds(services:
     assert (shown["in_flight"], [each["in_flight"] for each in shown["replicas"]]) == (None, [1])
     beat(services)
     assert [each["in_flight"] for each in fleet.show(away, "n1")["replicas"]] == [None]
+
+
+def test_while_redis_is_away_nodes_are_heard_and_nothing_is_forgotten(services: Services, ready: Replica) -> None:
+    nowhere = client(f"redis://127.0.0.1:{ports.choose()}")
+    away = replace(services, redis=nowhere, leases=make_leases(nowhere, services.settings))
+    served_for(services, 100)
+    silent_for(services, "n1", 100)
+    with pytest.raises(Unavailable):
+        nodes.watch_health(away)
+    assert node_named(services, "n1").state is NodeState.READY
+    assert beat(away, ready) == {"state": NodeState.READY, "stop": []}
+    assert all_replicas(services) == [ready]
 
 
 def test_ends_of_what_an_adopted_replica_held_are_written(services: Services, ready: Replica) -> None:

@@ -5,11 +5,12 @@ The node's side is done by the test: it ends the stages' jobs as a node would, a
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import Any
 
 import pytest
 from cluster_data import FACTS, add_model, claim, model_named, node_named, ready_node, reported, rung
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from localai_q import names
 from localai_q.bus.leases import Lease
@@ -31,6 +32,7 @@ from localai_q.store import jobs as job_rows
 from localai_q.store import models as model_rows
 from localai_q.store import nodes as node_rows
 from localai_q.store import replicas as rows
+from localai_q.store.engine import engine
 from localai_q.store.keys import ApiKey
 
 FILE = "file:/models/x.gguf"
@@ -211,6 +213,56 @@ def test_how_a_load_goes_is_shown_with_its_last_failure_and_the_next_attempt(ser
     report(services, node, ReplicaState.READY)
     (shown,) = models.listed(services)
     assert (shown["loading"], shown["failure"]) == (None, None)
+
+
+def test_a_hundred_who_ask_at_once_cause_one_load(services: Services, node: Node) -> None:
+    ready_node(services, "n2")
+    model_id = add_model(services)
+    roomy = replace(services, settings=services.settings.model_copy(update={"max_waiting": 100}))
+    with ThreadPoolExecutor(16) as pool:
+        asked = set(pool.map(lambda _: ask(roomy), range(100)))
+        list(pool.map(lambda _: replicas.reconcile(services), range(16)))  # as if several led the loop
+    place = only(services)
+    (stage_id,) = services.leases.waiting(names.node_jobs_queue(place.node_id))
+    assert place.job_id == stage_id
+    assert set(services.leases.waiting(names.model_queue(model_id))) == asked
+
+
+def test_a_load_that_takes_long_holds_up_no_other(services: Services, node: Node) -> None:
+    add_model(services, "slow", source=FILE, sha256="a" * 64)
+    ask(services, "slow")
+    replicas.reconcile(services)
+    stage(services, node)
+    replicas.reconcile(services)
+    line = names.node_jobs_queue(node.id)
+    (fetch,) = services.leases.waiting(line)
+    claim(services, fetch, line, node.id)
+    add_model(services, "quick")
+    ask(services, "quick")
+    replicas.reconcile(services)
+    stage(services, node)
+    replicas.reconcile(services)
+    assert of_model(services, "quick").state is ReplicaState.LOADING
+    assert of_model(services, "slow").state is ReplicaState.STAGING
+
+
+def test_a_request_writes_its_row_twice_and_nothing_else(services: Services, node: Node) -> None:
+    add_model(services)
+    found = bring_up(services, node, "m")
+    written: list[str] = []
+
+    def note(connection: object, cursor: Any, statement: str, *_: object) -> None:
+        if statement.startswith(("INSERT", "UPDATE", "DELETE")):
+            written.extend([statement.split('"')[0]] * cursor.rowcount)
+
+    made = engine(services.settings.database_url)
+    event.listen(made, "after_cursor_execute", note)
+    try:
+        serve(services, ask(services), found)
+    finally:
+        event.remove(made, "after_cursor_execute", note)
+    assert [statement.split()[:3] for statement in written if "INSERT" in statement] == [["INSERT", "INTO", "jobs"]]
+    assert [statement.split()[:2] for statement in written if "INSERT" not in statement] == [["UPDATE", "jobs"]]
 
 
 def test_a_cancelled_stage_fails_its_replica(services: Services, node: Node) -> None:

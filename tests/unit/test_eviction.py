@@ -156,6 +156,12 @@ def test_what_is_leaving_is_enough_whether_its_node_has_reported_since_or_not(he
     assert decided([NEW, OLD, model("idle")], [place], there) == []
 
 
+@pytest.mark.parametrize(("there", "chosen"), [("a", "b"), ("b", "a")])
+def test_a_node_on_which_something_still_comes_up_is_not_idle(there: str, chosen: str) -> None:
+    coming = [replica("old", there, S.STAGING, memory=1)]
+    assert decided([NEW, OLD], [A, B], coming) == [f"place new {chosen}"]
+
+
 def test_where_no_node_is_ready_those_who_wait_go_on_waiting() -> None:
     assert decided([NEW], [node("b", state=NodeState.DRAINING)], []) == []
 
