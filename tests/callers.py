@@ -25,13 +25,13 @@ class Seen:
 
 
 def numbers(tokens: int, **directives: float) -> str:
-    """What has the echo backend count to `tokens`; `counted` is what it then says."""
+    """What has the echo backend say so many numbers; `counted` is what it then says."""
     more = "".join(f" {name}={value:g}" for name, value in directives.items())
     return f"[[echo tokens={tokens}{more}]]"
 
 
-def counted(tokens: int) -> str:
-    return " ".join(map(str, range(tokens)))
+def counted(tokens: int, seed: int = 0) -> str:
+    return " ".join(map(str, range(seed, seed + tokens)))
 
 
 class Caller:
