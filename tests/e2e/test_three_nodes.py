@@ -1,19 +1,20 @@
 """Three nodes under steady load: one dies and comes back, one is drained; and a hundred who ask at once for one load."""
 
 import itertools
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from callers import Caller, counted, numbers
 from e2e_cluster import Cluster, until
 
+NODES = ("alpha", "alpha-2", "alpha-3")
 CALLERS = 6
 HUNDRED = 100
 
@@ -68,10 +69,6 @@ class Crowd:
             for thread in threads:
                 thread.join()
 
-    def since(self, moment: float) -> list[Caller]:
-        """Those who asked after `moment`, of the monotonic clock."""
-        return [caller for caller, _ in self.asked if caller.began > moment]
-
     def check(self) -> None:
         """Every answer came, once and whole."""
         for caller, expected in self.asked:
@@ -84,32 +81,39 @@ class Crowd:
             self.ask(15, 40, stream=stream).wait(90)
 
 
-def rows(cluster: Cluster) -> dict[str, tuple[str, int, str]]:
-    """State, attempt and node of every chat for `echo`, by job."""
+def rows(cluster: Cluster) -> dict[str, tuple[int, str]]:
+    """Attempt and node of every chat for `echo`, by job."""
     found = cluster.sql(
-        "SELECT jobs.id, jobs.state, jobs.attempt, nodes.name FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node_id "
+        "SELECT jobs.id, jobs.attempt, nodes.name FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node_id "
         "WHERE kind = 'chat' AND model_id = (SELECT id FROM models WHERE name = 'echo')"
     )
-    return {job: (state, attempt, node) for job, state, attempt, node in found}
+    return {job: (attempt, node) for job, attempt, node in found}
 
 
-def on(cluster: Cluster, node: str) -> set[str]:
+def worked_on(cluster: Cluster, node: str) -> set[str]:
     """The jobs that the node works on."""
     return {job["id"] for job in cluster.open_generations() if job["node"] == node and job["live"] == "leased"}
+
+
+def node_of(cluster: Cluster, caller: Caller) -> str:
+    """The name of the node that works on what the caller of a stream asked for."""
+    until(lambda: caller.job, 20, "the job's id")
+    return until(lambda: next((name for name in NODES if caller.job in worked_on(cluster, name)), ""), 20, "its node")
 
 
 def state(cluster: Cluster, name: str) -> str:
     return cluster.node(name)["state"]
 
 
-def replica_states(cluster: Cluster, name: str) -> list[str]:
-    return [each["state"] for each in cluster.node(name)["replicas"] if each["model"] == "echo"]
+def echoes(cluster: Cluster, name: str) -> list[dict[str, Any]]:
+    """The replicas of `echo` on the node."""
+    return [each for each in cluster.node(name)["replicas"] if each["model"] == "echo"]
 
 
-def node_of(cluster: Cluster, name: str) -> psutil.Process:
-    """The process of a node that `up` has started."""
+def kill(cluster: Cluster, name: str) -> None:
+    """End the process of a node at once, which ends all that it has started."""
     [replica] = cluster.pids(f"-n echo.1@{name} ")
-    return psutil.Process(replica).parent()
+    psutil.Process(replica).parent().kill()
 
 
 def loads(cluster: Cluster) -> set[str]:
@@ -144,49 +148,42 @@ def test_nothing_is_lost_while_one_node_dies_one_is_drained_and_one_comes_back(t
     crowd = Crowd(three)
     known = set(rows(three))
     with crowd.at_work():
-        long = [crowd.ask(50, 100, stream=number % 2 == 0) for number in range(CALLERS)]
-
-        # One is killed while it works, and stays away: what it had goes on elsewhere.
-        until(lambda: all(on(three, name) for name in ("alpha", "alpha-2", "alpha-3")), 20, "work on each node")
-        node = node_of(three, "alpha-2")
-        three.process.send_signal(signal.SIGSTOP)  # else it would be started again at once
         try:
-            orphans = on(three, "alpha-2")
-            os.kill(node.pid, signal.SIGKILL)
-            until(lambda: state(three, "alpha-2") == "offline", 30, "that it counts as dead")
-            assert not replica_states(three, "alpha-2")
+            # One is killed while it streams, and stays away: what it had goes on elsewhere.
+            orphan = crowd.ask(60, 100, stream=True)
+            dead = node_of(three, orphan)
+            orphan.until_said(5)
+            three.process.send_signal(signal.SIGSTOP)  # else it would be started again at once
+            kill(three, dead)
+            until(lambda: state(three, dead) == "offline", 40, "that it counts as dead")
+            assert not echoes(three, dead)
 
             # One is drained while it streams: it ends what it has, and takes nothing new.
-            until(lambda: len(on(three, "alpha-3")) == 4 or all(each.ended for each in long), 20, "its work")
-            long += [crowd.ask(60, 100, stream=True) for _ in range(CALLERS)]
-            until(lambda: {each.job for each in long} & on(three, "alpha-3"), 20, "a long stream on alpha-3")
-            [replica] = [each["id"] for each in three.node("alpha-3")["replicas"] if each["model"] == "echo"]
-            three.cli("nodes", "drain", "alpha-3")
-            log = three.home / "worker" / "nodes" / "alpha-3" / "logs" / f"replica-{replica}.log"
+            speaker = crowd.ask(60, 100, stream=True)
+            drained = node_of(three, speaker)
+            [replica] = echoes(three, drained)
+            log = three.home / "worker" / "nodes" / drained / "logs" / f"replica-{replica['id']}.log"
+            three.http.post(f"/api/nodes/{drained}/drain").raise_for_status()
             until(lambda: "Warm shutdown" in log.read_text(errors="replace"), 20, "the end of its taking")
-            held, draining = on(three, "alpha-3"), time.monotonic()
-            assert held & {each.job for each in long}
-            until(lambda: state(three, "alpha-3") == "drained", 60, "the end of what it held")
-            assert not replica_states(three, "alpha-3")
+            held, draining = worked_on(three, drained) | {speaker.job}, time.monotonic()
+            until(lambda: state(three, drained) == "drained", 60, "the end of what it held")
+            assert not echoes(three, drained)
         finally:
             three.process.send_signal(signal.SIGCONT)
 
         # And the dead one comes back, without anybody's help.
-        until(lambda: replica_states(three, "alpha-2") == ["ready"], 60, "the return of alpha-2")
-        returned = set(rows(three))
-        until(lambda: on(three, "alpha-2") - returned, 20, "work for who has come back")
+        until(lambda: [each["state"] for each in echoes(three, dead)] == ["ready"], 60, "its return")
+        until(lambda: worked_on(three, dead), 20, "work for it")
     crowd.check()
 
     for caller, _ in crowd.asked:
         assert three.ended_job(caller.job)["state"] == "done"
     ended = {job: row for job, row in rows(three).items() if job not in known}
-    assert ended.keys() == {caller.job for caller, _ in crowd.asked}, "as many jobs as were asked for"
-    assert {ended[job][1:] for job in held} == {(1, "alpha-3")}
-    late = [ended[caller.job] for caller in crowd.since(draining)]
+    assert ended.keys() == {caller.job for caller, _ in crowd.asked}, "a job for each request, and no other"
+    assert ended[orphan.job][0] == 2
+    assert ended[orphan.job][1] != dead
+    assert ended[speaker.job] == (1, drained)
+    assert {ended[job][1] for job in held} == {drained}
+    late = [ended[caller.job] for caller, _ in crowd.asked if caller.began > draining]
     assert len(late) >= 2 * CALLERS
-    assert {name for _, _, name in late} == {"alpha", "alpha-2"}
-    assert orphans
-    moved = [ended[job] for job in orphans if ended[job][2] != "alpha-2"]
-    assert moved
-    assert {attempt for _, attempt, _ in moved} == {2}
-    assert {attempt for job, (_, attempt, _) in ended.items() if job not in orphans} == {1}
+    assert {node for _, node in late} == {*NODES} - {drained}
