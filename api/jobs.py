@@ -6,6 +6,7 @@ from typing import Any
 
 from flask import Blueprint, Response
 
+from api import events
 from api.openai import serving
 from api.web import caller, web
 from localai_q.services import jobs
@@ -21,6 +22,18 @@ def show(job_id: str) -> dict[str, Any]:
 @routes.delete("")
 def cancel(job_id: str) -> dict[str, Any]:
     return {"id": job_id, "state": jobs.cancel(web().services, job_id, caller())}
+
+
+@routes.post("/retry")
+def retry(job_id: str) -> tuple[dict[str, Any], int]:
+    """What a node has failed to do, as a new job."""
+    return {"jobID": jobs.retry(web().services, job_id, caller())}, 202
+
+
+@routes.get("/events")
+def follow(job_id: str) -> Response:
+    """The progress and the end of a job of any kind."""
+    return events.follow(job_id)
 
 
 @routes.get("/stream")

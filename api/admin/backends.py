@@ -7,11 +7,12 @@ from typing import Any
 from flask import Blueprint, request
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.admin.routes import limit_of
 from api.bodies import parse
-from api.web import web
+from api.web import caller, web
 from localai_q.cluster.backends import Op
 from localai_q.gallery.catalog import Name
-from localai_q.services import backends, nodes
+from localai_q.services import backends, nodes, operations
 
 routes = Blueprint("backends", __name__)
 
@@ -96,6 +97,25 @@ def show_operation(operation_id: str) -> dict[str, Any]:
 def give_up(operation_id: str) -> dict[str, Any]:
     """Take back what is not done yet."""
     return backends.give_up(web().services, operation_id)
+
+
+@routes.get("/api/operations")
+def list_open_operations() -> dict[str, Any]:
+    """What nodes are doing, in LocalAI's form."""
+    return {"operations": operations.current(web().services)}
+
+
+@routes.get("/api/operations/history")
+def list_ended_operations() -> dict[str, Any]:
+    """What nodes have done, the newest first; `limit` bounds."""
+    return {"operations": operations.history(web().services, limit=limit_of(request.args.get("limit", "100")))}
+
+
+@routes.post("/api/operations/<id:operation_id>/cancel")
+def cancel_operation(operation_id: str) -> dict[str, Any]:
+    """By the id of a job, or of a request for many nodes."""
+    operations.cancel(web().services, operation_id, caller())
+    return {"success": True, "message": "Operation cancelled"}
 
 
 def _everywhere(op: Op, name: str, narrowed: Narrowed) -> tuple[dict[str, Any], int]:

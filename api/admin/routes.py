@@ -190,7 +190,7 @@ def clean_node(node: str) -> tuple[dict[str, Any], int]:
 @routes.get("/api/jobs")
 def list_jobs() -> dict[str, Any]:
     """`state` and `kind` narrow (comma-separated), `limit` bounds."""
-    limit = _limit(request.args.get("limit", "100"))
+    limit = limit_of(request.args.get("limit", "100"))
     states, kinds = _listed("state", tuple(JobState)), _listed("kind", (*GENERATIONS, *NODE_JOBS))
     return {"jobs": jobs.listed(web().services, states=states, kinds=kinds, limit=limit)}
 
@@ -266,7 +266,8 @@ def _flag(name: str) -> bool:
     return given == "true"
 
 
-def _limit(text: str) -> int:
+def limit_of(text: str) -> int:
+    """How many are to be listed."""
     if not re.fullmatch("[0-9]{1,4}", text) or not 1 <= int(text) <= MOST_LISTED:
         raise InvalidValue(f"'limit' needs a number from 1 to {MOST_LISTED}.", param="limit")
     return int(text)

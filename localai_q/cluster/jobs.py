@@ -36,6 +36,7 @@ class Job:
     node_id: str | None = None
     key_id: str | None = None
     request: dict[str, Any] | None = None  # None once the job has ended
+    subject: str = ""  # the backend or model that a node's job is about
     stream: bool = False
     keep: Keep = Keep.NOT
     attempt: int = 0

@@ -10,12 +10,14 @@ from typing import Any
 from localai_q import names
 from localai_q.bus import journal, presence
 from localai_q.bus.leases import CONTROL, LiveState, Submission
+from localai_q.cluster.backends import REACHABLE
 from localai_q.cluster.events import End, Event, Progress, decode
 from localai_q.cluster.jobs import DEATHS, GENERATIONS, GRACE, NODE_JOBS, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import (
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     GenerationFailed,
     LocalAIError,
@@ -93,6 +95,26 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
         return job.state
     became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
     return CANCELLED[became] if became else _existing(services, job_id, asker).state
+
+
+def retry(services: Services, job_id: str, asker: ApiKey) -> str:
+    """Have a node do again what has failed or was cancelled; the id of the new job.
+
+    Raises:
+        NotFound: there is none of that id that `asker` may see.
+        Conflict: it has not failed, is no job of a node, or its node is not there.
+    """
+    job = _existing(services, job_id, asker)
+    with services.db.transaction() as db:
+        request = jobs.kept_request(db, job.id)
+        node = nodes.by_id(db, job.node_id or "")
+    if job.kind not in NODE_JOBS or request is None:
+        raise Conflict(f"Job '{job_id}' is none of a node: send its request again.")
+    if job.state not in (JobState.FAILED, JobState.CANCELLED):
+        raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
+    if node is None or node.state not in REACHABLE:
+        raise Conflict(f"Job '{job_id}' cannot be tried again: its node is not there.")
+    return submit_node_job(services, kind=job.kind, node_id=node.id, model_id=job.model_id, request=request)
 
 
 def abort(
@@ -338,7 +360,9 @@ def _shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
             "kind": job.kind,
             "state": job.state,
             "live": now.state if now else None,
+            "subject": job.subject or None,
             "node": node_names.get(node_id or "", node_id),
+            "node_id": node_id,
             "model": model_names.get(job.model_id or "", job.model_id),
             "attempt": now.attempt if now else job.attempt,
             "progress": _progress(progress.get(job.id)),

@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, null, select, update
+from sqlalchemy import Connection, Row, case, delete, func, insert, null, select, update
 
 from localai_q.cluster.events import End, Usage
-from localai_q.cluster.jobs import Job, Keep
+from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
 from localai_q.cluster.states import JOB_MOVES, JobState, sources
 from localai_q.store.tables import jobs
 
-LISTED = [column for column in jobs.c if column.name != "request"]  # a list never shows what people asked
+OF_NODE = jobs.c.kind.in_(NODE_JOBS)
+SUBJECT = func.coalesce(jobs.c.request["backend"].astext, jobs.c.request["name"].astext, "")
+LISTED = [  # never what people asked
+    *[column for column in jobs.c if column.name != "request"],
+    case((OF_NODE, SUBJECT), else_="").label("subject"),
+]
 
 
 def add(db: Connection, job: Job, *, timeout: float | None = None) -> None:
@@ -63,7 +68,15 @@ def open_in(db: Connection, line: str) -> list[Job]:
 
 def request(db: Connection, job_id: str) -> dict[str, Any] | None:
     """What was asked; None once the job has ended."""
-    found: dict[str, Any] | None = db.execute(select(jobs.c.request).where(jobs.c.id == job_id)).scalar_one_or_none()
+    query = select(jobs.c.request).where(jobs.c.id == job_id, jobs.c.state == JobState.OPEN)
+    found: dict[str, Any] | None = db.execute(query).scalar_one_or_none()
+    return found
+
+
+def kept_request(db: Connection, job_id: str) -> dict[str, Any] | None:
+    """What a node was to do, also once that has ended; None of a generation."""
+    query = select(jobs.c.request).where(jobs.c.id == job_id, OF_NODE)
+    found: dict[str, Any] | None = db.execute(query).scalar_one_or_none()
     return found
 
 
@@ -86,12 +99,12 @@ def newest(db: Connection, *, kind: str, line: str, limit: int) -> list[Job]:
 
 
 def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> str | None:
-    """Write a job's end, once, and return its kind; None if it has an end already. The request is erased."""
+    """Write a job's end, once, and return its kind; None if it has an end already. What a person has asked is erased."""
     target = JobState(end.state)
     values: dict[str, Any] = {
         "state": target,
         "attempt": attempt,
-        "request": null(),
+        "request": case((OF_NODE, jobs.c.request), else_=null()),
         "error": end.error,
         "result": end.result,
         "prompt_tokens": end.usage.prompt,
@@ -131,6 +144,7 @@ def _job(row: Row[Any]) -> Job:
         node_id=row.node_id,
         key_id=row.key_id,
         request=values.get("request"),
+        subject=row.subject,
         stream=row.stream,
         keep=Keep(row.keep),
         attempt=row.attempt,

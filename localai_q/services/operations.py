@@ -1,0 +1,111 @@
+"""What nodes are doing, in LocalAI's form: installs, fetches, loads, deletions; and what they have done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from localai_q.cluster.backends import WishState
+from localai_q.cluster.jobs import BACKEND_JOBS, NODE_JOBS
+from localai_q.cluster.states import JobState, ReplicaState
+from localai_q.errors import NotFound
+from localai_q.services import backends, jobs
+from localai_q.services.wiring import Services
+from localai_q.store import models, nodes, replicas
+from localai_q.store.keys import ApiKey
+
+Record = dict[str, Any]
+
+TASKS = {"install_backend": "installation", "upgrade_backend": "upgrade", "delete_backend": "deletion",
+         "fetch_model": "staging", "clean_models": "deletion"}  # fmt: skip
+OUTCOMES = {"done": "completed", "failed": "failed", "cancelled": "cancelled"}
+MOST_OPEN = 1000
+
+
+def current(services: Services) -> list[Record]:
+    """What is open, the least advanced first; with what many nodes were asked for and some cannot do yet, or at all."""
+    found = jobs.listed(services, states=(JobState.OPEN,), kinds=NODE_JOBS, limit=MOST_OPEN)
+    operations = [*map(_of_job, found), *_loads(services), *_waiting(services)]
+    return sorted(operations, key=lambda one: (one["progress"], one["id"], one["jobID"]))
+
+
+def history(services: Services, *, limit: int) -> list[Record]:
+    """What has ended, the newest first."""
+    ended = [state for state in JobState if state is not JobState.OPEN]
+    found = jobs.listed(services, states=ended, kinds=NODE_JOBS, limit=limit)
+    return [
+        {**_named(job["subject"]), **_task(job["kind"]), "jobID": job["id"], "outcome": OUTCOMES[job["state"]],
+         "error": (job["error"] or {}).get("message"), "nodeID": job["node_id"], "nodeName": job["node"],
+         "started": job["created"], "ended": job["ended"]}
+        for job in found
+    ]  # fmt: skip
+
+
+def cancel(services: Services, operation_id: str, asker: ApiKey) -> None:
+    """Cancel a job of a node, or take back what of a request for many nodes is not done.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    try:
+        jobs.cancel(services, operation_id, asker)
+    except NotFound:
+        backends.give_up(services, operation_id)
+
+
+def _of_job(job: Record) -> Record:
+    progress = job["progress"] or {}
+    done, total = progress.get("done", 0), progress.get("total", 0)
+    sizes = {"currentBytes": int(done), "totalBytes": int(total)} if progress.get("unit") in ("bytes", "B") else {}
+    return {
+        **_named(job["subject"]),
+        **_task(job["kind"]),
+        "jobID": job["id"],
+        "progress": int(min(100.0 * done / total, 100.0)) if total else 0,
+        "isQueued": job["live"] != "leased",
+        "cancellable": True,
+        "message": progress.get("note") or "",
+        "phase": progress.get("stage") or "queued",
+        "nodeID": job["node_id"],
+        "nodeName": job["node"],
+        **sizes,
+    }
+
+
+def _loads(services: Services) -> list[Record]:
+    with services.db.transaction() as db:
+        loading = replicas.every(db, states=(ReplicaState.LOADING,))
+        node_names = {node.id: node.name for node in nodes.every(db)}
+        model_names = {model.id: model.name for model in models.every(db)}
+    return [
+        {**_named(model_names.get(replica.model_id, "")), **_task("load"), "jobID": f"load:{replica.id}", "progress": 0,
+         "isQueued": False, "cancellable": False, "message": "", "phase": "loading", "nodeID": replica.node_id,
+         "nodeName": node_names.get(replica.node_id)}
+        for replica in loading
+    ]  # fmt: skip
+
+
+def _waiting(services: Services) -> list[Record]:
+    """What is wanted of nodes that have no job for it now: they are away, it has failed, or it was given up."""
+    shown = []
+    for operation in backends.operations(services):
+        for node in operation["nodes"]:
+            if node["job"] or node["status"] not in (WishState.OPEN, WishState.DEAD):
+                continue
+            dead = node["status"] == WishState.DEAD
+            message = (
+                f"given up after {node['attempts']} attempts" if dead else "waiting for the node, or for its next try"
+            )
+            shown.append({**_named(operation["gallery_element_name"]), **_task(f"{operation['op']}_backend"),
+                          "jobID": operation["uuid"], "progress": 0, "isQueued": not dead, "cancellable": not dead,
+                          "message": message, "phase": "dead" if dead else "waiting", "error": node["error"],
+                          "nodeID": node["node_id"], "nodeName": node["node_name"]})  # fmt: skip
+    return shown
+
+
+def _named(subject: str | None) -> Record:
+    return {"id": subject or "", "name": subject or "", "fullName": subject or ""}
+
+
+def _task(kind: str) -> Record:
+    task = TASKS.get(kind, kind)
+    return {"taskType": task, "isDeletion": task == "deletion", "isBackend": kind in BACKEND_JOBS}

@@ -1,0 +1,203 @@
+"""What nodes do and have done, as an admin follows it: operations, events of jobs, and another try."""
+
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from cluster_data import add_model, api_over_http, claim, ready_node
+from waiting import wait_for
+
+from api import events as api_events
+from localai_q import names
+from localai_q.cluster.backends import MOST_ATTEMPTS, Op
+from localai_q.cluster.events import End, Progress
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState, ReplicaState
+from localai_q.services import backends, jobs, keys, nodes, replicas
+from localai_q.services.wiring import Services
+from localai_q.store import backends as wish_rows
+from localai_q.store import replicas as replica_rows
+
+FAILED = End(state=JobState.FAILED, error={"error": "Unavailable", "message": "no network"})
+
+
+@pytest.fixture
+def node(services: Services) -> Node:
+    return ready_node(services)
+
+
+@pytest.fixture
+def http(services: Services) -> Iterator[httpx.Client]:
+    """An admin's client of the API."""
+    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
+    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+        yield client
+
+
+def fetch(services: Services, node: Node, name: str = "tiny") -> str:
+    request = {"kind": "fetch_model", "source": "https://x.example/m", "name": name}
+    return jobs.submit_node_job(services, kind="fetch_model", node_id=node.id, model_id=None, request=request)
+
+
+def emit(services: Services, node: Node, job_id: str, *events: Any) -> None:
+    """The node works on a job, and says this of it."""
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    services.leases.append([(lease, lease.last_index + 1, events)])
+
+
+def end(services: Services, node: Node, job_id: str, event: End) -> None:
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    services.leases.finish(lease, lease.last_index + 1, event, node_id=node.id)
+    jobs.apply_ends(services)
+
+
+def operations(http: httpx.Client, path: str = "") -> list[dict]:
+    return http.get(f"/api/operations{path}").raise_for_status().json()["operations"]
+
+
+def test_open_work_is_shown_with_its_progress_in_localais_form(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    install = backends.change(services, node, Op.INSTALL, "echo")
+    fetching = fetch(services, node)
+    emit(services, node, fetching, Progress(stage="downloading", done=50, total=200, unit="bytes", note="half"))
+    first, second = operations(http)
+    assert first == {
+        "id": "echo", "name": "echo", "fullName": "echo", "jobID": install, "progress": 0, "taskType": "installation",
+        "isDeletion": False, "isBackend": True, "isQueued": True, "cancellable": True, "message": "", "phase": "queued",
+        "nodeID": node.id, "nodeName": "n1",
+    }  # fmt: skip
+    assert (second["name"], second["taskType"], second["progress"], second["isQueued"]) == (
+        "tiny",
+        "staging",
+        25,
+        False,
+    )
+    assert (second["currentBytes"], second["totalBytes"], second["phase"]) == (50, 200, "downloading")
+    assert http.post(f"/api/operations/{install}/cancel").json()["success"] is True
+    jobs.apply_ends(services)
+    assert [one["jobID"] for one in operations(http)] == [fetching]
+    assert http.post("/api/operations/nothing/cancel").status_code == 404
+
+
+def test_a_load_is_shown(services: Services, node: Node, http: httpx.Client) -> None:
+    add_model(services, "m", min_replicas=1)
+    replicas.reconcile(services)
+    with services.db.transaction() as db:
+        (replica,) = replica_rows.every(db)
+        replica_rows.move(db, replica.id, ReplicaState.STAGING)
+        replica_rows.move(db, replica.id, ReplicaState.LOADING)
+    shown = next(one for one in operations(http) if one["taskType"] == "load")
+    assert (shown["name"], shown["nodeName"], shown["cancellable"]) == ("m", "n1", False)
+
+
+def test_what_a_node_that_is_away_should_do_and_what_was_given_up_is_shown(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    nodes.deregister(services, node)
+    told = backends.change_everywhere(services, Op.INSTALL, "echo")
+    (shown,) = operations(http)
+    assert (shown["jobID"], shown["isQueued"], shown["phase"]) == (told["uuid"], True, "waiting")
+    with services.db.transaction() as db:
+        (wish,) = wish_rows.every(db)
+        wish_rows.note(db, wish, state="dead", attempts=MOST_ATTEMPTS, last_error="no network")
+    (shown,) = operations(http)
+    assert (shown["isQueued"], shown["phase"], shown["error"]) == (False, "dead", "no network")
+    assert shown["message"] == "given up after 10 attempts"
+
+
+def test_an_open_request_for_many_nodes_is_cancelled_by_its_id(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    nodes.deregister(services, node)
+    told = backends.change_everywhere(services, Op.INSTALL, "echo")
+    assert http.post(f"/api/operations/{told['uuid']}/cancel").status_code == 200
+    assert operations(http) == []
+
+
+def test_what_has_ended_is_history_the_newest_first(services: Services, node: Node, http: httpx.Client) -> None:
+    install, fetching = backends.change(services, node, Op.INSTALL, "echo"), fetch(services, node)
+    end(services, node, install, End(state=JobState.DONE, result={}))
+    end(services, node, fetching, FAILED)
+    second, first = operations(http, "/history")
+    assert (first["jobID"], first["name"], first["outcome"], first["error"]) == (install, "echo", "completed", None)
+    assert (second["name"], second["outcome"], second["error"]) == ("tiny", "failed", "no network")
+    assert first["started"] <= first["ended"]
+    assert len(operations(http, "/history?limit=1")) == 1
+    assert http.get("/api/operations/history?limit=0").status_code == 400
+
+
+def events(http: httpx.Client, job_id: str, **headers: str) -> list[dict]:
+    text = http.get(f"/api/jobs/{job_id}/events", headers=headers, timeout=20).raise_for_status().text
+    return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
+
+
+def test_the_progress_and_the_end_of_a_job_are_events(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    seen: list[dict] = []
+    reading = threading.Thread(target=lambda: seen.extend(events(http, job_id)))
+    reading.start()
+    assert wait_for(lambda: services.leases.live([job_id])[job_id].watchers)
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    steps = [Progress(stage="downloading", done=done, total=2, unit="bytes") for done in (1, 2)]
+    services.leases.append([(lease, lease.last_index + 1, steps)])
+    services.leases.finish(lease, lease.last_index + 3, End(state=JobState.DONE, result={"size": 2}), node_id=node.id)
+    reading.join(15)
+    assert [(one["type"], one.get("done")) for one in seen] == [("progress", 1), ("progress", 2), ("end", None)]
+    assert seen[-1] == {"type": "end", "state": "done", "error": None, "result": {"size": 2}}
+    jobs.apply_ends(services)
+    assert events(http, job_id) == seen
+    place = f"{job_id}:{lease.attempt}-{lease.last_index + 1}"
+    assert events(http, job_id, **{"Last-Event-ID": place}) == seen[1:]
+    services.redis.delete(names.journal_key(job_id))
+    assert events(http, job_id) == seen[-1:]
+
+
+def test_who_looks_on_and_leaves_ends_no_job(
+    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_events, "KEEPALIVE", 0.1)  # this server notices only when it writes that a client has left
+    job_id = fetch(services, node)
+    with http.stream("GET", f"/api/jobs/{job_id}/events") as response:
+        next(response.iter_raw())
+    assert wait_for(lambda: not services.leases.live([job_id])[job_id].watchers)
+    assert jobs.listed(services, states=["open"], kinds=["fetch_model"], limit=1)[0]["id"] == job_id
+    assert services.leases.waiting(names.node_jobs_queue(node.id)) == [job_id]
+
+
+@pytest.mark.parametrize("header", ["nonsense", "other:1-1"])
+def test_events_behind_what_is_none_of_the_jobs_are_refused(
+    services: Services, node: Node, http: httpx.Client, header: str
+) -> None:
+    job_id = fetch(services, node)
+    answer = http.get(f"/api/jobs/{job_id}/events", headers={"Last-Event-ID": header})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Last-Event-ID")
+
+
+def test_what_has_failed_is_tried_again(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    retry = f"/api/jobs/{job_id}/retry"
+    assert http.post(retry).status_code == 409
+    end(services, node, job_id, FAILED)
+    again = http.post(retry)
+    assert again.status_code == 202
+    new = again.json()["jobID"]
+    assert new != job_id
+    assert claim(services, new, names.node_jobs_queue(node.id), node.id).request["name"] == "tiny"
+    assert http.post(retry).json()["jobID"] == new
+    nodes.deregister(services, node)
+    assert "its node is not there" in http.post(retry).json()["error"]["message"]
+
+
+def test_what_is_no_job_of_a_node_or_of_nobody_is_not_tried_again(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    job_id = fetch(services, node)
+    end(services, node, job_id, FAILED)
+    user = {"Authorization": f"Bearer {keys.create(services, name='u', role='user')[1]}"}
+    for method, path in (("POST", "retry"), ("GET", "events")):
+        assert http.request(method, f"/api/jobs/{job_id}/{path}", headers=user).status_code == 404
+        assert http.request(method, f"/api/jobs/nothing/{path}").status_code == 404
