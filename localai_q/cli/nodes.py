@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
 from localai_q.cli.client import connect
+from localai_q.cli.jobs import need_done, wait
 from localai_q.cli.show import AsJson, rows, text, when
-from localai_q.errors import InvalidValue, from_record
-
-POLL = 0.3  # seconds between two looks at a job
+from localai_q.errors import InvalidValue
 
 app = typer.Typer(no_args_is_help=True, help="List nodes, let new ones in, empty them for maintenance, delete them.")
 
@@ -153,11 +151,7 @@ def clean_node(
     """
     api = connect()
     job_id = api.call("POST", "/api/nodes/{}/models/clean", node, params={"dry_run": str(dry_run).lower()})["job"]
-    while (job := api.call("GET", "/api/jobs/{}", job_id))["state"] == "open":
-        time.sleep(POLL)
-    if job["state"] != "done":
-        raise from_record(job["error"] or {})
-    result = job["result"]
+    result = need_done(wait(api, job_id, quiet=True))["result"]
     shown = [{"sha256": blob["sha256"], "size": decimal(blob["size"])} for blob in result["removed"]]
     rows([result] if as_json else shown, ["sha256", "size"], as_json=as_json, empty="There is nothing to remove.")
     if shown and not as_json:

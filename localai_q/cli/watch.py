@@ -25,7 +25,12 @@ PATIENCE = 20.0  # seconds without progress after which it is said what is waite
 NO_WORK = 30.0  # seconds after which a model that nobody loads is not waited for any longer
 
 APPROVED = {"ready", "draining", "drained"}
-WORK = {"install_backend": "installing a backend", "fetch_model": "fetching"}
+WORK = {
+    "install_backend": "installing a backend",
+    "upgrade_backend": "upgrading a backend",
+    "delete_backend": "deleting a backend",
+    "fetch_model": "fetching",
+}
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -230,7 +235,7 @@ def display() -> Display:
 
 
 def _title(job: Record) -> str:
-    what = f"{WORK.get(job['kind'], job['kind'])} {job.get('model') or ''}".strip()
+    what = f"{WORK.get(job['kind'], job['kind'])} {job.get('model') or job.get('subject') or ''}".strip()
     return f"{what} on {job['node']}" if job.get("node") else what
 
 

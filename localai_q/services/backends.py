@@ -221,18 +221,19 @@ def _builds(op: Op, name: str) -> Collection[Any]:
 
 def _operations(services: Services, found: list[Wish]) -> list[dict[str, Any]]:
     with services.db.transaction() as db:
-        node_names = {node.id: node.name for node in nodes.every(db)}
+        known = {node.id: node for node in nodes.every(db)}
+    found = [wish for wish in found if wish.node_id in known]  # others have gone with their node since
     progress = job_services.percentages(services, [wish.job_id for wish in found if wish.job_id])
     by_id: dict[str, list[Wish]] = {}
     for wish in found:
         by_id.setdefault(wish.operation, []).append(wish)
-    return [_operation(wishes, node_names, progress) for wishes in by_id.values()]
+    return [_operation(wishes, known, progress) for wishes in by_id.values()]
 
 
-def _operation(wishes: list[Wish], node_names: dict[str, str], progress: dict[str, float]) -> dict[str, Any]:
+def _operation(wishes: list[Wish], known: dict[str, Node], progress: dict[str, float]) -> dict[str, Any]:
     """A request for many nodes: LocalAI's names of what is known of a job, and what is on each node."""
     parts = [100.0 if wish.state in ENDED else progress.get(wish.job_id or "", 0.0) for wish in wishes]
-    errors = [f"{node_names.get(wish.node_id)}: {wish.last_error}" for wish in wishes if wish.last_error]
+    errors = [f"{known[wish.node_id].name}: {wish.last_error}" for wish in wishes if wish.last_error]
     ended = sum(wish.state in ENDED for wish in wishes)
     op, name = wishes[0].op, wishes[0].backend
     return {
@@ -246,9 +247,10 @@ def _operation(wishes: list[Wish], node_names: dict[str, str], progress: dict[st
         "message": f"{op} of {name}: {ended} of {len(wishes)} nodes",
         "error": "; ".join(errors) or None,
         "nodes": [
-            {"node_id": wish.node_id, "node_name": node_names.get(wish.node_id), "status": wish.state,
+            {"node_id": wish.node_id, "node_name": known[wish.node_id].name, "status": wish.state,
              "percentage": part, "error": wish.last_error or None, "attempts": wish.attempts,
-             "next_try": wish.next_try if wish.attempts and wish.state is WishState.OPEN else None, "job": wish.job_id}
+             "next_try": wish.next_try if wish.attempts and wish.state is WishState.OPEN else None, "job": wish.job_id,
+             "away": known[wish.node_id].state not in REACHABLE}
             for wish, part in zip(wishes, parts, strict=True)
         ],
     }  # fmt: skip

@@ -17,11 +17,13 @@ from waiting import wait_for
 
 from localai_q import names, ports
 from localai_q.bus.connection import client
-from localai_q.cluster.events import Delta, End
+from localai_q.celery import app
+from localai_q.cluster.events import Delta, End, Progress
+from localai_q.cluster.nodes import Node
 from localai_q.config import load_settings
 from localai_q.embedded.valkey import Valkey
 from localai_q.processes import spawn, stop, tail
-from localai_q.services import keys
+from localai_q.services import backends, jobs, keys, nodes
 from localai_q.services.wiring import Services, connect
 
 BIN = Path(sys.executable).parent
@@ -296,3 +298,93 @@ def test_scheduling_rules_have_localais_paths(web: Web) -> None:
     assert web.http.get("/api/nodes/scheduling/rule/d").json()["max_replicas"] == 1
     assert web.http.post("/api/nodes/scheduling", json={**rule, "colour": 1}).status_code == 400
     assert web.http.get("/api/nodes/scheduling/nobody").status_code == 404
+
+
+@pytest.fixture
+def attic(web: Web) -> Iterator[Node]:
+    app.conf.broker_url = web.services.settings.redis_url
+    yield ready_node(web.services, "attic")
+    nodes.remove(web.services, "attic", force=True)
+
+
+def working(web: Web, node: Node, *arguments: str, end: End) -> tuple[int, str, str]:
+    """What a command says while the node does its next job, which ends so."""
+    said: list[tuple[int, str, str]] = []
+    thread = threading.Thread(target=lambda: said.append(web.cli(*arguments)))
+    thread.start()
+    line = names.node_jobs_queue(node.id)
+
+    def waiting() -> list[str]:
+        backends.fulfil(web.services)
+        return web.services.leases.waiting(line)
+
+    (job_id,) = wait_for(waiting, 30)
+    lease = claim(web.services, job_id, line, node.id)
+    web.services.leases.append([(lease, lease.last_index + 1, [Progress(stage="installing", done=1, total=2)])])
+    web.services.leases.finish(lease, lease.last_index + 2, end, node_id=node.id)
+    while thread.is_alive():
+        jobs.apply_ends(web.services)
+        backends.fulfil(web.services)
+        thread.join(0.1)
+    return said[0]
+
+
+INSTALLED = End(state="done", result={"name": "echo"})
+NO_NETWORK = End(state="failed", error={"error": "Unavailable", "message": "no network"})
+
+
+def test_a_backend_is_installed_on_a_node_by_the_command_line(web: Web, attic: Node) -> None:
+    install = ("backends", "install", "echo", "--node", "attic")
+    code, out, err = working(web, attic, *install, end=INSTALLED)
+    assert (code, "done" in out) == (0, True), err
+    code, _, err = working(web, attic, *install, end=NO_NETWORK)
+    assert (code, err.splitlines()[-1]) == (1, "localai-q: no network")
+    code, out, err = working(web, attic, *install, "--json", end=NO_NETWORK)
+    failed = json.loads(out)
+    assert (code, failed["state"], err) == (1, "failed", "localai-q: no network\n")
+    code, out, _ = web.cli("jobs", "retry", failed["id"])
+    assert code == 0
+    again = out.strip()
+    assert web.cli("jobs", "cancel", again)[0] == 0
+    jobs.apply_ends(web.services)
+    assert web.cli("jobs", "watch", again)[0] == 1
+    shown = json.loads(web.cli("jobs", "list", "--kind", "install_backend", "--json")[1])
+    assert {job["subject"] for job in shown} == {"echo"}
+
+
+def test_a_backend_is_changed_on_all_nodes_by_the_command_line(web: Web, attic: Node) -> None:
+    code, out, err = working(web, attic, "backends", "install", "echo", "--all", end=INSTALLED)
+    assert (code, "attic" in out) == (0, True), err
+    code, out, err = working(web, attic, "backends", "install", "echo", "--all", "--json", end=NO_NETWORK)
+    assert (code, json.loads(out)[0]["nodes"][0]["attempts"]) == (1, 1)
+    assert "not done on attic" in err
+    told = {"name": "echo", "version": "1", "digest": "a" * 64, "build": "cpu"}
+    nodes.heartbeat(web.services, attic, hardware={"backends": [told]})
+    assert "aaaaaaaaaaaa" in web.cli("backends", "list")[1]
+    assert json.loads(web.cli("backends", "list", "--json")[1])[0]["nodes"][0]["node_name"] == "attic"
+    assert "xllamacpp" in web.cli("backends", "list", "--available")[1]
+    code, out, _ = web.cli("backends", "delete", "echo", "--all", "--no-wait")
+    assert (code, json.loads(web.http.get(f"/backends/jobs/{out.strip()}").text)["op"]) == (0, "delete")
+    nodes.deregister(web.services, attic)
+    code, _, err = web.cli("backends", "upgrade", "echo", "--all")
+    assert (code, "not done on attic" in err) == (1, True), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("install", "echo"), "--node NAME or --all"),
+        (("install", "echo", "--node", "a", "--all"), "--node NAME or --all"),
+        (("install", "echo", "--node", "a", "--selector", "x=y"), "--selector narrows --all"),
+        (("install", "echo", "--all", "--selector", "x"), "--selector needs key=value"),
+        (("install", "ghost", "--all"), "no backend 'ghost'"),
+        (("delete", "echo", "--all"), "No node is to delete backend 'echo'"),
+    ],
+)
+def test_a_change_of_backends_that_makes_no_sense_ends_in_one_line(
+    web: Web, arguments: tuple[str, ...], says: str
+) -> None:
+    code, _, err = web.cli("backends", *arguments)
+    assert code == 1
+    assert says in err
+    assert len(err.splitlines()) == 1

@@ -1,0 +1,132 @@
+"""`localai-q backends`: the engines of the cluster, on one node or on all."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from localai_q.cli.client import Api, connect
+from localai_q.cli.jobs import POLL, follow
+from localai_q.cli.show import AsJson, rows, when
+from localai_q.cli.watch import display
+from localai_q.errors import InvalidValue, LocalAIError
+
+app = typer.Typer(no_args_is_help=True, help="List backends, install, upgrade and delete them on nodes.")
+
+Name = Annotated[str, typer.Argument(help="The backend's name; 'list --available' shows them.")]
+Node = Annotated[str, typer.Option("--node", help="On this node, now.")]
+All = Annotated[bool, typer.Option("--all", help="On every node; those that are away follow when they are back.")]
+Selector = Annotated[list[str] | None, typer.Option(help="With --all, key=value: a label of the nodes; repeatable.")]
+NoWait = Annotated[bool, typer.Option("--no-wait", help="Print the id and return at once.")]
+
+
+@app.command("list")
+def list_backends(
+    available: Annotated[bool, typer.Option("--available", help="What can be installed instead.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which node has which version of which backend; DRIFT where nodes of a kind differ."""
+    records: Any = connect().call("GET", "/backends/available" if available else "/api/backends")
+    if as_json:
+        rows(records, [], as_json=True, empty="")
+    elif available:
+        shown = [{**one, "builds": ", ".join(one["builds"]), "nodes": ", ".join(one["nodes"])} for one in records]
+        rows(shown, ["name", "version", "builds", "nodes", "description"], as_json=False, empty="No backends.")
+    else:
+        rows([row for one in records for row in _on_nodes(one)],
+             ["name", "node", "version", "build", "digest", "drift", "installed"], as_json=False,
+             empty="No node has a backend yet: a model that is loaded brings its own.")  # fmt: skip
+
+
+@app.command("install")
+def install(
+    name: Name, node: Node = "", everywhere: All = False, selector: Selector = None, no_wait: NoWait = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Install a backend where it is not.
+
+    Ends with 0 when it is done, and with 1 when it failed, was cancelled, or waits for a node that is away.
+
+    Examples:
+
+        localai-q backends install xllamacpp --node attic
+
+        localai-q backends install xllamacpp --all --selector zone=home
+    """
+    _change("install", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
+
+
+@app.command("upgrade")
+def upgrade(
+    name: Name, node: Node = "", everywhere: All = False, selector: Selector = None, no_wait: NoWait = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Make a backend anew where it is, of the newest there is. What runs keeps its version until it ends."""
+    _change("upgrade", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
+
+
+@app.command("delete")
+def delete(
+    name: Name, node: Node = "", everywhere: All = False, selector: Selector = None, no_wait: NoWait = False,
+    as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Remove a backend where it is. A model that is loaded there later brings it back."""
+    _change("delete", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
+
+
+def _change(
+    op: str, name: str, node: str, everywhere: bool, selector: list[str], *, no_wait: bool, as_json: bool
+) -> None:
+    if bool(node) == everywhere:
+        raise InvalidValue(f"say where to {op} {name}: --node NAME or --all")
+    if selector and not everywhere:
+        raise InvalidValue("--selector narrows --all")
+    api = connect()
+    if node:
+        job_id = str(api.call("POST", f"/api/nodes/{{}}/backends/{op}", node, json={"backend": name})["jobID"])
+        if no_wait:
+            print(job_id)
+        else:
+            follow(api, job_id, as_json=as_json)
+        return
+    labels = dict(pair.split("=", 1) for pair in selector if "=" in pair)
+    if len(labels) != len(selector):
+        raise InvalidValue(f"--selector needs key=value, each key once: {' '.join(selector)}")
+    body: dict[str, Any] = {"selector": labels}
+    if op == "install":
+        made = api.call("POST", "/backends/apply", json={"id": name, **body})
+    else:
+        made = api.call("POST", f"/backends/{op}/{{}}", name, json=body)
+    if no_wait:
+        print(made["uuid"])
+    else:
+        _follow_all(api, made, as_json=as_json)
+
+
+def _follow_all(api: Api, made: dict[str, Any], *, as_json: bool) -> None:
+    """Show a request for many nodes until nothing of it moves any more."""
+    with display() as shown:
+        while not made["processed"] and not _only_waits(made):
+            if not as_json:
+                shown.show([api.call("GET", "/api/jobs/{}", one["job"]) for one in made["nodes"] if one["job"]])
+            time.sleep(POLL)
+            made = api.call("GET", "/backends/jobs/{}", made["uuid"])
+    rows([made] if as_json else made["nodes"], ["node_name", "status", "attempts", "error"], as_json=as_json, empty="")
+    left = [one["node_name"] for one in made["nodes"] if one["status"] != "done"]
+    if left:
+        raise LocalAIError(f"not done on {', '.join(left)}: GET /backends/jobs/{made['uuid']} shows what becomes of it")
+
+
+def _only_waits(made: dict[str, Any]) -> bool:
+    """Whether what is not done yet is for nodes that are away, or is tried again later."""
+    return all(one["status"] != "open" or one["next_try"] or one["away"] for one in made["nodes"])
+
+
+def _on_nodes(backend: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"name": backend["name"], "node": node["node_name"], "version": node["version"], "build": node["build"],
+         "digest": node["digest"][:12], "drift": backend["drift"], "installed": when(node["installed_at"])}
+        for node in backend["nodes"]
+    ]  # fmt: skip
