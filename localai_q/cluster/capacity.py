@@ -298,8 +298,10 @@ def _short(wanted: Need, room: Memory) -> str:
 
 
 def _gpus(node: Node) -> list[dict[str, Any]]:
+    """The GPUs that have memory of their own; what runs on others takes the machine's."""
     found = node.hardware.get("gpus")
-    return [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
+    gpus = [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
+    return [gpu for gpu in gpus if _number(gpu, "vram_total") < UNLIMITED]
 
 
 def _number(record: dict[str, Any], name: str, default: int = UNLIMITED) -> int:

@@ -129,6 +129,12 @@ class TestExamine:
     def test_a_backend_that_uses_no_gpu_takes_ram_beside_them(self) -> None:
         assert refused(node(gpus=[gpu(1)]), model(memory=3 * GB)) == ""
 
+    def test_on_a_gpu_that_has_no_memory_of_its_own_a_model_takes_the_machines(self) -> None:
+        shared = node(ram=3, gpus=[{"index": 0, "vendor": "nvidia"}], budget=2 * GB)
+        assert judged(model(memory=2 * GB), shared, uses_gpu=True).need.memory == Memory(ram=2 * GB)
+        assert refused(shared, model(memory=2 * GB + 1), uses_gpu=True) == "needs 2.0 GB, 2.0 GB free (as configured)"
+        assert refused(shared, model(memory=GB), replica(S.LOADING, 2), uses_gpu=True)
+
     def test_labels_must_all_be_there(self) -> None:
         asks = model(selector={"zone": "a", "disk": "fast"})
         assert refused(node(labels={"zone": "a", "disk": "slow"}), asks) == "lacks the label disk=fast"

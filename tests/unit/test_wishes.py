@@ -87,7 +87,7 @@ def with_models(*models: Model) -> dict:
         ("a node joins", {"nodes": [N1, AWAY, node("n3", ram_available=8 * GB)]}),
         ("one returns", {"nodes": [N1, replace(AWAY, state=NodeState.READY)]}),
         ("memory becomes free", {"nodes": [node("n1", ram_available=8 * GB), AWAY]}),
-        ("a GPU's memory becomes free", {"nodes": [node("n1", gpus=[{"vram_free": 8 * GB}]), AWAY]}),
+        ("a GPU's memory becomes free", {"nodes": [node("n1", gpus=[{"vram_total": 9 * GB, "vram_free": 8 * GB}]), AWAY]}),
         ("the disk is emptied", {"nodes": [node("n1", disk_free=9 * GB), AWAY]}),
         ("a label is given", {"nodes": [replace(N1, labels={"zone": "a", "more": "b"}), AWAY]}),
         ("a limit is changed", {"nodes": [replace(N1, given_slots=2), AWAY]}),
