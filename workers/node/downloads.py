@@ -174,7 +174,8 @@ class Growing:
 
     def add(self, block: bytes | memoryview, digest: Digest | None = None) -> None:
         """Write what comes next. `digest`: with it, where that is known."""
-        self.file.write(block)
+        for at in range(0, len(block), CHUNK):  # some kernels are slow at more at once
+            self.file.write(block[at : at + CHUNK])
         if digest is None:
             self.digest.update(block)
         else:

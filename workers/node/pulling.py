@@ -21,14 +21,14 @@ from localai_q.errors import LocalAIError, Unavailable, WrongContent
 from localai_q.names import BEGINNING_HEADER
 from workers.node.api import NodeApi
 from workers.node.digests import PIECE, Digest
-from workers.node.downloads import LEAST, STALL, Growing, Report, Room, check, content_range
+from workers.node.downloads import STALL, Growing, Report, Room, check, content_range
 
 log = logging.getLogger(__name__)
 
 CONNECTIONS = 2  # to one holder
 MOST_CONNECTIONS = 6
 AHEAD = 8  # pieces that may be in memory
-SLICE = 64 << 10  # bytes between two looks at how far a piece is
+SLICE = 1 << 20  # bytes between two looks at how far a piece is; so many must come within `STALL`
 CONNECT, SILENCE = 3.0, 15.0  # seconds
 TRIES = 3  # failures in a row after which a holder is left out
 PAUSE = 0.5  # seconds after a failure
@@ -115,6 +115,7 @@ class _Pull:
         self._most = most
         self._holders: dict[str, _Holder] = {}
         self._pieces: dict[int, _Piece] = {}
+        self._buffers: list[bytearray] = []  # that are free
         self._lines: set[http.client.HTTPConnection] = set()
         self._changed = threading.Condition()
         self._ended = False
@@ -149,7 +150,7 @@ class _Pull:
                 asked_for_room = True
             if piece and piece.content is not None:
                 self._write(piece)
-            if came - marked >= LEAST:
+            if came - marked >= SLICE:
                 marked, until = came, time.monotonic() + STALL
             elif time.monotonic() > until:
                 raise Unavailable(f"only {came - marked} bytes came from other nodes in {STALL:.0f} s")
@@ -214,6 +215,7 @@ class _Pull:
         self._growing.add(piece.content, digest)
         with self._changed:
             self._pieces.pop(number)
+            self._buffers.append(piece.content.obj)  # type: ignore[arg-type]
             self._changed.notify_all()
 
     def _refuse(self, holder: _Holder) -> None:
@@ -277,7 +279,7 @@ class _Pull:
         try:
             response = self._ask(line, holder, "GET", start, start + PIECE)
             total = self._agreed(response)
-            content = memoryview(bytearray(min(PIECE, total - start)))
+            content = memoryview(self._buffer())[: min(PIECE, total - start)]
             whole = self._read(response, number, content)
         finally:
             with self._changed:
@@ -292,6 +294,11 @@ class _Pull:
                 piece.content, piece.giver, piece.come = content, holder, len(content)
                 piece.beginning = response.getheader(BEGINNING_HEADER)
             self._changed.notify_all()
+
+    def _buffer(self) -> bytearray:
+        """Room for a piece: what was used before costs no new pages."""
+        with self._changed:
+            return self._buffers.pop() if self._buffers else bytearray(PIECE)
 
     def _connect(self, holder: _Holder) -> http.client.HTTPConnection:
         place = urlsplit(holder.url)
