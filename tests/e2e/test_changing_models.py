@@ -71,5 +71,5 @@ def test_under_load_no_request_fails_and_none_that_comes_after_is_answered_by_th
     assert {each.said for each in after} == {numbers(1000)}
     _, alive = psutil.wait_procs(own, timeout=5.0)
     assert not alive
-    assert not cluster.open_generations()
+    until(lambda: not cluster.open_generations(), 10, "the ends in Postgres")
     cluster.stop()

@@ -284,7 +284,7 @@ def test_a_model_that_nobody_loaded_is_loaded_for_its_first_request(calm: Cluste
     try:
         assert calm.replicas("fresh") == []
         assert calm.say("wake up", model="fresh").choices[0].message.content == "wake up"
-        assert [replica["state"] for replica in calm.replicas("fresh")] == ["ready"]
+        until(lambda: [replica["state"] for replica in calm.replicas("fresh")] == ["ready"], 10, "its node's report")
     finally:
         calm.cli("models", "remove", "fresh")
     until(lambda: not calm.pids("fresh.1@alpha"), 15, "the end of the removed model's process")
