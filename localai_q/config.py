@@ -94,6 +94,8 @@ class Settings(BaseSettings):
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     # A further package index for one kind of hardware, as {"cuda12": "https://HOST/whl/cu124"}.
     backend_indexes: dict[Build, str] = Field(default_factory=dict, validation_alias="LOCALAI_Q_BACKEND_INDEXES")
+    # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them.
+    backend_galleries: str = Field("", validation_alias="LOCALAI_Q_BACKEND_GALLERIES")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
     # Where a node gives its models to other nodes, and by what they reach that. Empty: as it reaches the API itself.
@@ -140,6 +142,19 @@ class Settings(BaseSettings):
         if value and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
             raise ValueError("needs the form https://HOST or https://HOST:PORT")
         return value
+
+    @field_validator("backend_galleries")
+    @classmethod
+    def _are_places(cls, value: str) -> str:
+        for place in re.split(r"[\s,]+", value.strip()) if value.strip() else ():
+            if not re.match(r"/|https?://[^\s/?#@]", place):
+                raise ValueError("needs whole paths or https://… URLs, with spaces or commas between them")
+        return value
+
+    @property
+    def gallery_places(self) -> tuple[str, ...]:
+        """The galleries, one by one."""
+        return tuple(place for place in re.split(r"[\s,]+", self.backend_galleries) if place)
 
     @field_validator("backend_indexes")
     @classmethod

@@ -12,7 +12,7 @@ from api.bodies import parse
 from api.web import caller, web
 from localai_q.cluster.backends import Op
 from localai_q.gallery.catalog import Name
-from localai_q.services import backends, nodes, operations
+from localai_q.services import backends, galleries, nodes, operations
 
 routes = Blueprint("backends", __name__)
 
@@ -67,6 +67,11 @@ def list_backends() -> list[dict[str, Any]]:
 @routes.get("/backends/available")
 def list_available() -> list[dict[str, Any]]:
     return backends.available(web().services)
+
+
+@routes.get("/backends/galleries")
+def list_galleries() -> list[dict[str, Any]]:
+    return galleries.shown(web().services)
 
 
 @routes.post("/backends/apply")

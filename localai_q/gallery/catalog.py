@@ -186,16 +186,46 @@ def load_catalog(folder: Path) -> Catalog:
         raise StartupError(f"the catalogue in {folder} is wrong: {reason}") from error
 
 
+def read_gallery(text: str, place: str) -> tuple[BackendEntry, ...]:
+    """The backends that a gallery lists, in the form of `backends.yaml`.
+
+    Raises:
+        InvalidValue: it says something impossible, or what only this version's own list may say; the message names where.
+    """
+    try:
+        entries = _parsed(text, place, BackendEntry)
+    except StartupError as error:
+        raise InvalidValue(error.message) from error
+    own = {entry.name for entry in catalog().backends}
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if entry.name in own or names.count(entry.name) > 1:
+            raise InvalidValue(f"the gallery {place} names a backend that there is already: {entry.name!r}")
+        if entry.source or entry.default:
+            raise InvalidValue(
+                f"the gallery {place} is wrong at {entry.name!r}: 'source' and 'default' are not for galleries"
+            )
+    return entries
+
+
 def _entries(path: Path, kind: type[_Entry]) -> tuple[_Entry, ...]:
     try:
-        found: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"cannot read the catalogue {path}: {error}") from error
+    return _parsed(text, str(path), kind)
+
+
+def _parsed(text: str, place: str, kind: type[_Entry]) -> tuple[_Entry, ...]:
+    try:
+        found: Any = yaml.safe_load(text)
         return TypeAdapter(tuple[kind, ...]).validate_python(found)  # type: ignore[valid-type]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StartupError(f"cannot read the catalogue {path}: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise StartupError(f"cannot read the catalogue {place}: {' '.join(str(error).split())}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = _place(found, problem["loc"])
-        raise StartupError(f"the catalogue {path} is wrong at {where}: {problem['msg']}") from error
+        raise StartupError(f"the catalogue {place} is wrong at {where}: {problem['msg']}") from error
 
 
 def _place(entries: Any, location: tuple[int | str, ...]) -> str:

@@ -23,10 +23,11 @@ from localai_q.cluster.backends import (
     pause,
     targets,
 )
+from localai_q.cluster.builds import Build
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Conflict, NotFound
-from localai_q.gallery import catalog
+from localai_q.services import galleries
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
 from localai_q.store import backends, jobs, nodes
@@ -38,7 +39,7 @@ ENDED = (WishState.DONE, WishState.DEAD, WishState.CANCELLED)
 
 
 def request_for(op: Op, name: str, entry: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The request of a job on a backend."""
+    """The request of a job on a backend; `entry` as `galleries.record` has it."""
     return {"kind": op.kind, "backend": name, **({"entry": entry} if entry else {})}
 
 
@@ -79,7 +80,7 @@ def available(services: Services) -> list[dict[str, Any]]:
          "capabilities": list(entry.capabilities), "builds": list(entry.builds),
          "installed": any(has(node, entry.name) for node in known),
          "nodes": [node.name for node in known if has(node, entry.name)]}
-        for entry in catalog.catalog().backends
+        for entry in galleries.backends(services)
     ]  # fmt: skip
 
 
@@ -94,11 +95,11 @@ def change(services: Services, node: Node, op: Op, name: str) -> str:
         raise Conflict(
             f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
         )
-    chosen = targets(op, name, _builds(op, name), [node])
+    chosen = targets(op, name, _builds(services, op, name), [node])
     if not chosen.nodes:
         kind = Conflict if op is Op.INSTALL else NotFound
         raise kind(f"Node '{node.name}' cannot {op} backend '{name}': {chosen.others[node.name]}.")
-    request = request_for(op, name)
+    request = request_for(op, name, _record(services, op, name))
     return job_services.submit_node_job(services, kind=op.kind, node_id=node.id, model_id=None, request=request)
 
 
@@ -114,7 +115,7 @@ def change_everywhere(
         NotFound: there is no such backend or node.
         Conflict: it is for no node; the message says why.
     """
-    builds = _builds(op, name)
+    builds, entry = _builds(services, op, name), _record(services, op, name)
     with services.db.transaction() as db:
         known = nodes.every(db)
         if unknown := set(only) - {node.id for node in known} - {node.name for node in known}:
@@ -125,7 +126,7 @@ def change_everywhere(
             raise Conflict(f"No node is to {op} backend '{name}': {reasons or 'there is no node'}.")
         operation_id = names.new_id()
         for node in chosen.nodes:
-            backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id))
+            backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id, entry=entry))
     log.info("%s of backend %s on %d nodes", op, name, len(chosen.nodes), extra={"action": "backends"})
     return operation(services, operation_id)
 
@@ -214,9 +215,13 @@ def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
         backends.note(db, wish, **values)
 
 
-def _builds(op: Op, name: str) -> Collection[Any]:
+def _builds(services: Services, op: Op, name: str) -> Collection[Build]:
     """The builds of the backend; those of one that is to be deleted do not matter."""
-    return () if op is Op.DELETE else catalog.backend(name).builds
+    return () if op is Op.DELETE else galleries.backend(services, name).builds
+
+
+def _record(services: Services, op: Op, name: str) -> dict[str, Any] | None:
+    return None if op is Op.DELETE else galleries.record(services, name)
 
 
 def _operations(services: Services, found: list[Wish]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from localai_q.cluster.states import ReplicaState
 from localai_q.documents import checked
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
-from localai_q.services import jobs, snapshots, waiting
+from localai_q.services import galleries, jobs, snapshots, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -239,7 +239,7 @@ def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterato
 
 def _check(services: Services, config: ModelConfig) -> None:
     """Refuse what no node could load."""
-    catalog.backend(config.backend)
+    galleries.backend(services, config.backend)
     if not config.source and config.backend != "echo":
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
     if not config.source and not config.mirrors:

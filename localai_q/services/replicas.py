@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from localai_q import names
 from localai_q.bus import pressure
+from localai_q.cluster.backends import Op
 from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
 from localai_q.cluster.draining import Drained, plan_drains
 from localai_q.cluster.events import End
@@ -25,8 +26,9 @@ from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaStat
 from localai_q.cluster.wishes import Unmet
 from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.gallery import catalog
+from localai_q.services import galleries, node_users
 from localai_q.services import jobs as job_services
-from localai_q.services import node_users
+from localai_q.services.backends import request_for
 from localai_q.services.nodes import UNHEALTHY_AFTER
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, measures, models, nodes, replicas
@@ -263,7 +265,8 @@ def _learned(services: Services, model: Model, job: Job) -> Model:
 def _take(services: Services, step: Step, replica: Replica, model: Model, reason: str) -> None:
     match step:
         case Step.INSTALL:
-            request: dict[str, Any] = {"kind": "install_backend", "backend": model.config.backend}
+            name = model.config.backend
+            request = request_for(Op.INSTALL, name, galleries.record(services, name))
             _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", model.id, request)
         case Step.FETCH:
             config = model.config

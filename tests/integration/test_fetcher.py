@@ -362,7 +362,7 @@ def resolving(monkeypatch: pytest.MonkeyPatch, answers: dict[str, list[str]]) ->
             return [(2, 1, 6, "", (found, port))]
         return list(real(host, port, *args, **more))
 
-    monkeypatch.setattr("workers.node.sources.network.socket.getaddrinfo", lookup)
+    monkeypatch.setattr("localai_q.network.socket.getaddrinfo", lookup)
 
 
 def test_an_address_of_the_cluster_is_refused_even_if_it_is_public(
@@ -379,9 +379,7 @@ def test_the_address_that_is_connected_to_is_the_one_that_was_checked(
 ) -> None:
     """A name that is looked up once is not connected to under the address that it has the next time."""
     asked: list[str] = []
-    monkeypatch.setattr(
-        "workers.node.sources.network.Network._check", lambda self, host, found: asked.append(str(found))
-    )
+    monkeypatch.setattr("localai_q.network.Network._check", lambda self, host, found: asked.append(str(found)))
     resolving(monkeypatch, {"models.example": ["127.0.0.1", "203.0.113.1"]})
     url = server.put("/m", Remote(CONTENT)).replace("127.0.0.1", "models.example")
     assert private(tmp_path, url).read_bytes() == CONTENT
@@ -399,7 +397,7 @@ def test_a_redirect_to_a_private_address_is_refused(
         if host != "public.example":
             real(self, host, address)
 
-    monkeypatch.setattr("workers.node.sources.network.Network._check", check)
+    monkeypatch.setattr("localai_q.network.Network._check", check)
     resolving(monkeypatch, {"public.example": ["127.0.0.1"]})
     inner = server.put("/inner", Remote(CONTENT))
     url = server.put("/m", Remote(location=inner)).replace("127.0.0.1", "public.example")

@@ -21,9 +21,9 @@ import httpx
 
 from localai_q.cluster.events import Progress
 from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable, WrongContent
+from localai_q.network import Network
 from workers.node.digests import Digest
 from workers.node.sources import origin as origins
-from workers.node.sources.network import Network
 from workers.node.sources.origin import Origin, is_passing, pause_of, refusal, said
 from workers.node.store import key_of
 

@@ -21,12 +21,12 @@ import httpx
 from localai_q.cluster.events import Progress
 from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
+from localai_q.network import Network
 from workers.node.api import NodeApi
 from workers.node.digests import Digest
 from workers.node.downloads import CHUNK, Report, check, download, hash_file
 from workers.node.pulling import pull
 from workers.node.sources import Access, resolve, uploaded
-from workers.node.sources.network import Network
 from workers.node.sources.origin import Origin
 from workers.node.store import Store, key_of
 

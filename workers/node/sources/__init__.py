@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from localai_q import network
 from localai_q.cluster.sources import Bucket, HuggingFace, Image, OnNode, Source, Stored, Web, Wheel
 from localai_q.config import Settings
 from localai_q.errors import NotFound
+from localai_q.network import Network, Trust
 from workers.child import ChildSpec
 from workers.identity import Identity
 from workers.node.api import NodeApi
-from workers.node.sources import huggingface, images, network, s3, wheels
-from workers.node.sources.network import Network, Trust
+from workers.node.installer import certificates
+from workers.node.sources import huggingface, images, s3, wheels
 from workers.node.sources.origin import Origin
 
 
@@ -36,7 +38,11 @@ class Access:
     def network(self) -> Network:
         """The network as sources may use it."""
         urls = tuple(url for url in (self.api_url, self.redis_url) if url)
-        return Network(allow_private=self.settings.allow_private_sources, cluster_urls=urls)
+        return Network(
+            allow_private=self.settings.allow_private_sources,
+            cluster_urls=urls,
+            certificates=certificates(),
+        )
 
 
 def resolve(source: Source, access: Access, net: Network) -> Origin:

@@ -6,7 +6,7 @@ import re
 from urllib.parse import quote
 
 from localai_q.cluster.sources import HuggingFace
-from workers.node.sources.network import Network, trust_in
+from localai_q.network import Network, trust_in
 from workers.node.sources.origin import Origin, ask, refusal
 
 DIGEST = "x-linked-etag"

@@ -15,10 +15,10 @@ from urllib.parse import urlencode, urlsplit
 
 import httpx
 
+from localai_q import network
 from localai_q.cluster.sources import OLLAMA, Image
 from localai_q.errors import InvalidValue, Unavailable
-from workers.node.sources import network
-from workers.node.sources.network import Network, Trust, trust_in
+from localai_q.network import Network, Trust, trust_in
 from workers.node.sources.origin import Origin, ask, refusal
 
 MANIFESTS = (

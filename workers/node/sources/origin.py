@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 
+from localai_q import network
 from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable
-from workers.node.sources import network
-from workers.node.sources.network import NO_HEADERS, Network, Trust
+from localai_q.network import NO_HEADERS, Network, Trust
 
 TRIES = 4  # of a question
 PAUSE = 0.5  # seconds before the second try, doubled each time

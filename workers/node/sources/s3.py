@@ -7,10 +7,10 @@ from botocore import UNSIGNED
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError
 
+from localai_q import network
 from localai_q.cluster.sources import Bucket
 from localai_q.errors import InvalidValue
-from workers.node.sources import network
-from workers.node.sources.network import trust_in
+from localai_q.network import trust_in
 from workers.node.sources.origin import Origin
 
 LIFE = 7 * 24 * 3600 - 1  # seconds for which a signed URL is good: the longest that there is

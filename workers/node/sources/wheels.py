@@ -9,8 +9,8 @@ from typing import Any
 
 from localai_q.cluster.sources import Wheel
 from localai_q.errors import NotFound, Unavailable
+from localai_q.network import OF_THIS_MACHINE
 from workers.node.installer import index_url, run_uv
-from workers.node.sources.network import OF_THIS_MACHINE
 from workers.node.sources.origin import Origin
 
 

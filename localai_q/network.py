@@ -22,7 +22,6 @@ import httpx
 import psutil
 
 from localai_q.errors import InvalidValue, Unavailable
-from workers.node.installer import certificates
 
 REDIRECTS = 10
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
@@ -57,10 +56,12 @@ def trust_in(url: str) -> Trust:
 class Network:
     """HTTP as a source may use it."""
 
-    def __init__(self, *, allow_private: bool, cluster_urls: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, *, allow_private: bool, cluster_urls: tuple[str, ...] = (), certificates: str | None = None
+    ) -> None:
         self._allow_private = allow_private
         self._cluster_urls = cluster_urls
-        self._tls = ssl.create_default_context(cafile=certificates())
+        self._tls = ssl.create_default_context(cafile=certificates)
         transport = _Guarded(self)
         self._client = httpx.Client(transport=transport, timeout=TIMEOUT, trust_env=False)
 

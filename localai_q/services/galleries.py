@@ -1,0 +1,131 @@
+"""The backends that can be installed: those that this version comes with, and those of the galleries that settings name.
+
+A gallery is read anew after `FRESH` seconds, in the background, by each process for itself. What was read stays if that
+fails. Addresses that sources of models may not lead to are refused here, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from localai_q.config import Settings
+from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
+from localai_q.gallery import catalog
+from localai_q.gallery.catalog import BackendEntry
+from localai_q.network import Network
+from localai_q.services.wiring import Services
+
+log = logging.getLogger(__name__)
+
+FRESH = 60.0  # seconds
+LARGEST = 4 << 20  # bytes
+
+_lock = threading.Lock()
+_read: dict[str, Gallery] = {}
+
+
+class Gallery:
+    """What one gallery has said last."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+        self.entries: tuple[BackendEntry, ...] = ()
+        self.error = ""
+        self._due = 0.0
+        self._reading = threading.Lock()
+
+    def look(self, settings: Settings) -> None:
+        """Read it, if that is due: the first time at once, later in the background."""
+        if time.monotonic() < self._due:
+            return
+        if self._due:
+            threading.Thread(target=self._look, args=(settings,), name="gallery", daemon=True).start()
+        else:
+            self._look(settings)
+
+    def _look(self, settings: Settings) -> None:
+        with self._reading:
+            if time.monotonic() < self._due:
+                return
+            try:
+                self.entries, self.error = catalog.read_gallery(_text(self.place, settings), self.place), ""
+            except LocalAIError as error:
+                if error.message != self.error:
+                    log.warning("gallery %s: %s", self.place, error.message)
+                self.error = error.message
+            self._due = time.monotonic() + FRESH
+
+
+def backends(services: Services) -> list[BackendEntry]:
+    """Every backend that can be installed; of two that have one name the first."""
+    found = {entry.name: entry for gallery in reversed(_galleries(services)) for entry in gallery.entries}
+    return [*catalog.catalog().backends, *found.values()]
+
+
+def backend(services: Services, name: str) -> BackendEntry:
+    """The backend of that name.
+
+    Raises:
+        NotFound: there is none; the message lists those that are.
+    """
+    known = {entry.name: entry for entry in backends(services)}
+    if name not in known:
+        raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {', '.join(known)}")
+    return known[name]
+
+
+def record(services: Services, name: str) -> dict[str, Any] | None:
+    """The entry of a gallery, as it goes with a job; None for a backend of this version, which nodes have themselves."""
+    entries = {entry.name: entry for gallery in reversed(_galleries(services)) for entry in gallery.entries}
+    return entries[name].model_dump(mode="json") if name in entries else None
+
+
+def shown(services: Services) -> list[dict[str, Any]]:
+    """Each gallery: where it is, what it lists, and why it could not be read the last time."""
+    return [
+        {"url": gallery.place, "backends": [entry.name for entry in gallery.entries], "error": gallery.error or None}
+        for gallery in _galleries(services)
+    ]
+
+
+def _galleries(services: Services) -> list[Gallery]:
+    with _lock:
+        found = [_read.setdefault(place, Gallery(place)) for place in services.settings.gallery_places]
+    for gallery in found:
+        gallery.look(services.settings)
+    return found
+
+
+def _text(place: str, settings: Settings) -> str:
+    try:
+        return (_from_file(Path(place)) if place.startswith("/") else _from_web(place, settings)).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidValue("it is no text") from error
+
+
+def _from_file(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST + 1)
+    except OSError as error:
+        raise Unavailable(f"cannot read {path}: {error.strerror}") from error
+    if len(text) > LARGEST:
+        raise InvalidValue(f"{path} has more than {LARGEST >> 20} MiB")
+    return text
+
+
+def _from_web(url: str, settings: Settings) -> bytes:
+    urls = tuple(each for each in (settings.redis_url, settings.database_url, settings.base_url) if each)
+    try:
+        response, body = Network(allow_private=settings.allow_private_sources, cluster_urls=urls).read(url)
+    except httpx.HTTPError as error:
+        raise Unavailable(f"cannot read {url}: {error}") from error
+    if response.status_code != httpx.codes.OK:
+        raise Unavailable(f"{url} answers with status {response.status_code}")
+    return body
