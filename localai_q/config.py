@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import platformdirs
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localai_q.cluster.amounts import amount, part_of
@@ -130,9 +130,10 @@ class Settings(BaseSettings):
 
     @field_validator("files_address", "advertised_files_address")
     @classmethod
-    def _is_an_address(cls, value: str) -> str:
+    def _is_an_address(cls, value: str, info: ValidationInfo) -> str:
         found = ADDRESS.fullmatch(value)
-        if value and not (found and int(found[1]) < 65536):
+        least = 0 if info.field_name == "files_address" else 1  # 0: a free one
+        if value and not (found and least <= int(found[1]) < 65536):
             raise ValueError("needs the form HOST:PORT, as 10.0.0.5:50050")
         return value
 

@@ -18,6 +18,7 @@ from waiting import wait_for
 
 from localai_q.cluster.tickets import LIFE
 from localai_q.config import load_settings
+from localai_q.errors import StartupError
 from localai_q.names import BEGINNING_HEADER
 from workers.node import holder as module
 from workers.node.digests import PIECE, Digest
@@ -225,6 +226,22 @@ def test_several_are_served_at_once(running: Running, sha256: str) -> None:
 )
 def test_where_it_listens(files: str, api: str, listen: str, expected: tuple[str, int, str]) -> None:
     assert module.addresses(load_settings(files_address=files, address=api), listen) == expected
+
+
+@pytest.mark.parametrize("value", ["x", "10.0.0.1", ":5", "10.0.0.1:65536", "http://x:5", "a b:5", "x:5/"])
+@pytest.mark.parametrize("name", ["LOCALAI_HTTP_ADDR", "LOCALAI_ADVERTISE_HTTP_ADDR"])
+def test_a_setting_that_is_no_address_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StartupError, match=f"{name}=.*needs the form HOST:PORT"):
+        load_settings()
+
+
+def test_a_free_port_cannot_be_advertised(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCALAI_HTTP_ADDR", "10.0.0.1:0")
+    assert load_settings().files_address == "10.0.0.1:0"
+    monkeypatch.setenv("LOCALAI_ADVERTISE_HTTP_ADDR", "10.0.0.1:0")
+    with pytest.raises(StartupError, match="LOCALAI_ADVERTISE_HTTP_ADDR"):
+        load_settings()
 
 
 def test_who_cannot_listen_says_why(tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def _own_address(api_url: str) -> str:
         family, kind, _, _, place = socket.getaddrinfo(parts.hostname, parts.port or 80, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as probe:
             probe.connect(place)
-            return str(probe.getsockname()[0])
+            return str(probe.getsockname()[0]).partition("%")[0]  # a zone means nothing to others
     except OSError as error:
         raise StartupError(f"cannot tell by which address this machine reaches {api_url}: {error}") from error
 
