@@ -20,8 +20,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from localai_q.cluster.builds import Build
-from localai_q.cluster.hardware import MOST_BACKENDS
+from localai_q.cluster.hardware import MOST_BACKENDS, InstalledBackend
 from localai_q.errors import StartupError
 
 log = logging.getLogger(__name__)
@@ -59,9 +61,9 @@ def current(root: Path, name: str) -> Manifest | None:
 
 
 def installed(root: Path) -> list[dict[str, Any]]:
-    """Every backend that is installed, as a node reports it."""
+    """Every backend that is installed, as a node reports it; what the API would not take for one is left out."""
     found = [current(root, home.name) for home in _homes(root)]
-    return [asdict(manifest) for manifest in found if manifest][:MOST_BACKENDS]
+    return [asdict(manifest) for manifest in found if manifest and _is_sound(manifest)][:MOST_BACKENDS]
 
 
 def describe(folder: Path, manifest: Manifest) -> None:
@@ -138,6 +140,14 @@ def hold(folder: Path) -> tuple[Path, int]:
             return real, descriptor
         os.close(descriptor)
     raise StartupError(f"the backend is not installed on this node: there is no {folder}")
+
+
+def _is_sound(manifest: Manifest) -> bool:
+    try:
+        InstalledBackend.model_validate(asdict(manifest))
+    except ValidationError:
+        return False
+    return True
 
 
 def _is_unused(version: Path) -> bool:

@@ -230,3 +230,14 @@ def test_a_cut_archive_is_refused(tmp_path: Path, root: Path, kit: Kit) -> None:
     (tmp_path / "a.tgz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(Unavailable, match="no whole tar archive"):
         install(entry_of(archive), root, kit)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"name": "toy"}', '{"name": "T", "version": 1, "digest": "x", "build": ""}']
+)
+def test_what_else_lies_there_is_not_reported(root: Path, text: str) -> None:
+    (root / "toy" / "1").mkdir(parents=True)
+    (root / "toy" / "1" / "backend.json").write_text(text)
+    (root / "a file").write_text("")
+    versions.switch(root, "toy", "1")
+    assert versions.installed(root) == []

@@ -16,6 +16,7 @@ from localai_q import names
 from localai_q.cluster.reports import Report
 from localai_q.embedded.valkey import Valkey
 from localai_q.gallery import catalog
+from workers import versions
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
 from workers.identity import Identity
 from workers.node import children as module
@@ -283,3 +284,17 @@ def test_what_ends_at_once_is_started_again_more_and_more_seldom() -> None:
         pauses.append(module._pause(pauses[-1], 0.5))
     assert pauses[1:] == [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0, 60.0]
     assert module._pause(60.0, 61.0) == 1.0
+
+
+def test_a_replica_keeps_the_version_that_it_began_with(node: Node, tmp_path: Path) -> None:
+    root = tmp_path / "backends"
+    old = install_backend(catalog.backend("echo"), root, lambda _: None)
+    replica_id = node.start(backend=versions.pointer(root, "echo"))
+    node.hears(replica_id, "ready")
+    new = install_backend(catalog.backend("echo"), root, lambda _: None, force=True)
+    assert (old / "server.py").is_file()
+    assert str(old) in " ".join(arguments_of(node.process(replica_id)))
+    node.children.stop_replica(replica_id)
+    node.hears(replica_id, "gone")
+    versions.tidy(root)
+    assert (old.exists(), new.exists()) == (False, True)
