@@ -27,6 +27,7 @@ ONE_PROCESS = ("e2e", "faults")  # folders whose tests share a cluster
 counter = itertools.count(1)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares a cluster or a file runs in one process, where several run side by side."""
     for item in items:
