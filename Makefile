@@ -17,7 +17,7 @@ run: $(VENV)/.installed ## Make .venv, install, and start a cluster on this mach
 	@exec $(BIN)/localai-q up
 
 test: $(VENV)/.tests-installed ## Run the tests
-	@$(BIN)/pytest -n 2 --dist loadgroup
+	@$(BIN)/pytest -n 2
 
 lint: $(VENV)/.tests-installed ## Check style, types and the direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

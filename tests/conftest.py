@@ -8,12 +8,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
 from e2e_cluster import folder_of_homes
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+from xdist.scheduler import LoadScopeScheduling
 
 from localai_q import ports
 from localai_q.config import Settings, load_settings
@@ -22,17 +24,22 @@ from localai_q.embedded.valkey import Valkey
 
 TEMPLATE = "template_of_tests"
 SECRET_TOKEN = "join-us"
-TESTS = Path(__file__).parent
 ONE_PROCESS = ("e2e", "faults")  # folders whose tests share a cluster
 counter = itertools.count(1)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What shares a cluster or a file runs in one process, where several run side by side."""
-    for item in items:
-        folder = item.path.relative_to(TESTS).parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder in ONE_PROCESS else item.path.stem))
+class ByCluster(LoadScopeScheduling):
+    """Where tests run in several processes: those that share a cluster, or a file, run in one."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file, _, _ = nodeid.partition("::")
+        folder = Path(file).parent.name
+        return folder if folder in ONE_PROCESS else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByCluster:
+    return ByCluster(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
