@@ -106,9 +106,10 @@ def database_url(make_database: Callable[..., str]) -> Iterator[str]:
 
 @pytest.fixture
 def redis_client(valkey: Valkey) -> redis.Redis:
-    """The client that our processes use too, on an empty Valkey."""
+    """The client that our processes use too, on an empty Valkey; with a pool of its own, for threads keep connections."""
     from localai_q.bus.connection import client
 
+    client.cache_clear()
     found = client(valkey.url)
     found.flushall()
     return found

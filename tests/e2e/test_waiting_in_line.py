@@ -35,7 +35,8 @@ def test_who_waits_for_a_load_is_told_how_far_it_is(start_cluster: Callable[...,
     error = refused.json()["error"]
     assert (refused.status_code, error["type"], error["code"]) == (503, "model_loading", "model_loading")
     assert error["loading"].keys() == {
-        "model", "state", "node", "progress", "bytes_sent", "total_bytes", "eta_seconds",
+        "model", "state", "node", "progress", "bytes_sent", "total_bytes", "eta_seconds", "ready_in_seconds", "since",
+        "attempt",
     }  # fmt: skip
     assert (error["loading"]["model"], error["loading"]["node"]) == ("slow", "alpha")
     assert 5 <= int(refused.headers["Retry-After"]) <= 300

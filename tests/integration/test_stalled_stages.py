@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import json
 import os
 import subprocess
 import threading
@@ -48,6 +49,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     server: Source
 
     def do_GET(self) -> None:
+        if "/holders/" in self.path:  # no other node has it
+            answer = json.dumps({"holders": [], "stored": True}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+            return
         self.send_response(200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.end_headers()

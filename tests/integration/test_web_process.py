@@ -23,7 +23,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.config import load_settings
 from localai_q.embedded.valkey import Valkey
 from localai_q.processes import spawn, stop, tail
-from localai_q.services import backends, jobs, keys, nodes
+from localai_q.services import backends, fleet, jobs, keys, nodes
 from localai_q.services.wiring import Services, connect
 
 BIN = Path(sys.executable).parent
@@ -302,6 +302,9 @@ def test_scheduling_rules_have_localais_paths(web: Web) -> None:
 
 @pytest.fixture
 def attic(web: Web) -> Iterator[Node]:
+    """A node of the test's own, and no other: what is asked of all nodes is asked of it."""
+    for other in fleet.listed(web.services):
+        nodes.remove(web.services, other["id"], force=True)
     app.conf.broker_url = web.services.settings.redis_url
     yield ready_node(web.services, "attic")
     nodes.remove(web.services, "attic", force=True)
