@@ -94,6 +94,11 @@ class Settings(BaseSettings):
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     # A further package index for one kind of hardware, as {"cuda12": "https://HOST/whl/cu124"}.
     backend_indexes: dict[Build, str] = Field(default_factory=dict, validation_alias="LOCALAI_Q_BACKEND_INDEXES")
+    # The wheels that this machine has compiled, of all its nodes.
+    wheel_cache: Path = Field(
+        default_factory=lambda: platformdirs.user_cache_path("localai_q") / "wheels",
+        validation_alias="LOCALAI_Q_WHEEL_CACHE",
+    )
     # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them.
     backend_galleries: str = Field("", validation_alias="LOCALAI_Q_BACKEND_GALLERIES")
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import canonicalize_name
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -26,9 +27,11 @@ from pydantic import (
 
 from localai_q.cluster.builds import Build
 from localai_q.cluster.sources import parse
+from localai_q.cluster.wheels import Level
 from localai_q.errors import InvalidValue, NotFound, StartupError
 
 MOST_REQUIREMENTS = 200
+MOST_COMPILED = 8
 
 
 def _source(text: str) -> str:
@@ -47,11 +50,23 @@ def _requirement(text: str) -> str:
     return text
 
 
+def _pinned(text: str) -> str:
+    found = Requirement(_requirement(text))
+    specifiers = [str(one) for one in found.specifier]
+    plain = not (found.extras or found.marker or found.url)
+    if not plain or len(specifiers) != 1 or not specifiers[0].startswith("==") or specifiers[0].endswith("*"):
+        raise ValueError("what is compiled names one version, as 'package==1.0', and nothing else")
+    return text
+
+
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Source = Annotated[str, AfterValidator(_source)]
 PythonRequirement = Annotated[str, StringConstraints(max_length=500), AfterValidator(_requirement)]
+PinnedRequirement = Annotated[str, StringConstraints(max_length=200), AfterValidator(_pinned)]
+SettingName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+SettingValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{0,500}$")]
 _Entry = TypeVar("_Entry", bound=BaseModel)
 Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize"]
 
@@ -65,11 +80,33 @@ class Archive(BaseModel):
     sha256: Digest
 
 
+class CompiledPackage(BaseModel):
+    """A package that comes as source only, so that a node compiles it, or takes the wheel of one that has."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requirement: PinnedRequirement
+    settings: dict[SettingName, SettingValue] = Field(default_factory=dict, max_length=64)  # of PEP 517
+    # The x86 processors that these settings make code for. Older ones are refused; None: the code is for processors of
+    # the same level as that of the machine that compiles it. Of no meaning on other processors.
+    level: Level | None = None
+
+    @property
+    def name(self) -> str:
+        """The package's name, normalized."""
+        return canonicalize_name(Requirement(self.requirement).name)
+
+    @property
+    def version(self) -> str:
+        return next(iter(Requirement(self.requirement).specifier)).version
+
+
 class BuildEntry(BaseModel):
     """How a backend is made for one kind of hardware."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    compiled: tuple[CompiledPackage, ...] = Field((), max_length=MOST_COMPILED)  # besides the requirements
     requirements: tuple[PythonRequirement, ...] = Field((), max_length=MOST_REQUIREMENTS)  # instead of requirements.txt
     archive: Archive | None = None  # instead of a folder of this version
 

@@ -93,6 +93,13 @@ ARCHIVE = "{archive: {source: 'https://x.example/b.tgz', sha256: '" + "0" * 64 +
         ("builds: {}", "wrong at 'one', builds"),
         ("builds: {cpu: {requirements: ['--index-url=http://x']}}", "no requirement as"),
         ("builds: {cpu: {requirements: ['-r /etc/passwd']}}", "no requirement as"),
+        ("builds: {cpu: {compiled: [{requirement: 'a>=1'}]}}", "names one version, as 'package==1.0'"),
+        ("builds: {cpu: {compiled: [{requirement: 'a==1.*'}]}}", "names one version"),
+        ("builds: {cpu: {compiled: [{requirement: 'a[x]==1'}]}}", "names one version"),
+        ("builds: {cpu: {compiled: [{requirement: 'a @ file:///tmp/a'}]}}", "names one version"),
+        ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {'-o': 'x'}, level: v3}]}}", "level"),
+        ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {'a=b': 'x'}}]}}", "settings"),
+        ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {a: !!str \"x\\n\"}}]}}", "settings"),
         (f"builds: {{cpu: {ARCHIVE}}}", "either 'source', or an 'archive'"),
         ("source: null", "either 'source', or an 'archive'"),
         (
@@ -115,3 +122,12 @@ def test_a_backend_can_be_made_of_an_archive_and_of_requirements_for_each_kind_o
     packed = BACKENDS.replace("source: one", f"builds: {{cpu: {ARCHIVE}}}")
     found = catalog.load_catalog(write(tmp_path, packed))
     assert found.backend("one").builds["cpu"].archive.source == "https://x.example/b.tgz"
+
+
+def test_a_package_that_is_compiled_has_one_version_and_its_settings(tmp_path: Path) -> None:
+    compiled = "[{requirement: 'Llama_cpp.Python==0.3.36', settings: {cmake.define.X: 'ON'}, level: x86-64-v3}]"
+    builds = f"builds: {{cpu: {{compiled: {compiled}}}}}"
+    found = catalog.load_catalog(write(tmp_path, BACKENDS.replace("capabilities", f"{builds}, capabilities")))
+    (package,) = found.backend("one").builds["cpu"].compiled
+    assert (package.name, package.version, package.level) == ("llama-cpp-python", "0.3.36", "x86-64-v3")
+    assert package.settings == {"cmake.define.X": "ON"}
