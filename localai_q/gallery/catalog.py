@@ -44,9 +44,11 @@ def _source(text: str) -> str:
 
 def _requirement(text: str) -> str:
     try:
-        Requirement(text)
+        found = Requirement(text)
     except InvalidRequirement as error:
         raise ValueError(f"it is no requirement as 'package==1.0': {str(error).splitlines()[0]}") from error
+    if found.url:
+        raise ValueError("a package comes from an index, not from an address")
     return text
 
 
@@ -270,8 +272,9 @@ def _place(entries: Any, location: tuple[int | str, ...]) -> str:
     if not location or not isinstance(entries, list):
         return "the top: it must be a list of entries"
     entry = entries[int(location[0])]
-    name = entry.get("name", location[0]) if isinstance(entry, dict) else location[0]
-    return f"{name!r}, {'.'.join(str(part) for part in location[1:]) or 'the whole entry'}"
+    name = entry.get("name") if isinstance(entry, dict) else None
+    shown = name[:100] if isinstance(name, str) else location[0]
+    return f"{shown!r}, {'.'.join(str(part) for part in location[1:]) or 'the whole entry'}"
 
 
 @cache
@@ -293,9 +296,3 @@ def model(name: str) -> ModelEntry:
 def default_model() -> ModelEntry:
     """The model that a new cluster starts with."""
     return catalog().default_model()
-
-
-@cache
-def gpu_backends() -> frozenset[str]:
-    """The backends of this version that use the GPUs of their node."""
-    return frozenset(entry.name for entry in catalog().backends if entry.gpu)

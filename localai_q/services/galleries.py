@@ -40,14 +40,14 @@ class Gallery:
         self._due = 0.0
         self._reading = threading.Lock()
 
-    def look(self, settings: Settings) -> None:
-        """Read it, if that is due: the first time at once, later in the background."""
+    def look(self, settings: Settings, *, wait: bool = True) -> None:
+        """Read it, if that is due: the first time at once if this may wait for it, else in the background."""
         if time.monotonic() < self._due:
             return
-        if self._due:
-            threading.Thread(target=self._look, args=(settings,), name="gallery", daemon=True).start()
-        else:
+        if wait and not self._due:
             self._look(settings)
+        elif not self._reading.locked():
+            threading.Thread(target=self._look, args=(settings,), name="gallery", daemon=True).start()
 
     def _look(self, settings: Settings) -> None:
         with self._reading:
@@ -64,8 +64,7 @@ class Gallery:
 
 def backends(services: Services) -> list[BackendEntry]:
     """Every backend that can be installed; of two that have one name the first."""
-    found = {entry.name: entry for gallery in reversed(_galleries(services)) for entry in gallery.entries}
-    return [*catalog.catalog().backends, *found.values()]
+    return _entries(_galleries(services))
 
 
 def backend(services: Services, name: str) -> BackendEntry:
@@ -78,6 +77,16 @@ def backend(services: Services, name: str) -> BackendEntry:
     if name not in known:
         raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {', '.join(known)}")
     return known[name]
+
+
+def look(services: Services) -> None:
+    """Wait until each gallery was read once, so that `gpu_backends` knows of all."""
+    _galleries(services)
+
+
+def gpu_backends(services: Services) -> frozenset[str]:
+    """The backends that use the GPUs of their node, as far as galleries have been read: this waits for nothing."""
+    return frozenset(entry.name for entry in _entries(_galleries(services, wait=False)) if entry.gpu)
 
 
 def record(services: Services, name: str) -> dict[str, Any] | None:
@@ -94,12 +103,18 @@ def shown(services: Services) -> list[dict[str, Any]]:
     ]
 
 
-def _galleries(services: Services) -> list[Gallery]:
+def _galleries(services: Services, *, wait: bool = True) -> list[Gallery]:
     with _lock:
         found = [_read.setdefault(place, Gallery(place)) for place in services.settings.gallery_places]
     for gallery in found:
-        gallery.look(services.settings)
+        gallery.look(services.settings, wait=wait)
     return found
+
+
+def _entries(found: list[Gallery]) -> list[BackendEntry]:
+    """This version's own backends, and those of galleries."""
+    listed = {entry.name: entry for gallery in reversed(found) for entry in gallery.entries}
+    return [*catalog.catalog().backends, *listed.values()]
 
 
 def _text(place: str, settings: Settings) -> str:

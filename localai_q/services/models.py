@@ -84,7 +84,7 @@ def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bo
         after = _changed(services, before, changes)
         with services.db.transaction() as db:
             if not force:
-                _keep_possible(db, after)
+                _keep_possible(services, db, after)
             if models.change(db, before, after):
                 break
     if after.config.source != before.config.source:
@@ -93,13 +93,13 @@ def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bo
     return next(record for record in listed(services) if record["id"] == after.id)
 
 
-def _keep_possible(db: Any, model: Model) -> None:
+def _keep_possible(services: Services, db: Any, model: Model) -> None:
     """Refuse to make of a model that is loaded one that no node could have."""
     if not replicas.every(db, model_id=model.id, states=[ReplicaState.READY]):
         return
     known = [model if each.id == model.id else each for each in models.every(db)]
     fleet = Fleet(models=known, nodes=nodes.every(db), replicas=replicas.every(db),
-                  gpu_backends=catalog.gpu_backends(), now=clock(db))  # fmt: skip
+                  gpu_backends=galleries.gpu_backends(services), now=clock(db))  # fmt: skip
     if found := ruled_out(fleet, model):
         reasons = "; ".join(f"{node}: {reason}" for node, reason in found.items())
         raise Conflict(

@@ -15,7 +15,7 @@ from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Report
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
-from localai_q.services import jobs, node_users, reports
+from localai_q.services import galleries, jobs, node_users, reports
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -168,7 +168,7 @@ def heartbeat(
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, node.serving_state)
         node = _existing(db, node.id)
-        found = reports.settle(db, node, reported)
+        found = reports.settle(db, node, reported, galleries.gpu_backends(services))
     _bereave(services, found.lost, reports.LOST)
     if found.adopt or found.ready or found.lost:
         services.redis.publish(names.WAKE_CHANNEL, node.id)

@@ -25,7 +25,6 @@ from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
 from localai_q.cluster.wishes import Unmet
 from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
-from localai_q.gallery import catalog
 from localai_q.services import galleries, node_users
 from localai_q.services import jobs as job_services
 from localai_q.services.backends import request_for
@@ -41,6 +40,7 @@ MOVING = (*COMING_UP, ReplicaState.STOPPING)
 
 def reconcile(services: Services) -> None:
     """Bring what is there closer to what should be."""
+    galleries.look(services)
     drain_nodes(services)
     with services.db.transaction() as db:
         known = models.every(db)
@@ -57,7 +57,7 @@ def reconcile(services: Services) -> None:
         replicas=what,
         demand={model_id: replace(demand[line], pressure=pressed[model_id]) for model_id, line in lines.items()},
         busy=services.leases.owners(list(lines.values())),
-        gpu_backends=catalog.gpu_backends(),
+        gpu_backends=galleries.gpu_backends(services),
         speeds=speeds,
         now=now,
         patience=_patience(services),
@@ -190,7 +190,7 @@ def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict
 
 def _seeker(services: Services, db: Any, model: Model) -> Seeker:
     rivals = rivals_of(model, models.every(db)) if model.config.concurrency_groups else {}
-    gpu = model.config.backend in catalog.gpu_backends()
+    gpu = model.config.backend in galleries.gpu_backends(services)
     return Seeker(model, gpu=gpu, rivals=rivals, patience=_patience(services))
 
 

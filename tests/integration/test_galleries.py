@@ -1,18 +1,22 @@
 """Galleries of backends that settings name: what they add, and what of them is refused."""
 
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_data import add_model, ready_node
+from cluster_data import add_model, model_named, ready_node, reported
 from file_server import FileServer, Remote, serve
+from sqlalchemy import text
+from test_replicas_service import GB, only
 
-from localai_q import names
+from localai_q import names, network
 from localai_q.cluster.backends import Op
+from localai_q.cluster.memory import Memory
 from localai_q.config import load_settings
 from localai_q.errors import NotFound, StartupError
-from localai_q.services import backends, galleries
+from localai_q.services import backends, galleries, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 
@@ -23,6 +27,14 @@ ENTRY = """
   capabilities: [chat]
   builds: {cpu: {archive: {source: "https://x.example/mine.tgz", sha256: "%s"}}}
 """ % ("0" * 64)
+
+
+# Of a hundred thousand lists in one another, if somebody writes them out.
+BOMB = (
+    "- {x: [&a [x], &b [*a, *a, *a, *a, *a, *a, *a, *a, *a, *a]"
+    + "".join(f", &{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in zip("bcdef", "cdefg", strict=True))
+    + "], name: *g}"
+)
 
 
 @pytest.fixture
@@ -69,6 +81,41 @@ def test_a_gallerys_backend_can_be_used_by_models_and_its_entry_goes_with_the_jo
     assert galleries.record(own, "echo") is None
 
 
+def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory(services: Services, gallery: Path) -> None:
+    gallery.write_text(ENTRY + "  gpu: true\n")
+    own = naming(services, gallery)
+    add_model(own, "m", backend="mine", memory=GB, source="https://x.example/m.gguf", sha256="1" * 64)
+    assert "mine" in galleries.gpu_backends(own)
+    node = ready_node(own)
+    has = {"ram_available": 4 * GB, "gpus": [{"index": 0, "vram_total": 8 * GB, "vram_free": 8 * GB}]}
+    nodes.heartbeat(own, node, hardware=has)
+    replicas.place(own, model_named(own, "m"), node.id)
+    placed = only(own)
+    assert placed.reserved == Memory(vram=GB)
+    with own.db.transaction() as db:
+        db.execute(text("DELETE FROM replicas"))
+    nodes.heartbeat(own, node, hardware=has, reported=[reported(placed)])
+    assert only(own).reserved == Memory(vram=GB), "it is adopted with what it was booked with"
+
+
+def test_whoever_places_has_read_all_galleries_and_who_may_not_wait_does_not(
+    services: Services, server: FileServer
+) -> None:
+    url = server.put("/slow.yaml", Remote((ENTRY + "  gpu: true\n").encode(), block=64, pause=0.1))
+    own = naming(services, url, allow_private_sources=True)
+    assert "mine" not in galleries.gpu_backends(own)
+    replicas.reconcile(own)
+    assert "mine" in galleries.gpu_backends(own)
+
+
+def test_a_server_that_never_comes_to_an_end_holds_nobody_up(
+    services: Services, server: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network, "ANSWER_WITHIN", 0.3)
+    own = naming(services, server.put("/l", Remote(b"x" * 1000, block=1, pause=0.05)), allow_private_sources=True)
+    assert "has not answered in full within 0 s" in error_of(own)
+
+
 def test_a_gallery_on_the_web_is_read(services: Services, server: FileServer) -> None:
     own = naming(services, server.put("/list.yaml", Remote(ENTRY.encode())), allow_private_sources=True)
     assert galleries.backend(own, "mine").version == "2"
@@ -81,6 +128,24 @@ def test_a_gallery_may_not_lead_to_the_cluster(services: Services, server: FileS
     assert server.seen == []
     with pytest.raises(NotFound):
         galleries.backend(own, "mine")
+
+
+@pytest.mark.parametrize(
+    "host", ["2130706433", "0x7f.1", "[::1]", "[::ffff:127.0.0.1]", "[64:ff9b::7f00:1]", "api.example"]
+)
+def test_no_other_name_for_the_cluster_gets_through(
+    services: Services, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    real = socket.getaddrinfo
+
+    def lookup(name: str, port: int, *args: object, **more: object) -> list[object]:
+        found = "127.0.0.1" if name == "api.example" else name
+        return list(real(found, port, *args, **more))
+
+    monkeypatch.setattr("localai_q.network.socket.getaddrinfo", lookup)
+    assert "LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that" in error_of(
+        naming(services, f"http://{host}/l")
+    )
 
 
 def test_what_was_read_stays_when_a_gallery_breaks(
@@ -113,6 +178,11 @@ def test_what_was_read_stays_when_a_gallery_breaks(
         (ENTRY.replace("0000", "zzzz"), "wrong at 'mine', builds.cpu.archive.sha256"),
         (ENTRY.replace("https:", "gopher:"), "wrong at 'mine', builds.cpu.archive.source"),
         (ENTRY.replace("name: mine", "name: ../mine"), "wrong at '../mine', name"),
+        (ENTRY.replace('version: "2"', 'version: "../2"'), "wrong at 'mine', version"),
+        (ENTRY.replace("{archive:", "{requirements: ['x @ http://10.0.0.1/x.whl'], archive:"), "not from an address"),
+        (ENTRY.replace("{archive:", "{requirements: ['x --index-url http://10.0.0.1'], archive:"), "is no requirement"),
+        ("&a [*a, *a]", "wrong at"),
+        (BOMB, "wrong at 0, name"),
         ("\x00", "cannot read"),
         ("x" * ((4 << 20) + 1), "more than 4 MiB"),
     ],
@@ -121,6 +191,7 @@ def test_a_wrong_gallery_adds_nothing_and_says_why(services: Services, tmp_path:
     (tmp_path / "wrong.yaml").write_text(text)
     own = naming(services, tmp_path / "wrong.yaml")
     assert says in error_of(own)
+    assert len(error_of(own)) < 1000
     assert [entry.name for entry in galleries.backends(own)] == [entry.name for entry in galleries.backends(services)]
 
 
