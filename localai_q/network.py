@@ -9,6 +9,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 import ssl
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from localai_q.errors import InvalidValue, Unavailable
 
 REDIRECTS = 10
 TIMEOUT = httpx.Timeout(60.0, connect=15.0)
-LARGEST_ANSWER = 4 << 20  # bytes of anything that is read as a whole
+HEADERS_WITHIN = 60.0  # seconds from a connection to the end of an answer's headers
+LARGEST_ANSWER = 4 << 20  # bytes of anything that is read as a whole,
+ANSWER_WITHIN = 60.0  # and seconds for them
 NAT64 = ipaddress.ip_network("64:ff9b::/96")
 UNICAST = ipaddress.ip_network("2000::/3")  # all of IPv6 that is given to anybody
 # Public by their numbers; behind them are protocols' own uses, and services for machines of one cloud.
@@ -95,12 +99,14 @@ class Network:
     ) -> tuple[httpx.Response, bytes]:
         """A response and its body, which must be short. `how`: as for `open`."""
         with self.open(url, headers, trust, **how) as response:
-            body = b""
+            body, until = bytearray(), time.monotonic() + ANSWER_WITHIN
             for block in response.iter_raw():
                 body += block
                 if len(body) > LARGEST_ANSWER:
                     raise Unavailable(f"{response.url.host} answers with more than {LARGEST_ANSWER >> 20} MiB")
-            return response, body
+                if time.monotonic() > until:
+                    raise Unavailable(f"{response.url.host} has not answered in full within {ANSWER_WITHIN:.0f} s")
+            return response, bytes(body)
 
     def transport(self, url: httpx.URL, *, direct: bool) -> tuple[httpx.HTTPTransport, bool]:
         """What carries a request for the URL, and whether that is a proxy."""
@@ -180,7 +186,7 @@ class _Guarded(httpx.BaseTransport):
         failure: httpx.HTTPError = httpx.ConnectError(f"{request.url.host} has no address")
         for address in self._network.addresses(request.url, trust):
             try:
-                return carrier.handle_request(_to(address, request))
+                return _in_time(carrier, _to(address, request))
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
         raise failure
@@ -189,7 +195,33 @@ class _Guarded(httpx.BaseTransport):
         """The proxy resolves names by itself: here it is checked what can be, the rest is in its rules."""
         with suppress(httpx.ConnectError):  # a name that only the proxy knows
             self._network.addresses(request.url, trust)
+        return _in_time(carrier, request)
+
+
+def _in_time(carrier: httpx.HTTPTransport, request: httpx.Request) -> httpx.Response:
+    """Send the request, and cut its connection if the headers of the answer do not come in time.
+
+    A timeout of httpx begins anew with each byte.
+    """
+    streams: list[Any] = []
+
+    def note(event: str, told: Mapping[str, Any]) -> None:
+        if event.endswith(("connect_tcp.complete", "start_tls.complete")):
+            streams.append(told["return_value"])
+
+    def cut() -> None:
+        with suppress(OSError, IndexError):
+            # By the plain socket's method: that of TLS takes away what the reader is reading from.
+            socket.socket.shutdown(streams[-1].get_extra_info("socket"), socket.SHUT_RDWR)
+
+    request.extensions["trace"] = note
+    timer = threading.Timer(HEADERS_WITHIN, cut)
+    timer.daemon = True
+    timer.start()
+    try:
         return carrier.handle_request(request)
+    finally:
+        timer.cancel()
 
 
 def _to(address: str, request: httpx.Request) -> httpx.Request:

@@ -9,6 +9,7 @@ import socket
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -282,9 +283,11 @@ def test_a_server_that_never_ends_is_cut_off(tmp_path: Path, server: FileServer,
 
 
 def test_a_file_of_more_bytes_than_are_allowed_is_refused_before_it_comes(tmp_path: Path, server: FileServer) -> None:
-    url = server.put("/m.gguf", Remote(CONTENT))
-    with pytest.raises(Unavailable, match=r"3145728 bytes are more than LOCALAI_Q_MAX_UPLOAD allows \(1000\)"):
-        fetch(Wanted(source=url, sha256=DIGEST), tmp_path, access(max_upload=1000), ignore)
+    says = r"3145728 bytes are more than LOCALAI_Q_MAX_UPLOAD allows \(1000\)"
+    for size, announced in ((0, None), (len(CONTENT), -1)):
+        url = server.put("/m.gguf", Remote(CONTENT, announced=announced))
+        with pytest.raises(Unavailable, match=says):
+            fetch(Wanted(source=url, sha256=DIGEST, size=size), tmp_path, access(max_upload=1000), ignore)
 
 
 def test_a_disk_without_room_is_noticed_before_the_download(
@@ -410,6 +413,40 @@ def test_a_redirect_to_a_private_address_is_refused(
 def test_a_redirect_out_of_the_web_is_refused(tmp_path: Path, server: FileServer, location: str) -> None:
     with pytest.raises(InvalidValue, match=f"redirects from http to {location.partition(':')[0]}, which is refused"):
         get(tmp_path, server.put("/m", Remote(location=location)))
+
+
+@contextmanager
+def dribbling() -> Iterator[str]:
+    """A server whose headers come byte by byte and never end; its URL."""
+    ended = threading.Event()
+
+    def talk() -> None:
+        with suppress(OSError):
+            while True:
+                line, _ = listener.accept()
+                with line, suppress(OSError):
+                    line.sendall(b"HTTP/1.1 200 OK\r\nX-More: ")
+                    while not ended.wait(0.02):
+                        line.sendall(b"x")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=talk, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/m"
+        ended.set()
+        listener.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.mark.parametrize("by_proxy", [False, True])
+def test_headers_that_never_end_are_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_proxy: bool
+) -> None:
+    monkeypatch.setattr("localai_q.network.HEADERS_WITHIN", 0.2)
+    with dribbling() as url:
+        if by_proxy:
+            monkeypatch.setenv("http_proxy", url.removesuffix("/m"))
+            url = "http://only.the.proxy.knows.invalid/m"
+        with pytest.raises(Unavailable, match=r"the network failed \((RemoteProtocol|Read)Error"):
+            get(tmp_path, url)
 
 
 def test_redirects_are_followed_so_far(tmp_path: Path, server: FileServer) -> None:
