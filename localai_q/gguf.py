@@ -23,6 +23,9 @@ ALIGNMENT = 32  # bytes, where the header does not say
 LONGEST_HEADER = 256 << 20  # bytes; vocabularies are a few MiB
 LONGEST_STRING = 1 << 20  # bytes of a string that is kept
 LONGEST_ARRAY = 1 << 16  # numbers of an array that is kept
+MOST_KEPT = 1 << 20  # numbers of all of them
+MOST_STRINGS = 1 << 21  # in all arrays: vocabularies and their merges are below a million
+MOST_PROPERTIES, MOST_TENSORS = 1 << 14, 1 << 18
 MOST_DIMENSIONS = 8
 LARGEST = 1 << 31  # of a number that the memory depends on
 STRING, ARRAY = 8, 9
@@ -68,8 +71,8 @@ def read_facts(path: Path) -> Facts:
         if version not in VERSIONS:
             raise _damaged(f"GGUF version {version} is not known")
         tensor_count, pair_count = int(header.number(U64)), int(header.number(U64))
-        pairs = dict(header.pair() for _ in range(header.counted(pair_count, "properties")))
-        tensors = [header.tensor() for _ in range(header.counted(tensor_count, "tensors"))]
+        pairs = dict(header.pair() for _ in range(header.counted(pair_count, "properties", MOST_PROPERTIES)))
+        tensors = [header.tensor() for _ in range(header.counted(tensor_count, "tensors", MOST_TENSORS))]
         return _facts(pairs, _sizes(tensors, header.at, _number(pairs, "general.alignment", ALIGNMENT), size), size)
 
 
@@ -83,6 +86,8 @@ class _Header:
     def __init__(self, file: BinaryIO, end: int) -> None:
         self._file = file
         self._end = end
+        self._kept = 0  # numbers
+        self._strings = 0
         self.at = 0
 
     def take(self, count: int) -> bytes:
@@ -102,9 +107,9 @@ class _Header:
         found: int | float = struct.unpack(form, self.take(struct.calcsize(form)))[0]
         return found
 
-    def counted(self, count: int, what: str) -> int:
-        """The count, if so many things of a byte or more can follow."""
-        if count > self._end - self.at:
+    def counted(self, count: int, what: str, most: int) -> int:
+        """The count, if so many things of a byte or more can follow, and are no more than may be."""
+        if count > min(most, self._end - self.at):
             raise _damaged(f"it claims {count} {what}")
         return count
 
@@ -135,17 +140,24 @@ class _Header:
 
     def _array(self) -> _Array:
         kind, length = int(self.number(U32)), int(self.number(U64))
-        self.counted(length, "items of an array")
+        self.counted(length, "items of an array", LONGEST_HEADER)
         if kind == STRING:
-            for _ in range(length):
-                self.skip(int(self.number(U64)))
+            self._skip_strings(length)
             return _Array(length, ())
         if kind not in SCALARS:
             raise _damaged(f"it uses the unknown type {kind} in an array")
-        if length > LONGEST_ARRAY:
+        self._kept += length
+        if length > LONGEST_ARRAY or self._kept > MOST_KEPT:
             self.skip(length * struct.calcsize(SCALARS[kind]))
             return _Array(length, ())
         return _Array(length, tuple(self.number(kind) for _ in range(length)))
+
+    def _skip_strings(self, count: int) -> None:
+        self._strings += count
+        if self._strings > MOST_STRINGS:
+            raise _damaged(f"it claims {self._strings} strings in arrays")
+        for _ in range(count):
+            self.skip(int(self.number(U64)))
 
     def _need(self, count: int) -> None:
         if count > self._end - self.at:
@@ -177,7 +189,7 @@ def _facts(pairs: dict[str, _Value], sizes: dict[str, int], file_size: int) -> F
     blocks, embedding, heads = told("block_count"), told("embedding_length"), told("attention.head_count")
     each = embedding // heads if heads else 0
     kv = pairs.get(f"{architecture}.attention.head_count_kv")
-    kv_heads = int(sum(kv.numbers)) if isinstance(kv, _Array) else told("attention.head_count_kv", heads) * blocks
+    kv_heads = sum(kv.numbers) if isinstance(kv, _Array) else told("attention.head_count_kv", heads) * blocks
     layers = sum(size for name, size in sizes.items() if name.startswith("blk."))
     tokens = pairs.get("tokenizer.ggml.tokens")
     return Facts(

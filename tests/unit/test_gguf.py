@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from gguf_files import PAIRS, gguf
+from gguf_files import PAIRS, gguf, text, value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,12 @@ from localai_q.errors import InvalidValue
 from localai_q.gguf import is_gguf, read_facts
 
 WHOLE = gguf()
+
+
+def numbers(name: str, *values: float) -> bytes:
+    """A file in which a property is an array of numbers with a point."""
+    array = struct.pack("<IIQ", 9, 6, len(values)) + struct.pack(f"<{len(values)}f", *values)
+    return gguf({**PAIRS, "x": 1, name: 7}).replace(text(name) + value(7), text(name) + array)
 
 
 def read(folder: Path, content: bytes) -> Facts:
@@ -68,6 +74,13 @@ def test_properties_that_nobody_asks_for_are_passed_over(tmp_path: Path) -> None
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 1, 8, 1, b"k", 9, 9, 2) + bytes(50), "unknown type 9 in an array"),
         (b"GGUF" + struct.pack("<IQQQcIIQ", 3, 1, 8, 1, b"k", 9, 4, 1 << 50), "items of an array"),
         (b"GGUF" + struct.pack("<IQQQcI", 3, 1, 0, 1, b"k", 99) + bytes(50), "a tensor of 99 dimensions"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 1 << 63), "claims 9223372036854775808 properties"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, (1 << 14) + 1) + bytes(20 << 14), "claims 16385 properties"),
+        (b"GGUF" + struct.pack("<IQQ", 3, (1 << 18) + 1, 0) + bytes(1 << 19), "claims 262145 tensors"),
+        (b"GGUF" + struct.pack("<IQQQcIIQQ", 3, 1, 8, 1, b"k", 9, 8, 9, 1 << 63) + bytes(50), "ends within its header"),
+        (numbers("llama.attention.head_count_kv", float("nan"), 1.0), "head_count_kv cannot be nan"),
+        (numbers("llama.attention.head_count_kv", float("inf")), "head_count_kv cannot be inf"),
+        (numbers("llama.block_count", float("-inf")), "block_count cannot be -inf"),
     ],
 )
 def test_a_damaged_header_is_refused_in_words(tmp_path: Path, content: bytes, message: str) -> None:
@@ -85,6 +98,21 @@ def facts_or_refusal(folder: Path, content: bytes) -> None:
     assert most < 4 << 20
 
 
+def test_what_many_arrays_claim_takes_neither_memory_nor_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("localai_q.gguf.MOST_KEPT", 1 << 12)
+    array = struct.pack("<IIQ", 9, 0, 1 << 10) + bytes(1 << 10)
+    pairs = b"".join(text(f"a{number}") + array for number in range(300))
+    count = len(PAIRS) + 300
+    header = WHOLE.replace(struct.pack("<IQQ", 3, 4, len(PAIRS)), struct.pack("<IQQ", 3, 4, count) + pairs)
+    tracemalloc.start()
+    assert read(tmp_path, header).blocks == 2
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
+    header = b"GGUF" + struct.pack("<IQQQcIIQ", 3, 1, 1, 1, b"k", 9, 8, (1 << 21) + 1) + bytes(17 << 20)
+    with pytest.raises(InvalidValue, match="claims 2097153 strings in arrays"):
+        read(tmp_path, header)
+
+
 fuzz = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -95,10 +123,11 @@ def test_any_bytes_are_facts_or_one_error(tmp_path: Path, content: bytes) -> Non
 
 
 @fuzz
-@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=6),
+@given(st.sampled_from([WHOLE, numbers("llama.attention.head_count_kv", 1.0, 3.0), numbers("llama.block_count", 2.0)]),
+       st.lists(st.tuples(st.integers(0, len(WHOLE) - 1), st.integers(0, 255)), min_size=1, max_size=6),
        st.integers(0, len(WHOLE)))  # fmt: skip
-def test_a_header_with_changed_bytes_is_facts_or_one_error(tmp_path: Path, changes, length: int) -> None:
-    content = bytearray(WHOLE)
+def test_a_header_with_changed_bytes_is_facts_or_one_error(tmp_path: Path, whole: bytes, changes, length: int) -> None:
+    content = bytearray(whole)
     for place, byte in changes:
         content[place] = byte
     facts_or_refusal(tmp_path, bytes(content[: max(length, 500)]))
