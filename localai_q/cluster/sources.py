@@ -127,6 +127,7 @@ def _ollama(found: re.Match[str]) -> Image:
 
 
 def _oci(found: re.Match[str]) -> Image:
+    _url(f"https://{found[1]}", "source")
     return Image(found[1], _inside(found[2]), found[3] or found[4])
 
 

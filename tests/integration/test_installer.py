@@ -7,9 +7,11 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
+from file_server import FileServer, Remote, serve
 
 from localai_q.cluster.events import Progress
 from localai_q.errors import Unavailable
@@ -175,3 +177,28 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, sou
     (tmp_path / "taken").write_text("")
     with pytest.raises(Unavailable, match=r"cannot install backend toy: .*taken"):
         install_backend(entry, tmp_path / "taken", lambda _: None)
+
+
+def false_index(folder: Path, server: FileServer) -> str:
+    """The URL of a package index that promises a wheel of another content than it gives."""
+    name = "toy_wheel-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(folder / name, "w") as wheel:
+        wheel.writestr("toy_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n")
+        wheel.writestr("toy_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        wheel.writestr("toy_wheel-1.0.dist-info/RECORD", "")
+    server.put(f"/{name}", Remote((folder / name).read_bytes()))
+    page = f'<a href="/{name}#sha256={"0" * 64}">{name}</a>'
+    server.put("/simple/toy-wheel/", Remote(page.encode(), headers={"Content-Type": "text/html"}))
+    return f"{server.url}/simple"
+
+
+def test_a_wheel_that_is_not_the_one_that_its_index_names_is_refused(
+    tmp_path: Path, sources: Path, quiet: pytest.MonkeyPatch
+) -> None:
+    entry = make_backend(sources, requirements="toy-wheel==1.0\n")
+    with serve() as server:
+        quiet.setenv("UV_DEFAULT_INDEX", false_index(tmp_path, server))
+        quiet.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
+        with pytest.raises(Unavailable, match=r"(?i)cannot install backend toy\. uv said.*hash mismatch.*toy-wheel"):
+            install_backend(entry, tmp_path / "root", lambda _: None)
+    assert names(tmp_path / "root" / "toy") == {".lock"}

@@ -66,6 +66,8 @@ def test_each_form(text: str, source: Source) -> None:
         ("pypi:p==1#../m", "no path below the source"),
         ("pypi:p==1#/m", "no path below the source"),
         ("pypi:p==1#a\\..\\m", "no path below the source"),
+        ("oci://[:::]/a/b:v1", "is no URL"),
+        ("oci://ghcr.io:99999/a/b:v1", "is no URL"),
         ("oci://ghcr.io/a/../b:v1", "no path below the source"),
         ("ollama://../x", "is no source"),
         ("file:/a/../b", r"must not have '\.\.'"),

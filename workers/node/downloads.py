@@ -24,7 +24,7 @@ from localai_q.errors import Forbidden, LocalAIError, NotFound, Unavailable, Wro
 from localai_q.network import Network
 from workers.node.digests import Digest
 from workers.node.sources import origin as origins
-from workers.node.sources.origin import Origin, is_passing, pause_of, refusal, said
+from workers.node.sources.origin import Origin, is_passing, pause_of, refusal, said, size_said
 from workers.node.store import key_of
 
 CHUNK = 1 << 20
@@ -270,8 +270,7 @@ class _Transfer:
     def _place(self, response: httpx.Response) -> int:
         """Have the file ready for the bytes that follow; how many it will have at the end, 0 where nobody says it."""
         growing, wanted = self.growing, self.origin.size
-        length = response.headers.get("content-length", "")
-        announced = int(length) if length.isdecimal() else 0
+        announced = size_said(response.headers.get("content-length", ""))
         if response.status_code == httpx.codes.OK:
             growing.start_again()
             total = announced
@@ -283,8 +282,8 @@ class _Transfer:
                 raise _Cut("the file was changed while it was fetched" if changed else "another part came")
         if wanted and total and total != wanted:
             raise WrongContent(f"{response.request.url.host} has a file of {total} bytes, expected {wanted}")
-        if total > self.most:
-            raise WrongContent(f"{total} bytes are more than LOCALAI_Q_MAX_UPLOAD allows ({self.most})")
+        if max(wanted, total) > self.most:
+            raise WrongContent(f"{max(wanted, total)} bytes are more than LOCALAI_Q_MAX_UPLOAD allows ({self.most})")
         return wanted or total
 
 

@@ -37,7 +37,7 @@ SOURCES = Path(__file__).parents[1] / "backends"
 STAGE = "installing"
 LINE_EVERY = 1.0  # seconds between two lines that are passed on for no number in them
 LONGEST_NOTE = 200  # characters of a line that is passed on
-LAST_LINES = 4  # of uv's output, in an error
+LAST_LINES = 6  # of uv's output, in an error
 PUBLIC_INDEX = "https://pypi.org/simple"
 HEALTH_PATIENCE = 120.0  # seconds that a new backend has to answer
 

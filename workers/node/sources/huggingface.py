@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from localai_q.cluster.sources import HuggingFace
 from localai_q.network import Network, trust_in
-from workers.node.sources.origin import Origin, ask, refusal
+from workers.node.sources.origin import Origin, ask, refusal, size_said
 
 DIGEST = "x-linked-etag"
 HINT = "set HF_TOKEN on the node to a token that may read this repository"
@@ -24,11 +24,10 @@ def resolve(source: HuggingFace, net: Network, *, endpoint: str, token: str) -> 
     if not (told.is_success or told.is_redirect):
         raise refusal(told, HINT)
     digest = told.headers.get(DIGEST, "").strip('"')
-    size = told.headers.get("x-linked-size", "")
     return Origin(
         urls=(url,),
         headers=headers,
         sha256=digest if re.fullmatch("[0-9a-f]{64}", digest) else None,
-        size=int(size) if size.isdecimal() else 0,
+        size=size_said(told.headers.get("x-linked-size", "")),
         trust=trust,
     )

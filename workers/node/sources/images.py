@@ -86,7 +86,7 @@ class _Registry:
         kind, _, rest = response.headers.get("www-authenticate", "").partition(" ")
         told = dict(_CHALLENGE.findall(rest))
         realm = told.pop("realm", "")
-        if kind.lower() != "bearer" or urlsplit(realm).scheme not in ("http", "https"):
+        if kind.lower() != "bearer" or not realm.startswith(("http://", "https://")):
             raise refusal(response, HINT)
         query = urlencode({name: told[name] for name in ("service", "scope") if name in told})
         answer, body = ask(self._net, f"{realm}{'&' if '?' in realm else '?'}{query}", trust=self._trust)
@@ -94,7 +94,7 @@ class _Registry:
             raise refusal(answer, HINT)
         found = _object(body, "token")
         token = found.get("token") or found.get("access_token")
-        if not isinstance(token, str):
+        if not (isinstance(token, str) and token.isascii() and token.isprintable()):
             raise Unavailable(f"{answer.request.url.host} gives no token")
         return {"Authorization": f"Bearer {token}"}
 

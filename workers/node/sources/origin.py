@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,11 @@ def ask(
             pause = PAUSE * 2**attempt
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def size_said(text: str) -> int:
+    """The bytes that a header says; 0 if it is no number of them."""
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else 0
 
 
 def is_passing(status: int) -> bool:
