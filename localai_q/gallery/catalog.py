@@ -55,7 +55,7 @@ def _requirement(text: str) -> str:
 def _pinned(text: str) -> str:
     found = Requirement(_requirement(text))
     specifiers = [str(one) for one in found.specifier]
-    plain = not (found.extras or found.marker or found.url)
+    plain = not (found.extras or found.marker)
     if not plain or len(specifiers) != 1 or not specifiers[0].startswith("==") or specifiers[0].endswith("*"):
         raise ValueError("what is compiled names one version, as 'package==1.0', and nothing else")
     return text

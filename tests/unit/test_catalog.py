@@ -96,7 +96,7 @@ ARCHIVE = "{archive: {source: 'https://x.example/b.tgz', sha256: '" + "0" * 64 +
         ("builds: {cpu: {compiled: [{requirement: 'a>=1'}]}}", "names one version, as 'package==1.0'"),
         ("builds: {cpu: {compiled: [{requirement: 'a==1.*'}]}}", "names one version"),
         ("builds: {cpu: {compiled: [{requirement: 'a[x]==1'}]}}", "names one version"),
-        ("builds: {cpu: {compiled: [{requirement: 'a @ file:///tmp/a'}]}}", "names one version"),
+        ("builds: {cpu: {compiled: [{requirement: 'a @ file:///tmp/a'}]}}", "not from an address"),
         ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {'-o': 'x'}, level: v3}]}}", "level"),
         ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {'a=b': 'x'}}]}}", "settings"),
         ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {a: !!str \"x\\n\"}}]}}", "settings"),
