@@ -30,6 +30,19 @@ def retry(job_id: str) -> tuple[dict[str, Any], int]:
     return {"jobID": jobs.retry(web().services, job_id, caller())}, 202
 
 
+@routes.post("/pause")
+def pause(job_id: str) -> dict[str, Any]:
+    """A download, which `retry` goes on with."""
+    jobs.pause(web().services, job_id, caller())
+    return {"id": job_id, "paused": True}
+
+
+@routes.get("/log")
+def log(job_id: str) -> Response:
+    """What a node has said of its work, so far or until its end."""
+    return Response(jobs.log_of(web().services, job_id, caller()), mimetype="text/plain")
+
+
 @routes.get("/events")
 def follow(job_id: str) -> Response:
     """The progress and the end of a job of any kind."""

@@ -167,6 +167,10 @@ class Cancelled(LocalAIError):
     code = "cancelled"
 
 
+class Paused(Cancelled):
+    """The job was paused. Trying it again goes on from where it is: localai-q jobs retry."""
+
+
 class GenerationFailed(LocalAIError):
     """The model's backend failed while it worked on this request."""
 

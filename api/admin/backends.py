@@ -12,7 +12,7 @@ from api.bodies import parse
 from api.web import caller, web
 from localai_q.cluster.backends import Op
 from localai_q.gallery.catalog import Name
-from localai_q.services import backends, galleries, nodes, operations
+from localai_q.services import backends, galleries, jobs, nodes, operations
 
 routes = Blueprint("backends", __name__)
 
@@ -121,6 +121,25 @@ def cancel_operation(operation_id: str) -> dict[str, Any]:
     """By the id of a job, or of a request for many nodes."""
     operations.cancel(web().services, operation_id, caller())
     return {"success": True, "message": "Operation cancelled"}
+
+
+@routes.post("/api/operations/<id:job_id>/pause")
+def pause_operation(job_id: str) -> dict[str, Any]:
+    """A download; `POST /api/jobs/<id>/retry` goes on with it."""
+    jobs.pause(web().services, job_id, caller())
+    return {"success": True, "message": "Operation paused"}
+
+
+@routes.post("/api/operations/<id:operation_id>/dismiss")
+def dismiss_operation(operation_id: str) -> dict[str, Any]:
+    """Forget what has ended."""
+    operations.dismiss(web().services, operation_id, caller())
+    return {"success": True, "message": "Operation dismissed"}
+
+
+@routes.delete("/api/operations/history")
+def forget_ended_operations() -> dict[str, Any]:
+    return {"success": True, "removed": operations.forget_history(web().services)}
 
 
 def _everywhere(op: Op, name: str, narrowed: Narrowed) -> tuple[dict[str, Any], int]:

@@ -27,6 +27,8 @@ routes = Blueprint("admin", __name__)
 
 MOST_LISTED = 1000
 
+JobKind = Literal[(*GENERATIONS, *NODE_JOBS)]  # type: ignore[valid-type]
+
 
 class NewModel(ModelConfig):
     """A model to register: its name beside `ModelConfig`."""
@@ -48,6 +50,16 @@ class Slots(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     value: int = Field(ge=1, le=MOST_SLOTS)
+
+
+class Prune(BaseModel):
+    """Which jobs are to be forgotten: all that ended so long ago, in these states, of these kinds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    older_than: float = Field(ge=0, le=1e9)  # seconds
+    states: list[Literal["done", "failed", "cancelled"]] = Field(default_factory=list, max_length=3)
+    kinds: list[JobKind] = Field(default_factory=list, max_length=32)
 
 
 class NewKey(BaseModel):
@@ -189,10 +201,20 @@ def clean_node(node: str) -> tuple[dict[str, Any], int]:
 
 @routes.get("/api/jobs")
 def list_jobs() -> dict[str, Any]:
-    """`state` and `kind` narrow (comma-separated), `limit` bounds."""
+    """`state` and `kind` narrow (comma-separated), and `node`, an id or a name; `limit` bounds."""
     limit = limit_of(request.args.get("limit", "100"))
     states, kinds = _listed("state", tuple(JobState)), _listed("kind", (*GENERATIONS, *NODE_JOBS))
-    return {"jobs": jobs.listed(web().services, states=states, kinds=kinds, limit=limit)}
+    node = request.args.get("node", "")
+    node_id = nodes.named(web().services, node).id if node else ""
+    return {"jobs": jobs.listed(web().services, states=states, kinds=kinds, node_id=node_id, limit=limit)}
+
+
+@routes.post("/api/jobs/prune")
+def prune_jobs() -> dict[str, Any]:
+    """Forget jobs that ended long ago."""
+    body = parse(Prune, request.get_data())
+    removed = jobs.prune(web().services, older_than=body.older_than, states=body.states, kinds=body.kinds)
+    return {"removed": removed}
 
 
 @routes.get("/api/models")

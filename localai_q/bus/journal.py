@@ -62,6 +62,13 @@ def at(client: redis.Redis, job_id: str, place: Place) -> Entry | None:
     return _entry(found, rows[0][1]["e"]) if rows else None
 
 
+def tail(client: redis.Redis, job_id: str, count: int) -> list[Entry]:
+    """The newest entries of a job, so many at most, in their order."""
+    with broker_errors():
+        rows = client.xrevrange(names.journal_key(job_id), count=count)
+    return [entry for place, fields in reversed(rows) if (entry := _entry(place, fields["e"]))]
+
+
 def latest(client: redis.Redis, job_ids: list[str]) -> dict[str, Event]:
     """The newest event of each job that has one."""
     pipe = client.pipeline(transaction=False)

@@ -212,16 +212,28 @@ class Leases:
         epoch = self._run["restore"](keys=keys, args=args)
         return replace(lease, epoch=epoch) if epoch else None
 
-    def abort(self, job_id: str, line: str, end: End, *, force: bool = False, by: str = CONTROL) -> str | None:
-        """End a job that nobody owns, or ask its owner to. `by`: under whose name the end is kept.
+    def abort(
+        self, job_id: str, line: str, end: End, *, force: bool = False, by: str = CONTROL, pause: bool = False
+    ) -> str | None:
+        """End a job that nobody owns, or ask its owner to.
+
+        Args:
+            force: end it, whoever owns it.
+            by: under whose name the end is kept.
+            pause: its owner is to keep what there is of it, for another job that goes on with that.
 
         Returns "ended", "asked" or None, when there was nothing to end.
         """
         keys = [*self._job_keys(job_id, line), names.ends_key(by)]
-        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", by]
+        args = [job_id, encode(end), self._ttl_ms, "force" if force else "", by, "pause" if pause else "1"]
         with broker_errors():
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]
+
+    def is_paused(self, job_id: str) -> bool:
+        """Whether the owner of a job was asked to keep what there is of it."""
+        with broker_errors():
+            return bool(self._redis.hget(names.job_key(job_id), "cancel") == "pause")
 
     def release(self, lease: Lease, *, died: bool = False) -> Append:
         """Give the job back to its line; `died` when its owner could not go on because of its backend's death."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,8 +38,8 @@ def _default(value: str, help: str) -> Any:
     return typer.Option(help=f"{help} (a new model: {value})")
 
 
-def _of_a_model(act: Callable[[Api, str, dict[str, Any]], None]) -> Callable[..., None]:
-    """The command that does this with a name and with those fields of a model that were given."""
+def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
+    """The command that does this with a name and with those fields of a model that were given; with --force if it can."""
 
     def command(
         name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
@@ -83,6 +84,7 @@ def _of_a_model(act: Callable[[Api, str, dict[str, Any]], None]) -> Callable[...
         options: Annotated[
             list[str] | None, typer.Option("--option", help="key:value for the backend; repeatable; '': none.")
         ] = None,
+        force: Annotated[bool, typer.Option("--force", help="Even if no node could have it so.")] = False,
     ) -> None:
         given = {field: value for field, value in locals().items() if field in ModelConfig.model_fields}
         config = {field: value for field, value in given.items() if value is not None}
@@ -94,9 +96,13 @@ def _of_a_model(act: Callable[[Api, str, dict[str, Any]], None]) -> Callable[...
         api = connect()
         if file is not None:
             config |= upload(api, file)
-        act(api, name, config)
+        act(api, name, config, **({"force": force} if can_force else {}))
 
     command.__doc__ = act.__doc__
+    can_force = "force" in inspect.signature(act).parameters
+    whole = inspect.signature(command, eval_str=True)
+    parameters = [each for each in whole.parameters.values() if can_force or each.name != "force"]
+    command.__signature__ = whole.replace(parameters=parameters)  # type: ignore[attr-defined]
     return command
 
 
@@ -127,7 +133,7 @@ def add_model(api: Api, name: str, config: dict[str, Any]) -> None:
 
 @app.command("edit")
 @_of_a_model
-def edit_model(api: Api, name: str, config: dict[str, Any]) -> None:
+def edit_model(api: Api, name: str, config: dict[str, Any], *, force: bool) -> None:
     """Change what is given of a model. No request is cut off: copies that must be loaded anew finish what they hold.
 
     Examples:
@@ -138,7 +144,8 @@ def edit_model(api: Api, name: str, config: dict[str, Any]) -> None:
     """
     if not config:
         raise InvalidValue("nothing to change was given: localai-q models edit --help")
-    changed = api.call("PATCH", "/api/models/{}", name, json=config)
+    params = {"force": "true"} if force else {}
+    changed = api.call("PATCH", "/api/models/{}", name, json=config, params=params)
     print(f"Changed {name}, which is at revision {changed['revision']}.")
 
 

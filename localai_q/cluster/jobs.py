@@ -8,10 +8,12 @@ from typing import Any
 
 from localai_q.cluster.events import Usage
 from localai_q.cluster.states import JobState
+from localai_q.errors import Paused
 
 GENERATIONS = ("chat", "completion", "embedding", "rerank")  # kinds that any replica of the model may do
 BACKEND_JOBS = ("install_backend", "upgrade_backend", "delete_backend")
 NODE_JOBS = (*BACKEND_JOBS, "fetch_model", "clean_models")  # kinds that a certain node must do
+DOWNLOADS = ("fetch_model",)  # kinds that go on from where they were when they are done again
 DEATHS = 2  # a generation that so many owners died of is not tried again
 GRACE = 20.0  # seconds for which a job goes on without a reader who may come back
 
@@ -47,3 +49,13 @@ class Job:
     deadline: float | None = None  # seconds since the epoch, like the next two
     created: float = 0.0
     ended: float | None = None
+
+    @property
+    def is_paused(self) -> bool:
+        """Whether it was cancelled to be done again later, and what needs it waits for that."""
+        return self.state is JobState.CANCELLED and is_pause(self.error)
+
+
+def is_pause(error: dict[str, Any] | None) -> bool:
+    """Whether a job that has ended with this error is to be done again later."""
+    return (error or {}).get("error") == Paused.__name__

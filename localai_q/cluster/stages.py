@@ -30,10 +30,10 @@ def next_step(replica: Replica, job: Job | None, *, has_file: bool, now: float) 
     if replica.state is ReplicaState.PLACED:
         return Step.INSTALL
     if replica.state in (ReplicaState.INSTALLING, ReplicaState.STAGING):
+        if job and (job.state is JobState.OPEN or job.is_paused):
+            return Step.WAIT
         if job is None or job.state in (JobState.FAILED, JobState.CANCELLED):
             return Step.FAIL
-        if job.state is JobState.OPEN:
-            return Step.WAIT
         return Step.FETCH if replica.state is ReplicaState.INSTALLING and has_file else Step.LOAD
     silent = now > max(replica.changed, replica.told) + SILENT_LOAD
     if replica.state in (ReplicaState.LOADING, ReplicaState.STOPPING) and silent:

@@ -38,7 +38,7 @@ def prune(services: Services) -> None:
     from localai_q.store import jobs as rows
 
     with services.db.transaction() as db:
-        rows.prune(db, days=KEPT_DAYS)
+        rows.forget(db, older_than=KEPT_DAYS * 24 * 3600.0)
     backends.prune(services, days=KEPT_DAYS)
 
 

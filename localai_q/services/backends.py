@@ -168,6 +168,19 @@ def give_up(services: Services, operation_id: str) -> dict[str, Any]:
     return operation(services, operation_id)
 
 
+def dismiss(services: Services, operation_id: str) -> None:
+    """Forget what has ended of a request for many nodes.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: nothing of it has ended.
+    """
+    operation(services, operation_id)
+    with services.db.transaction() as db:
+        if not backends.dismiss(db, operation_id):
+            raise Conflict(f"Nothing of operation '{operation_id}' has ended: cancel it first.")
+
+
 def fulfil(services: Services) -> None:
     """Take every wish one step further."""
     with services.db.transaction() as db:

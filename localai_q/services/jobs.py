@@ -12,7 +12,7 @@ from localai_q.bus import journal, presence
 from localai_q.bus.leases import CONTROL, LiveState, Submission
 from localai_q.cluster.backends import REACHABLE
 from localai_q.cluster.events import End, Event, Progress, decode
-from localai_q.cluster.jobs import DEATHS, GENERATIONS, GRACE, NODE_JOBS, Job, Keep
+from localai_q.cluster.jobs import DEATHS, DOWNLOADS, GENERATIONS, GRACE, NODE_JOBS, Job, Keep, is_pause
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.errors import (
@@ -23,9 +23,11 @@ from localai_q.errors import (
     LocalAIError,
     ModelNotFound,
     NotFound,
+    Paused,
     Unavailable,
     to_record,
 )
+from localai_q.services import joblogs
 from localai_q.services.wiring import Services
 from localai_q.store import jobs, models, nodes, replicas
 from localai_q.store.engine import clock
@@ -65,14 +67,25 @@ def show(services: Services, job_id: str, asker: ApiKey) -> dict[str, Any]:
     Raises:
         NotFound: there is none of that id.
     """
-    return _shown(services, [_existing(services, job_id, asker)])[0]
+    return shown(services, [_existing(services, job_id, asker)])[0]
 
 
-def listed(services: Services, *, states: Collection[str], kinds: Collection[str], limit: int) -> list[dict[str, Any]]:
+def listed(
+    services: Services, *, states: Collection[str], kinds: Collection[str], limit: int, node_id: str = ""
+) -> list[dict[str, Any]]:
     """Jobs, the newest first, with their live state."""
     with services.db.transaction() as db:
-        found = jobs.listed(db, states=states, kinds=kinds, limit=limit)
-    return _shown(services, found)
+        found = jobs.listed(db, states=states, kinds=kinds, node_id=node_id, limit=limit)
+    return shown(services, found)
+
+
+def log_of(services: Services, job_id: str, asker: ApiKey) -> str:
+    """What a job of a node has said, as text.
+
+    Raises:
+        NotFound: there is none of that id that `asker` may see.
+    """
+    return joblogs.read(services, _existing(services, job_id, asker))
 
 
 def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
@@ -88,17 +101,54 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
         end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
         if became := services.leases.abort(job_id, kept.line, end):
             return CANCELLED[became]
-        if isinstance(ended := journal.latest(services.redis, [job_id]).get(job_id), End):
+        ended = journal.latest(services.redis, [job_id]).get(job_id)
+        if isinstance(ended, End) and not is_pause(ended.error):
             return ended.state
     job = _existing(services, job_id, asker)
+    if job.is_paused:
+        with services.db.transaction() as db:
+            jobs.end_pause(db, job.id, to_record(Cancelled()))
     if job.state is not JobState.OPEN:
         return job.state
     became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
     return CANCELLED[became] if became else _existing(services, job_id, asker).state
 
 
+def pause(services: Services, job_id: str, asker: ApiKey) -> None:
+    """Have a node stop a download and keep what has come of it, until it is tried again. What needs it waits for that.
+
+    Raises:
+        NotFound: there is none of that id that `asker` may see.
+        Conflict: it is no download, or has ended.
+    """
+    job = _existing(services, job_id, asker)
+    if job.kind not in DOWNLOADS:
+        raise Conflict(f"Job '{job_id}' is a {job.kind}: only a download can be paused ({', '.join(DOWNLOADS)}).")
+    if job.state is not JobState.OPEN or not abort(services, job, Paused(), state=JobState.CANCELLED):
+        raise Conflict(f"Job '{job_id}' has ended: there is nothing to pause.")
+
+
+def forget(services: Services, job_id: str, asker: ApiKey) -> None:
+    """Delete what is known of a job of a node that has ended.
+
+    Raises:
+        NotFound: there is none of that id that `asker` may see.
+        Conflict: it has not ended, or something waits to learn of its end.
+    """
+    job = _existing(services, job_id, asker)
+    with services.db.transaction() as db:
+        if not jobs.forget(db, ids=[job.id], kinds=NODE_JOBS):
+            raise Conflict(f"Job '{job_id}' is {job.state} and cannot be dismissed: cancel it first.")
+
+
+def prune(services: Services, *, older_than: float, states: Collection[str], kinds: Collection[str]) -> int:
+    """Delete what is known of jobs that ended more than so many seconds ago; how many."""
+    with services.db.transaction() as db:
+        return jobs.forget(db, states=states, kinds=kinds, older_than=older_than)
+
+
 def retry(services: Services, job_id: str, asker: ApiKey) -> str:
-    """Have a node do again what has failed or was cancelled; the id of the new job.
+    """Have a node do again what has failed or was cancelled, or go on with what was paused; the id of the new job.
 
     Raises:
         NotFound: there is none of that id that `asker` may see.
@@ -114,7 +164,12 @@ def retry(services: Services, job_id: str, asker: ApiKey) -> str:
         raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
     if node is None or node.state not in REACHABLE:
         raise Conflict(f"Job '{job_id}' cannot be tried again: its node is not there.")
-    return submit_node_job(services, kind=job.kind, node_id=node.id, model_id=job.model_id, request=request)
+    again = submit_node_job(services, kind=job.kind, node_id=node.id, model_id=job.model_id, request=request)
+    if job.is_paused:
+        with services.db.transaction() as db:
+            replicas.follow(db, job.id, again)
+            jobs.end_pause(db, job.id, to_record(Cancelled()))
+    return again
 
 
 def abort(
@@ -125,7 +180,7 @@ def abort(
     A job that Redis has lost is brought back first, for its owner may be about to restore it, and must be refused.
     """
     end = End(state=state, error=to_record(error))
-    became = services.leases.abort(job.id, job.line, end, force=force)
+    became = services.leases.abort(job.id, job.line, end, force=force, pause=isinstance(error, Paused))
     if became or job.id in _unwritten(services):
         return became
     live = services.leases.live([job.id]).get(job.id)
@@ -150,6 +205,7 @@ def apply_ends(services: Services) -> int:
         used = set(filter(None, services.leases.holders(list(ends)).values()))
         with services.db.transaction() as db:  # of its own: who removes a model locks replicas before jobs
             replicas.use(db, used)
+        joblogs.keep(services, list(ends))
         services.leases.forget_ends(owner, list(ends))
     if not set(kinds).isdisjoint(NODE_JOBS):
         services.redis.publish(names.WAKE_CHANNEL, "")  # a replica waits for its next stage
@@ -344,18 +400,19 @@ def _existing(services: Services, job_id: str, asker: ApiKey) -> Job:
     return job
 
 
-def _shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
+def shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
+    """Jobs as people see them, with their live state."""
     open_ids = [job.id for job in found if job.state is JobState.OPEN]
     live = services.leases.live(open_ids)
     progress = journal.latest(services.redis, [job.id for job in found if job.id in live and job.kind in NODE_JOBS])
     with services.db.transaction() as db:
         node_names = {node.id: node.name for node in nodes.every(db)}
         model_names = {model.id: model.name for model in models.every(db)}
-    shown = []
+    records = []
     for job in found:
         now = live.get(job.id)
         node_id = (now.node_id if now and now.state == "leased" else None) or job.node_id
-        shown.append({
+        records.append({
             "id": job.id,
             "kind": job.kind,
             "state": job.state,
@@ -375,7 +432,7 @@ def _shown(services: Services, found: Sequence[Job]) -> list[dict[str, Any]]:
             "ended": job.ended,
             "deadline": job.deadline,
         })  # fmt: skip
-    return shown
+    return records
 
 
 def percentages(services: Services, job_ids: Sequence[str]) -> dict[str, float]:

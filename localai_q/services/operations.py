@@ -10,6 +10,7 @@ from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import NotFound
 from localai_q.services import backends, jobs
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
 from localai_q.store.keys import ApiKey
 
@@ -24,7 +25,7 @@ MOST_OPEN = 1000
 def current(services: Services) -> list[Record]:
     """What is open, the least advanced first; with what many nodes were asked for and some cannot do yet, or at all."""
     found = jobs.listed(services, states=(JobState.OPEN,), kinds=NODE_JOBS, limit=MOST_OPEN)
-    operations = [*map(_of_job, found), *_loads(services), *_waiting(services)]
+    operations = [*map(_of_job, found), *_paused(services), *_loads(services), *_waiting(services)]
     return sorted(operations, key=lambda one: (one["progress"], one["id"], one["jobID"]))
 
 
@@ -52,6 +53,24 @@ def cancel(services: Services, operation_id: str, asker: ApiKey) -> None:
         backends.give_up(services, operation_id)
 
 
+def dismiss(services: Services, operation_id: str, asker: ApiKey) -> None:
+    """Forget a job that has ended, or what has ended of a request for many nodes.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: nothing of it has ended.
+    """
+    try:
+        jobs.forget(services, operation_id, asker)
+    except NotFound:
+        backends.dismiss(services, operation_id)
+
+
+def forget_history(services: Services) -> int:
+    """Forget every job of a node that has ended; how many."""
+    return jobs.prune(services, older_than=0.0, states=(), kinds=NODE_JOBS)
+
+
 def _of_job(job: Record) -> Record:
     progress = job["progress"] or {}
     done, total = progress.get("done", 0), progress.get("total", 0)
@@ -69,6 +88,14 @@ def _of_job(job: Record) -> Record:
         "nodeName": job["node"],
         **sizes,
     }
+
+
+def _paused(services: Services) -> list[Record]:
+    """Downloads that were paused and that a replica waits for."""
+    with services.db.transaction() as db:
+        awaited = {each.job_id for each in replicas.every(db, states=(ReplicaState.STAGING,)) if each.job_id}
+        found = [job for job_id in sorted(awaited) if (job := job_rows.by_id(db, job_id)) and job.is_paused]
+    return [{**_of_job(job), "isQueued": False, "phase": "paused"} for job in jobs.shown(services, found)]
 
 
 def _loads(services: Services) -> list[Record]:

@@ -47,6 +47,12 @@ def forget_ended(db: Connection, *, days: int) -> int:
     return db.execute(delete(wishes).where(ended, wishes.c.created_at < limit)).rowcount
 
 
+def dismiss(db: Connection, operation: str) -> int:
+    """Delete what has ended of a request for many nodes; how many wishes."""
+    ended = wishes.c.state != WishState.OPEN
+    return db.execute(delete(wishes).where(wishes.c.operation == operation, ended)).rowcount
+
+
 def _wish(row: Row[Any]) -> Wish:
     values = dict(row._mapping)
     created, next_try = values.pop("created_at").timestamp(), values.pop("next_try").timestamp()

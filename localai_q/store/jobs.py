@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, delete, func, insert, null, select, update
+from sqlalchemy import Connection, Row, case, delete, exists, func, insert, null, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.events import End, Usage
 from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
 from localai_q.cluster.states import JOB_MOVES, JobState, sources
-from localai_q.store.tables import jobs
+from localai_q.store.tables import backend_wishes, job_logs, jobs, replicas
 
 OF_NODE = jobs.c.kind.in_(NODE_JOBS)
 SUBJECT = func.coalesce(jobs.c.request["backend"].astext, jobs.c.request["name"].astext, "")
@@ -44,13 +45,17 @@ def by_id(db: Connection, job_id: str) -> Job | None:
     return _job(row) if row else None
 
 
-def listed(db: Connection, *, states: Collection[str] = (), kinds: Collection[str] = (), limit: int = 100) -> list[Job]:
+def listed(
+    db: Connection, *, states: Collection[str] = (), kinds: Collection[str] = (), node_id: str = "", limit: int = 100
+) -> list[Job]:
     """Jobs without their requests, the newest first."""
     query = select(*LISTED).order_by(jobs.c.created_at.desc(), jobs.c.id).limit(limit)
     if states:
         query = query.where(jobs.c.state.in_(list(states)))
     if kinds:
         query = query.where(jobs.c.kind.in_(list(kinds)))
+    if node_id:
+        query = query.where(jobs.c.node_id == node_id)
     return [_job(row) for row in db.execute(query)]
 
 
@@ -127,10 +132,45 @@ def counts(db: Connection) -> dict[tuple[str, str], int]:
     return {(kind, state): count for kind, state, count in rows}
 
 
-def prune(db: Connection, *, days: int) -> int:
-    """Delete ended jobs older than so many days."""
-    limit = func.now() - func.make_interval(0, 0, 0, days)
-    return db.execute(delete(jobs).where(jobs.c.state != JobState.OPEN, jobs.c.ended_at < limit)).rowcount
+def forget(
+    db: Connection, *, ids: Collection[str] = (), states: Collection[str] = (), kinds: Collection[str] = (),
+    older_than: float = 0.0,
+) -> int:  # fmt: skip
+    """Delete jobs that ended more than so many seconds ago, narrowed as asked; how many.
+
+    What a replica or a wish is to learn of first stays.
+    """
+    limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
+    statement = delete(jobs).where(jobs.c.state != JobState.OPEN, jobs.c.ended_at <= limit)
+    for table in (replicas, backend_wishes):
+        statement = statement.where(~exists().where(table.c.job_id == jobs.c.id))
+    for column, allowed in ((jobs.c.id, ids), (jobs.c.state, states), (jobs.c.kind, kinds)):
+        if allowed:
+            statement = statement.where(column.in_(list(allowed)))
+    return db.execute(statement).rowcount
+
+
+def end_pause(db: Connection, job_id: str, error: dict[str, Any]) -> None:
+    """Let a job that was paused have been cancelled with this error."""
+    db.execute(update(jobs).where(jobs.c.id == job_id, jobs.c.state == JobState.CANCELLED).values(error=error))
+
+
+def keep_logs(db: Connection, logs: Mapping[str, str]) -> None:
+    """Keep what these jobs have said, as long as they are kept."""
+    for job_id, text in logs.items():
+        statement = upsert(job_logs).values(job_id=job_id, text=text)
+        db.execute(statement.on_conflict_do_update(index_elements=[job_logs.c.job_id], set_={"text": text}))
+
+
+def log_of(db: Connection, job_id: str) -> str | None:
+    """What a job has said, once it has ended."""
+    found: str | None = db.execute(select(job_logs.c.text).where(job_logs.c.job_id == job_id)).scalar_one_or_none()
+    return found
+
+
+def of_nodes(db: Connection, job_ids: Collection[str]) -> list[str]:
+    """Those of these jobs that are of nodes."""
+    return list(db.execute(select(jobs.c.id).where(jobs.c.id.in_(list(job_ids)), OF_NODE)).scalars())
 
 
 def _job(row: Row[Any]) -> Job:

@@ -83,6 +83,11 @@ def touch(db: Connection, replica_id: str) -> None:
     db.execute(update(replicas).where(replicas.c.id == replica_id).values(told_at=func.now()))
 
 
+def follow(db: Connection, job_id: str, next_job_id: str) -> None:
+    """Have replicas that wait for a job wait for another one instead."""
+    db.execute(update(replicas).where(replicas.c.job_id == job_id).values(job_id=next_job_id))
+
+
 def use(db: Connection, replica_ids: Collection[str]) -> None:
     """Note that these replicas were of use, unless that was noted a moment ago."""
     noted = func.coalesce(replicas.c.used_at, "-infinity") > func.now() - func.make_interval(

@@ -137,6 +137,13 @@ jobs = Table(
     Index("jobs_created_at_idx", "created_at"),
 )
 
+job_logs = Table(
+    "job_logs",
+    metadata,
+    Column("job_id", ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True),
+    Column("text", Text, nullable=False),  # what it said of its progress: the last of it, once it has ended
+)
+
 backend_wishes = Table(  # `cluster.backends.Wish`
     "backend_wishes",
     metadata,

@@ -13,8 +13,8 @@ from file_server import FileServer, Remote, serve
 
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled
-from localai_q.services import jobs, nodes
+from localai_q.errors import Cancelled, Paused, to_record
+from localai_q.services import jobs, keys, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
@@ -107,9 +107,9 @@ def test_what_the_network_policy_refuses_reaches_the_job(
     assert server.seen == []
 
 
-@pytest.mark.parametrize("cancelled", [True, False])
-def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_goes_on(
-    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path, cancelled: bool
+@pytest.mark.parametrize("how", ["cancelled", "given back", "paused"])
+def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_or_paused_goes_on(
+    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path, how: str
 ) -> None:
     url = server.put("/m", Remote(CONTENT, pause=0.3))
     job_id = submit(services, node, "fetch_model", source=url, sha256=DIGEST, size=len(CONTENT))
@@ -120,18 +120,23 @@ def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_goes_on(
     while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert part.stat().st_size
-    if cancelled:
-        with services.db.transaction() as db:
-            job = job_rows.by_id(db, job_id)
-        jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    _, admin = keys.create(services, name="a", role="admin")
+    asker = keys.Authenticator(services).authenticate(f"Bearer {admin}")
+    if how == "cancelled":
+        assert jobs.cancel(services, job_id, asker) == "cancelling"
+    elif how == "paused":
+        jobs.pause(services, job_id, asker)
     else:
         worker.claims.cancel_all("drain")
     working.join(30)
     assert not working.is_alive()
-    if cancelled:
-        assert result(services, job_id)[0] is JobState.CANCELLED
+    if how == "cancelled":
+        assert result(services, job_id) == (JobState.CANCELLED, to_record(Cancelled()))
         assert everything(tmp_path) == []
         return
+    if how == "paused":
+        assert result(services, job_id) == (JobState.CANCELLED, to_record(Paused()))
+        job_id = jobs.retry(services, job_id, asker)
     server.put("/m", Remote(CONTENT))
     worker.run(job_id)
     assert result(services, job_id)[0] is JobState.DONE

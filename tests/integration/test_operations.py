@@ -14,11 +14,13 @@ from api import events as api_events
 from localai_q import names
 from localai_q.cluster.backends import MOST_ATTEMPTS, Op
 from localai_q.cluster.events import End, Progress
+from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.services import backends, jobs, keys, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import backends as wish_rows
+from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as replica_rows
 
 FAILED = End(state=JobState.FAILED, error={"error": "Unavailable", "message": "no network"})
@@ -201,3 +203,159 @@ def test_what_is_no_job_of_a_node_or_of_nobody_is_not_tried_again(
     for method, path in (("POST", "retry"), ("GET", "events")):
         assert http.request(method, f"/api/jobs/{job_id}/{path}", headers=user).status_code == 404
         assert http.request(method, f"/api/jobs/nothing/{path}").status_code == 404
+
+
+def staged(services: Services) -> tuple[str, str]:
+    """A replica that waits for its file: its id, and the id of the job that fetches it."""
+    add_model(services, "m", min_replicas=1, source="https://x.example/m", sha256="0" * 64, size=1)
+    replicas.reconcile(services)
+    with services.db.transaction() as db:
+        (replica,) = replica_rows.every(db)
+        install = replica.job_id
+        job_rows.end(db, install, End(state=JobState.DONE, result={}), attempt=1)
+    replicas.reconcile(services)
+    return replica.id, stage_of(services)[1]
+
+
+def stage_of(services: Services) -> tuple[ReplicaState, str]:
+    with services.db.transaction() as db:
+        (replica,) = replica_rows.every(db)
+    return replica.state, replica.job_id
+
+
+def test_a_paused_download_is_waited_for_until_it_is_tried_again(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    _, fetching = staged(services)
+    assert http.post(f"/api/operations/{fetching}/pause").json()["success"] is True
+    jobs.apply_ends(services)
+    replicas.reconcile(services)
+    assert stage_of(services) == (ReplicaState.STAGING, fetching)
+    (shown,) = operations(http)
+    assert (shown["jobID"], shown["phase"], shown["name"]) == (fetching, "paused", "m")
+    for path in (f"/api/jobs/{fetching}/pause", f"/api/operations/{fetching}/dismiss"):
+        assert http.post(path).status_code == 409
+    again = http.post(f"/api/jobs/{fetching}/retry").json()["jobID"]
+    assert again != fetching
+    assert stage_of(services) == (ReplicaState.STAGING, again)
+    assert [one["phase"] for one in operations(http)] == ["queued"]
+
+
+def test_a_paused_download_that_is_cancelled_is_waited_for_no_more(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    _, fetching = staged(services)
+    http.post(f"/api/jobs/{fetching}/pause").raise_for_status()
+    jobs.apply_ends(services)
+    assert http.delete(f"/api/jobs/{fetching}").json()["state"] == "cancelled"
+    replicas.advance(services)
+    assert stage_of(services)[0] is ReplicaState.FAILED
+
+
+def test_only_a_download_is_paused(services: Services, node: Node, http: httpx.Client) -> None:
+    install = backends.change(services, node, Op.INSTALL, "echo")
+    refused = http.post(f"/api/operations/{install}/pause")
+    assert (refused.status_code, "only a download" in refused.text) == (409, True)
+    assert http.post("/api/jobs/nothing/pause").status_code == 404
+
+
+def test_what_has_ended_is_dismissed_and_what_is_open_is_not(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    first, second = fetch(services, node), fetch(services, node, "other")
+    assert http.post(f"/api/operations/{first}/dismiss").status_code == 409
+    end(services, node, first, FAILED)
+    assert http.post(f"/api/operations/{first}/dismiss").json()["success"] is True
+    assert operations(http, "/history") == []
+    end(services, node, second, FAILED)
+    assert http.delete("/api/operations/history").json() == {"success": True, "removed": 1}
+    assert http.get("/api/jobs").json()["jobs"] == []
+    assert http.post("/api/operations/nothing/dismiss").status_code == 404
+
+
+def test_a_request_for_many_nodes_that_was_given_up_is_dismissed(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    nodes.deregister(services, node)
+    dismiss = f"/api/operations/{backends.change_everywhere(services, Op.INSTALL, 'echo')['uuid']}/dismiss"
+    assert http.post(dismiss).status_code == 409
+    with services.db.transaction() as db:
+        (wish,) = wish_rows.every(db)
+        wish_rows.note(db, wish, state="dead", attempts=MOST_ATTEMPTS, last_error="no network")
+    assert http.post(dismiss).status_code == 200
+    assert operations(http) == []
+
+
+def test_jobs_are_pruned_by_age_state_and_kind(services: Services, node: Node, http: httpx.Client) -> None:
+    ended = {}
+    for name, event in (("a", FAILED), ("b", End(state=JobState.DONE, result={}))):
+        ended[name] = fetch(services, node, name)
+        end(services, node, ended[name], event)
+    opened = fetch(services, node, "c")
+
+    def left() -> set[str]:
+        return {job["id"] for job in http.get("/api/jobs").json()["jobs"]}
+
+    def prune(**body: Any) -> int:
+        return http.post("/api/jobs/prune", json=body).raise_for_status().json()["removed"]
+
+    assert prune(older_than=3600) == prune(older_than=0, kinds=["chat"]) == 0
+    assert prune(older_than=0, states=["failed"]) == 1
+    assert left() == {ended["b"], opened}
+    assert prune(older_than=0) == 1
+    assert left() == {opened}
+    for wrong in ({}, {"older_than": -1}, {"older_than": 0, "states": ["open"]}, {"older_than": 0, "kinds": ["x"]}):
+        assert http.post("/api/jobs/prune", json=wrong).status_code == 400
+
+
+def test_what_a_replica_is_to_learn_of_is_not_pruned(services: Services, node: Node, http: httpx.Client) -> None:
+    _, fetching = staged(services)
+    end(services, node, fetching, FAILED)
+    assert http.post(f"/api/operations/{fetching}/dismiss").status_code == 409
+
+
+def test_jobs_are_listed_by_node(services: Services, node: Node, http: httpx.Client) -> None:
+    other = ready_node(services, "n2", "other")
+    there = fetch(services, other)
+    fetch(services, node)
+    for asked in ("n2", other.id):
+        assert [job["id"] for job in http.get("/api/jobs", params={"node": asked}).json()["jobs"]] == [there]
+    assert http.get("/api/jobs?node=nobody").status_code == 404
+
+
+def test_the_log_of_a_job_is_there_while_it_runs_and_when_its_journal_has_gone(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    job_id = fetch(services, node)
+    path = f"/api/jobs/{job_id}/log"
+    assert http.get(path).text == ""
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    services.leases.append([(lease, lease.last_index + 1, [Progress(stage="downloading", note="from n2")])])
+    assert http.get(path).text == "downloading: from n2\n"
+    services.leases.finish(lease, lease.last_index + 2, FAILED, node_id=node.id)
+    jobs.apply_ends(services)
+    services.redis.flushdb()
+    assert http.get(path).text == "downloading: from n2\nfailed: no network\n"
+    http.delete("/api/operations/history").raise_for_status()
+    assert http.get(path).status_code == 404
+
+
+def test_the_log_of_a_job_whose_node_has_died_is_kept(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    emit(services, node, job_id, Progress(stage="downloading", note="from n2"))
+    nodes.remove(services, node.name, force=True)
+    jobs.apply_ends(services)
+    services.redis.delete(names.journal_key(job_id))
+    first, last = http.get(f"/api/jobs/{job_id}/log").text.splitlines()
+    assert (first, last.partition(":")[0]) == ("downloading: from n2", "failed")
+
+
+def test_a_log_is_for_who_may_see_the_job_and_has_none_of_what_a_model_said(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    job_id = fetch(services, node)
+    user = {"Authorization": f"Bearer {keys.create(services, name='u', role='user')[1]}"}
+    assert http.get(f"/api/jobs/{job_id}/log", headers=user).status_code == 404
+    with services.db.transaction() as db:
+        job_rows.add(db, Job(id="chatted", kind="chat", state=JobState.OPEN, line="model.m", request={}))
+    assert "has no log" in http.get("/api/jobs/chatted/log").json()["error"]["message"]

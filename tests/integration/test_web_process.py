@@ -11,20 +11,23 @@ from pathlib import Path
 
 import httpx
 import pytest
-from cluster_data import add_model, claim, ready_node
+from cluster_data import add_model, claim, model_named, ready_node
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import wait_for
 
 from localai_q import names, ports
 from localai_q.bus.connection import client
 from localai_q.celery import app
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import Delta, End, Progress
 from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import ReplicaState
 from localai_q.config import load_settings
 from localai_q.embedded.valkey import Valkey
 from localai_q.processes import spawn, stop, tail
 from localai_q.services import backends, fleet, jobs, keys, nodes
 from localai_q.services.wiring import Services, connect
+from localai_q.store import replicas as replica_rows
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,6 +257,60 @@ def test_a_model_is_changed_by_the_command_line_and_what_is_not_said_stays(web: 
         assert (code, len(err.splitlines())) == (1, 1)
         assert words in err
     assert "There is no model 'nobody'" in web.cli("models", "edit", "nobody", "--slots", "3")[2]
+
+
+def test_the_log_of_a_job_is_followed_and_jobs_are_paused_and_pruned_by_the_command_line(web: Web) -> None:
+    services = web.services
+    app.conf.broker_url = services.settings.redis_url
+    node = ready_node(services, "logger", "of-logger")
+    line = names.node_jobs_queue(node.id)
+
+    def fetch(name: str) -> str:
+        request = {"kind": "fetch_model", "source": "https://x.example/m", "name": name}
+        return jobs.submit_node_job(services, kind="fetch_model", node_id=node.id, model_id=None, request=request)
+
+    job_id = fetch("m")
+    with subprocess.Popen([str(BIN / "localai-q"), "jobs", "log", job_id, "--follow"], env=web.environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:  # fmt: skip
+        lease = claim(services, job_id, line, node.id)
+        steps = [Progress(stage="downloading", done=done, total=2, unit="bytes") for done in (1, 2)]
+        services.leases.append([(lease, lease.last_index + 1, steps)])
+        end = End(state="failed", error={"error": "Unavailable", "message": "no network"})
+        assert process.stdout.readline() == "downloading\n"
+        services.leases.finish(lease, lease.last_index + 3, end, node_id=node.id)
+        jobs.apply_ends(services)
+        out, err = process.communicate(timeout=30)
+    assert (out, err) == ("downloading: 2 of 2 bytes\nfailed: no network\n", "localai-q: no network\n")
+    assert process.returncode == 1
+    assert web.cli("jobs", "log", job_id)[:2] == (0, f"downloading\n{out}")
+    assert web.cli("jobs", "log", job_id, "--follow")[0] == 1
+
+    paused = fetch("other")
+    assert web.cli("jobs", "pause", paused)[0] == 0
+    jobs.apply_ends(services)
+    assert " paused " in web.cli("jobs", "list", "--node", "logger", "--state", "cancelled")[1]
+    assert "has ended" in web.cli("jobs", "pause", paused)[2]
+    assert web.cli("jobs", "prune", "--older", "1h")[1] == "Removed 0 jobs.\n"
+    assert (
+        web.cli("jobs", "prune", "--older", "0s", "--state", "failed,cancelled", "--kind", "fetch_model")[1]
+        == "Removed 2 jobs.\n"
+    )
+    assert "--older needs" in web.cli("jobs", "prune", "--older", "soon")[2]
+
+
+def test_what_no_node_could_have_is_changed_by_the_command_line_with_force_only(web: Web) -> None:
+    services = web.services
+    node = ready_node(services, "forced", "of-forced")
+    add_model(services, "forced", selector={"node.name": "forced"})
+    model = model_named(services, "forced")
+    with services.db.transaction() as db:
+        booking = Booking()
+        replica_rows.enter(db, "forcedreplica", ReplicaState.READY, booking=booking, model_id=model.id, node_id=node.id,
+                           number=1, revision=1, slots=1)  # fmt: skip
+    change = ("models", "edit", "forced", "--selector", "node.name=nowhere")
+    assert "force" in web.cli(*change)[2]
+    assert web.cli(*change, "--force")[0] == 0
+    assert model_named(services, "forced").config.selector == {"node.name": "nowhere"}
 
 
 @pytest.mark.parametrize(

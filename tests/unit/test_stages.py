@@ -8,6 +8,7 @@ from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.stages import SILENT_LOAD, Step, next_step
 from localai_q.cluster.states import JobState, ReplicaState
+from localai_q.errors import Paused, to_record
 
 REPLICA = Replica(id="r", model_id="m", node_id="n", number=1, revision=1, state=ReplicaState.PLACED, slots=1)
 JOB = Job(id="j", kind="install_backend", state=JobState.OPEN, line="node.n.jobs")
@@ -40,6 +41,11 @@ S, J = ReplicaState, JobState
 def test_the_next_step_follows_from_the_state_and_the_job_of_its_stage(state, job, has_file, step) -> None:
     replica = replace(REPLICA, state=state, changed=1000.0)
     assert next_step(replica, job and replace(JOB, state=job), has_file=has_file, now=1000.0) is step
+
+
+def test_what_was_paused_is_waited_for() -> None:
+    paused = replace(JOB, state=J.CANCELLED, error=to_record(Paused()))
+    assert next_step(replace(REPLICA, state=S.STAGING), paused, has_file=True, now=1000.0) is Step.WAIT
 
 
 @pytest.mark.parametrize("state", ReplicaState)

@@ -24,7 +24,7 @@ from localai_q.celery import app, use_broker
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
-from localai_q.errors import Cancelled, GenerationFailed, LocalAIError, to_record
+from localai_q.errors import Cancelled, GenerationFailed, LocalAIError, Paused, to_record
 from localai_q.processes import kill_group, spawn, tail, watch_parent
 from workers import versions
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
@@ -45,8 +45,10 @@ class Jobs:
 
     def __init__(self, spec: ChildSpec, identity: Identity, folder: Path) -> None:
         redis = client(spec.redis_url, identity.secret)
-        leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
-        self.claims = Claims(redis, leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease)
+        self._leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
+        self.claims = Claims(
+            redis, self._leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease
+        )
         self._spec = spec
         self._folder = folder
         self._line = names.node_jobs_queue(spec.node_id)
@@ -101,9 +103,7 @@ class Jobs:
         code = process.wait()
         order.unlink(missing_ok=True)
         if held.cancelled.is_set():
-            if held.why == "cancelled":
-                self._discard(held.lease.request)
-            return End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+            return self._stopped(held)
         if end is None and stalled.is_set():
             return _failed(str(watch))
         if end is None:
@@ -111,6 +111,13 @@ class Jobs:
         with contextlib.suppress(OSError):
             path.unlink()
         return end
+
+    def _stopped(self, held: Held) -> End:
+        """The end of a job that was cancelled, which leaves nothing, or paused."""
+        paused = held.why == "cancelled" and self._leases.is_paused(held.lease.job_id)
+        if held.why == "cancelled" and not paused:
+            self._discard(held.lease.request)
+        return End(state=JobState.CANCELLED, error=to_record(Paused() if paused else Cancelled()))
 
     def _discard(self, request: dict[str, Any]) -> None:
         """Remove what a cancelled job has left: one that is only given back goes on with it."""
