@@ -6,7 +6,7 @@ LOG := $(VENV)/install.log
 MIN := 3.11
 
 .DEFAULT_GOAL := help
-.PHONY: help install run test lint proto lock clean
+.PHONY: help install run wheels test lint proto lock clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /  make \1 - /'
@@ -16,7 +16,10 @@ install: $(VENV)/.installed ## Make .venv and install, for a machine that joins 
 run: $(VENV)/.installed ## Make .venv, install, and start a cluster on this machine (Ctrl-C stops it)
 	@exec $(BIN)/localai-q up
 
-test: $(VENV)/.tests-installed ## Run the tests
+wheels: $(VENV)/.tests-installed ## Compile what backends need compiled, once for this machine
+	@$(BIN)/python -m workers.node.wheels
+
+test: wheels ## Run the tests
 	@$(BIN)/pytest -n 2
 
 lint: $(VENV)/.tests-installed ## Check style, types and the direction of imports

@@ -14,7 +14,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from localai_q import exec_child
 
@@ -129,13 +132,36 @@ def has_ended(process: subprocess.Popen[bytes]) -> bool:
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> int:
-    """SIGKILL what is left of the process's group, and reap it. Returns its exit code."""
+    """SIGKILL what is left of the process's group and of its session, and reap it. Returns its exit code."""
     if process.returncode is None:
         try:
             os.killpg(process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):  # nobody is left, or (macOS) only the unreaped leader
             process.kill()
+        kill_session(process.pid)
     return process.wait()
+
+
+def kill_session(session: int) -> None:
+    """SIGKILL every process of a session. Some tools put what they start into groups of its own, as ninja does.
+
+    Where the session is that of this process, it does not return.
+    """
+    killed: set[int] = set()
+    while found := {pid for pid in psutil.pids() if pid not in killed and _session_of(pid) == session}:
+        for pid in found - {os.getpid()}:
+            with suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        killed |= found
+    if os.getpid() in killed:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _session_of(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return None
 
 
 def tail(path: Path, lines: int = 20, max_bytes: int = 8192) -> str:

@@ -141,3 +141,31 @@ def test_tail_of_anything(tmp_path: Path) -> None:
     assert len(tail(path)) == 8192
     path.write_bytes(b"ok\n\xff\x00\x1b[31m end")
     assert tail(path, 1) == "\ufffd\ufffd\ufffd[31m end"
+
+
+APART = (  # a process with a child in a group of its own, as ninja has them, which has one, too
+    "import os, subprocess, sys, time\n"
+    "child = subprocess.Popen(['sh', '-c', 'sleep 100 & echo $!; wait'], process_group=0, stdout=subprocess.PIPE)\n"
+    "print(child.pid, child.stdout.readline().decode(), flush=True); time.sleep(100)"
+)
+
+
+def test_what_has_left_the_group_is_killed_with_the_session(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = spawn([sys.executable, "-c", APART], env=dict(os.environ), log=log)
+    assert wait_for(lambda: tail(log))
+    apart = [int(pid) for pid in tail(log).split()]
+    assert {os.getpgid(pid) for pid in apart} == {apart[0]}
+    assert kill_group(process) == -signal.SIGKILL
+    assert len(apart) == 2
+    assert wait_for(lambda: all(is_gone(pid) for pid in apart))
+
+
+def test_a_session_can_end_itself(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    code = f"{APART.replace('; time.sleep(100)', '')}\nfrom localai_q.processes import kill_session; kill_session(os.getsid(0))"
+    process = spawn([sys.executable, "-c", code], env=dict(os.environ), log=log)
+    assert process.wait(10) == -signal.SIGKILL
+    apart = [int(pid) for pid in tail(log).split()]
+    assert len(apart) == 2
+    assert wait_for(lambda: all(is_gone(pid) for pid in apart))

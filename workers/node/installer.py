@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import configparser
 import hashlib
-import os
 import platform
 import re
 import secrets
@@ -20,14 +19,16 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import uv
 
 from localai_q.cluster.builds import Build, choose, suitable
 from localai_q.cluster.events import Progress
+from localai_q.config import child_environment
 from localai_q.errors import StartupError, Unavailable
-from localai_q.gallery.catalog import Archive, BackendEntry
+from localai_q.gallery.catalog import Archive, BackendEntry, CompiledPackage
 from workers import versions
 from workers.backend_process import BackendProcess
 from workers.node.archives import unpack
@@ -39,6 +40,8 @@ LINE_EVERY = 1.0  # seconds between two lines that are passed on for no number i
 LONGEST_NOTE = 200  # characters of a line that is passed on
 LAST_LINES = 6  # of uv's output, in an error
 PUBLIC_INDEX = "https://pypi.org/simple"
+IDLY = ("nice", "-n", "19")
+NO_CHANGES: Mapping[str, str] = MappingProxyType({})
 HEALTH_PATIENCE = 120.0  # seconds that a new backend has to answer
 
 _UNREACHABLE = re.compile(
@@ -46,6 +49,7 @@ _UNREACHABLE = re.compile(
 )
 _DISK_FULL = re.compile(r"no space left|os error 28\b", re.I)
 _COUNT = re.compile(r"^(Resolved|Prepared|Installed) (\d+) packages?")
+_COMPILER_SAID = re.compile(r": (fatal )?error: |^CMake Error|: undefined reference ")
 _DOWNLOADED = re.compile(r"^\s*Downloaded (\S+)")
 
 
@@ -61,6 +65,7 @@ class Kit:
     hardware: Mapping[str, Any] = field(default_factory=dict)  # as its node reports it
     indexes: Mapping[Build, str] = field(default_factory=dict)  # URL of a further package index, by build
     fetch: Callable[[Archive], Path] | None = None  # brings an archive
+    wheel: Callable[[CompiledPackage, Build, Path, str], Path] | None = None  # `workers.node.wheels.Wheels.bring`
 
 
 def wanted(entry: BackendEntry, hardware: Mapping[str, Any]) -> Manifest:
@@ -177,15 +182,28 @@ class _Build:
         shutil.copy2(SOURCES / "serving.py", part)
 
     def _install_packages(self, part: Path) -> None:
+        wheels = self._wheels(part / "wheels")
         run_uv(["venv", "--relocatable", "--python", sys.executable, str(part / "venv")], part, self._what)
+        counted = _Counted(self._progress)
+        install = ["pip", "install", "--python", str(python_of(part))]
+        if wheels:  # alone, for uv would keep a copy of each in its cache for good
+            run_uv([*install, "--no-deps", "--no-cache", *wheels], part, self._what)
+            shutil.rmtree(part / "wheels")
         if self._build.requirements:
             (part / "requirements.txt").write_text("\n".join(self._build.requirements) + "\n")
         further = self._kit.indexes.get(self._manifest.build)
         index = ["--index", further] if further else []
-        requirements = ["--requirements", str(part / "requirements.txt")]
-        counted = _Counted(self._progress)
-        command = ["pip", "install", "--python", str(python_of(part)), *requirements, *index]
-        run_uv(command, part, self._what, counted.line)
+        compiled = [package.requirement for package in self._build.compiled]
+        requirements = ["--requirements", str(part / "requirements.txt"), *compiled]
+        run_uv([*install, *requirements, *index], part, self._what, counted.line)
+
+    def _wheels(self, folder: Path) -> list[str]:
+        """The wheels of what this build has compiled."""
+        if not self._build.compiled:
+            return []
+        assert self._kit.wheel is not None
+        build = self._manifest.build
+        return [str(self._kit.wheel(package, build, folder, self._what)) for package in self._build.compiled]
 
     def _check_health(self, part: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="localai_q-") as folder:
@@ -241,7 +259,10 @@ class _Counted:
         self.progress(Progress(stage=STAGE, done=self.done, total=self.total, unit="packages", note=note))
 
 
-def run_uv(arguments: list[str], folder: Path, what: str, on_line: Callable[[str], None] | None = None) -> list[str]:
+def run_uv(
+    arguments: list[str], folder: Path, what: str, on_line: Callable[[str], None] | None = None, *,
+    changes: Mapping[str, str] = NO_CHANGES, idly: bool = False,
+) -> list[str]:  # fmt: skip
     """Run uv with the package index that this machine is set up for, uv's settings before pip's.
 
     Args:
@@ -249,6 +270,8 @@ def run_uv(arguments: list[str], folder: Path, what: str, on_line: Callable[[str
         folder: where it runs.
         what: the beginning of an error, as "cannot install backend echo".
         on_line: told of each line of its output.
+        changes: of its environment; the empty string removes a name.
+        idly: at the lowest priority.
 
     Returns:
         The lines of its output, stdout and stderr together.
@@ -256,13 +279,13 @@ def run_uv(arguments: list[str], folder: Path, what: str, on_line: Callable[[str
     Raises:
         Unavailable: uv failed; one line with the last of its output.
     """
-    index = _pip_index() if arguments[0] == "pip" else {}
-    command = [uv.find_uv_bin(), *arguments, "--no-progress", *_index_arguments(index)]
+    index = _pip_index() if arguments[0] in ("pip", "build") else {}
+    command = [*(IDLY if idly else ()), uv.find_uv_bin(), *arguments, "--no-progress", *_index_arguments(index)]
     lines: list[str] = []
     with subprocess.Popen(
         command,
         cwd=folder,
-        env={**_environment(), **_certificates()},
+        env={**child_environment(**changes), **_certificates()},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -284,7 +307,8 @@ def run_uv(arguments: list[str], folder: Path, what: str, on_line: Callable[[str
 
 
 def _explain(what: str, lines: list[str], index: dict[str, str]) -> str:
-    said = " | ".join(line.strip() for line in [line for line in lines if line.strip()][-LAST_LINES:])
+    compiler = [line for line in lines if _COMPILER_SAID.search(line)][:LAST_LINES]
+    said = " | ".join(line.strip() for line in compiler or [line for line in lines if line.strip()][-LAST_LINES:])
     if _DISK_FULL.search(said):
         return f"{what}: the disk is full. uv said: {said}"
     if _UNREACHABLE.search(said):
@@ -295,13 +319,9 @@ def _explain(what: str, lines: list[str], index: dict[str, str]) -> str:
     return f"{what}. uv said: {said}"
 
 
-def _environment() -> dict[str, str]:
-    return dict(os.environ)  # noqa: TID251  (uv's and pip's variables, which are not settings of ours)
-
-
 def index_url(pip: dict[str, str] | None = None) -> str:
     """The package index that this machine is set up for, credentials left out."""
-    env = _environment()
+    env = child_environment()
     found = env.get("UV_DEFAULT_INDEX") or env.get("UV_INDEX_URL")
     found = found or (_pip_index() if pip is None else pip).get("index-url") or PUBLIC_INDEX
     return re.sub(r"//[^/@]*@", "//", found)
@@ -321,7 +341,7 @@ def _index_arguments(pip: dict[str, str]) -> list[str]:
 
 def _pip_index() -> dict[str, str]:
     """What pip is told of indexes, by its variables or its files; nothing where uv has settings of its own."""
-    env = _environment()
+    env = child_environment()
     own = ("UV_DEFAULT_INDEX", "UV_INDEX_URL", "UV_INDEX", "UV_EXTRA_INDEX_URL", "UV_FIND_LINKS", "UV_CONFIG_FILE")
     home = Path.home()
     files = (Path("/etc/uv/uv.toml"), home / ".config" / "uv" / "uv.toml")
@@ -355,7 +375,7 @@ def _pip_files(env: dict[str, str], home: Path) -> dict[str, str]:
 
 def _certificates() -> dict[str, str]:
     """pip's certificate bundle, for a machine that only tells pip of it."""
-    env = _environment()
+    env = child_environment()
     found = env.get("SSL_CERT_FILE") or env.get("PIP_CERT") or _pip_files(env, Path.home()).get("cert")
     return {"SSL_CERT_FILE": found} if found else {}
 

@@ -1,6 +1,7 @@
 """The process in which one long job runs: `python -m workers.node.job_child`. Says its progress and its end in a pipe.
 
-It holds no lease and knows no queue; whoever started it does. To stop it, kill its process group.
+It holds no lease and knows no queue; whoever started it does. To stop it, kill its session. When whoever started it ends,
+it does that itself.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +24,7 @@ from localai_q.cluster.events import Progress
 from localai_q.config import settings
 from localai_q.errors import InvalidValue, LocalAIError, StartupError, to_record
 from localai_q.gallery import catalog
+from localai_q.processes import kill_session, watch_parent
 from workers import versions
 from workers.child import ChildSpec
 from workers.identity import Identity
@@ -31,6 +34,7 @@ from workers.node.fetcher import Wanted, discard, fetch, wanted_of
 from workers.node.installer import Kit, install_backend, is_installed
 from workers.node.sources import Access
 from workers.node.store import Store
+from workers.node.wheels import Wheels
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +77,9 @@ def _installed_by(order: JobOrder, report: Report, *, force: bool) -> dict[str, 
         wanted = Wanted(source=archive.source, sha256=archive.sha256)
         return fetch(wanted, spec.backends / entry.name / ARCHIVE, access, report)
 
-    kit = Kit(hardware=devices(spec), indexes=settings().backend_indexes, fetch=bring)
+    found = devices(spec)
+    wheels = Wheels(access, cpus=found.get("cpus", 1), progress=report)
+    kit = Kit(hardware=found, indexes=settings().backend_indexes, fetch=bring, wheel=wheels.bring)
     install_backend(entry, spec.backends, report, kit, force=force)
     return _present(spec, entry)
 
@@ -189,11 +195,18 @@ DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
 }
 
 
+def _end() -> None:
+    """End this process with all that it has started."""
+    kill_session(os.getsid(0))
+
+
 def main() -> None:
     """Do what the order says."""
     path = settings().child_spec
     if path is None:
         raise SystemExit("this is a part of a node, which starts it")
+    signal.signal(signal.SIGTERM, lambda *_: _end())
+    watch_parent(os.getppid(), _end)
     order = JobOrder.model_validate_json(path.read_text())
     path.unlink()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -25,7 +26,7 @@ from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
 from localai_q.errors import Cancelled, GenerationFailed, LocalAIError, Paused, to_record
-from localai_q.processes import kill_group, spawn, tail, watch_parent
+from localai_q.processes import has_ended, kill_group, spawn, tail, wait_for_end, watch_parent
 from workers import versions
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
@@ -87,7 +88,8 @@ class Jobs:
         write_private(order, JobOrder(spec=self._spec, request=held.lease.request, fd=write_end).model_dump_json())
         try:
             env = child_environment(LOCALAI_Q_CHILD_SPEC=str(order))
-            process = spawn([sys.executable, "-m", "workers.node.job_child"], env=env, log=path, pass_fds=(write_end,))
+            command = [sys.executable, "-m", "workers.node.job_child"]
+            process = spawn(command, env=env, log=path, pass_fds=(write_end,), death_signal=signal.SIGTERM)
         finally:
             os.close(write_end)
         held.on_cancel(lambda: kill_group(process))
@@ -100,7 +102,8 @@ class Jobs:
                 progress = Progress(**said["progress"])
                 watch.note(progress)
                 held.emit(progress)
-        code = process.wait()
+        wait_for_end(process, math.inf)
+        code = kill_group(process)
         order.unlink(missing_ok=True)
         if held.cancelled.is_set():
             return self._stopped(held)
@@ -162,7 +165,7 @@ def _kill_when_stalled(process: subprocess.Popen[bytes], watch: Watch) -> thread
     stalled = threading.Event()
 
     def look() -> None:
-        while process.poll() is None:
+        while not has_ended(process):
             time.sleep(LOOK)
             if watch.look():
                 stalled.set()
