@@ -71,7 +71,7 @@ def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[
     except OSError as error:
         if error.errno == errno.ENOSPC:
             discard(wanted, models_root)  # others need that disk, too
-            raise Unavailable(f"cannot fetch {wanted.source}: the disk of {models_root} is full") from error
+            raise Unavailable(f"cannot fetch {wanted.source}: {store.is_full(wanted.size)}") from error
         where = error.filename or store.folder
         raise Unavailable(f"cannot fetch {wanted.source}: {error.strerror or error}: {where}") from error
 

@@ -7,6 +7,7 @@ for its health, and only then switched to (`workers.versions`). What to install 
 from __future__ import annotations
 
 import configparser
+import errno
 import hashlib
 import platform
 import re
@@ -131,7 +132,8 @@ def install_backend(
                 _Build(entry, manifest, kit, progress, what).make(root)
                 versions.tidy_alone(home)
     except OSError as error:
-        raise Unavailable(f"{what}: {error.strerror or error}: {home}") from error
+        said = _full(home) if error.errno == errno.ENOSPC else f"{error.strerror or error}: {home}"
+        raise Unavailable(f"{what}: {said}") from error
     return versions.pointer(root, entry.name).resolve()
 
 
@@ -302,21 +304,25 @@ def run_uv(
             process.kill()
             raise
     if process.returncode != 0:
-        raise Unavailable(_explain(what, lines, index))
+        raise Unavailable(_explain(what, lines, index, folder))
     return lines
 
 
-def _explain(what: str, lines: list[str], index: dict[str, str]) -> str:
+def _explain(what: str, lines: list[str], index: dict[str, str], folder: Path) -> str:
     compiler = [line for line in lines if _COMPILER_SAID.search(line)][:LAST_LINES]
     said = " | ".join(line.strip() for line in compiler or [line for line in lines if line.strip()][-LAST_LINES:])
-    if _DISK_FULL.search(said):
-        return f"{what}: the disk is full. uv said: {said}"
+    if _DISK_FULL.search("\n".join(lines)):
+        return f"{what}: {_full(folder)}. uv said: {said}"
     if _UNREACHABLE.search(said):
         return (
             f"{what}: the package index {index_url(index)} cannot be reached: check the network or set UV_INDEX_URL."
             f" uv said: {said}"
         )
     return f"{what}. uv said: {said}"
+
+
+def _full(folder: Path) -> str:
+    return f"the disk is full: {shutil.disk_usage(folder).free >> 20} MiB are free at {folder}"
 
 
 def index_url(pip: dict[str, str] | None = None) -> str:

@@ -85,11 +85,15 @@ class Jobs:
         order = self._folder / f"job-{job_id}.{secrets.token_hex(4)}.json"
         path = self._folder.parent / "logs" / f"job-{job_id}.log"
         read_end, write_end = os.pipe()
-        write_private(order, JobOrder(spec=self._spec, request=held.lease.request, fd=write_end).model_dump_json())
         try:
+            write_private(order, JobOrder(spec=self._spec, request=held.lease.request, fd=write_end).model_dump_json())
             env = child_environment(LOCALAI_Q_CHILD_SPEC=str(order))
             command = [sys.executable, "-m", "workers.node.job_child"]
             process = spawn(command, env=env, log=path, pass_fds=(write_end,), death_signal=signal.SIGTERM)
+        except BaseException:
+            os.close(read_end)
+            order.unlink(missing_ok=True)
+            raise
         finally:
             os.close(write_end)
         held.on_cancel(lambda: kill_group(process))

@@ -90,8 +90,14 @@ class Store:
                 try:
                     yield _telling(file, report)
                 finally:
+                    self._remove_empty(key)
                     path.unlink(missing_ok=True)  # while it is held: nobody else can have made a new one
                 return
+
+    def is_full(self, size: int) -> str:
+        """Say that the disk was full when a file came. `size`: its bytes; 0: not known."""
+        needed = f"it needs {_mib(size)}, " if size else ""
+        return f"the disk of {self.folder.parent} is full: {needed}{_mib(self.free())} are free"
 
     def need_room(self, size: int, folder: Path | None = None) -> None:
         """Refuse so many bytes if they would fill the disk.
@@ -206,6 +212,17 @@ class Store:
     def _remove_parts(self, key: str) -> None:
         for path in self.folder.glob(f".{key}.*part*"):
             path.unlink(missing_ok=True)
+        if not (self.folder / key).exists():
+            self._used(key).unlink(missing_ok=True)
+            self._beginnings(key).unlink(missing_ok=True)
+
+    def _remove_empty(self, key: str) -> None:
+        """Remove a part of which nothing has come: there is nothing to go on with."""
+        part = self.part(key)
+        with suppress(FileNotFoundError):
+            if not part.stat().st_size:
+                part.unlink()
+                part.with_name(f"{part.name}.note").unlink(missing_ok=True)
 
     @contextmanager
     def _at_once(self, key: str) -> Iterator[None]:
