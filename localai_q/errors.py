@@ -105,6 +105,12 @@ class Forbidden(LocalAIError):
     code = "forbidden"
 
 
+class ModelDisabled(Forbidden):
+    """An admin has disabled the model."""
+
+    code = "model_disabled"
+
+
 class NotFound(LocalAIError):
     """There is nothing here."""
 

@@ -1,5 +1,6 @@
 """GGUF files as small as a test needs them, written by the format's own description."""
 
+import random
 import struct
 
 SCALARS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
@@ -44,3 +45,19 @@ PAIRS = {
     "tokenizer.ggml.tokens": ["a", "b", "c"],
 }
 TENSORS = {"token_embd.weight": 320, "blk.0.attn_q.weight": 640, "blk.1.attn_q.weight": 640, "output.weight": 32}
+
+
+def lora(layers: int, width: int, rank: int = 4) -> bytes:
+    """An adapter of random weights for what a llama of this width asks its heads, in its first layers."""
+    draw = random.Random(1)
+    pairs = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora",
+             "adapter.lora.alpha": float(rank)}  # fmt: skip
+    shapes = {f"blk.{n}.attn_q.weight.lora_{side}": shape
+              for n in range(layers) for side, shape in (("a", (width, rank)), ("b", (rank, width)))}  # fmt: skip
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(pairs))
+    header += b"".join(text(name) + value(found) for name, found in pairs.items())
+    size = 4 * width * rank
+    for number, (name, shape) in enumerate(shapes.items()):
+        header += text(name) + struct.pack("<IQQIQ", 2, *shape, 0, number * size)
+    weights = [draw.gauss(0, 1) for _ in range(len(shapes) * width * rank)]
+    return header + bytes(-len(header) % 32) + struct.pack(f"<{len(weights)}f", *weights)

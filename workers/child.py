@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from localai_q.cluster.models import ModelConfig
+from localai_q.cluster.models import File, ModelConfig
 from localai_q.config import settings, write_private
 from localai_q.errors import StartupError
 
@@ -41,9 +41,23 @@ class ReplicaSpec(BaseModel):
     number: int
     model: ModelSpec
     backend_folder: Path
-    model_file: Path | None
+    blobs: Path  # the node's files of models, by their SHA-256
     socket: Path
     log: Path
+
+    def path_of(self, file: File) -> Path:
+        """Where a file of the model lies."""
+        return self.blobs / str(file.sha256)
+
+    @property
+    def model_file(self) -> Path | None:
+        """The model's own file."""
+        return self.path_of(self.model.files[0]) if self.model.files else None
+
+    @property
+    def template_file(self) -> Path:
+        """Where the backend reads the model's chat template, if it has one of its own."""
+        return self.socket.with_suffix(".jinja")
 
 
 class ChildSpec(BaseModel):

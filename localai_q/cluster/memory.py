@@ -6,6 +6,7 @@ The parts, as llama.cpp allocates them:
 - KV cache: for each token of each slot, a key and a value for each KV head of each layer.
 - compute buffers: what one batch of the prompt needs on its way through the layers, on each device.
 - the process: interpreter, gRPC and engine of the backend, and the replica that drives it.
+- further files of the model, such as adapters: their size.
 - prompt cache: RAM in which the engine keeps the prompts of ended requests.
 
 `bench/memory.py` measures them.
@@ -69,8 +70,9 @@ def need(config: ModelConfig, facts: Facts | None, gpus: int) -> Need | None:
         return _estimate(config, facts, gpus)
     if not config.size:
         return None
-    guess = int(config.size * UNKNOWN_FACTOR)
-    return Need(memory=_on_one(guess, gpus), unseen=0 if gpus else config.size, context_size=config.context_size,
+    size = config.size + _further(config)
+    guess = int(size * UNKNOWN_FACTOR)
+    return Need(memory=_on_one(guess, gpus), unseen=0 if gpus else size, context_size=config.context_size,
                 note="a guess from the file's size")  # fmt: skip
 
 
@@ -116,7 +118,14 @@ def _estimate(config: ModelConfig, facts: Facts, gpus: int) -> Need:
         # Layers are dealt out whole, so that each further GPU may end up with one more than its share.
         spare = (gpus - 1) * (facts.layer_bytes + cache) // max(facts.blocks, 1)
         rest = replace(rest, vram=int(cache * share) + gpus * (buffers + GPU_CONTEXT) + spare)
-    return Need(memory=weights + rest, unseen=weights.ram + prompts + buffers, context_size=config.context_size)
+    further = _on_one(_further(config), gpus)
+    return Need(memory=weights + rest + further, unseen=weights.ram + prompts + buffers + further.ram,
+                context_size=config.context_size)  # fmt: skip
+
+
+def _further(config: ModelConfig) -> int:
+    """Bytes of the files besides the model's own, which are in memory as a whole."""
+    return sum(file.size for file in config.further)
 
 
 def _offloaded(config: ModelConfig, facts: Facts) -> int:

@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
+from localai_q.cluster.sampling import Parameters
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.wishes import Unmet
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
 LARGEST = 1 << 50  # of any number that a header says
+LARGEST_TEXT = 1 << 16  # characters of a template or a prompt
+MOST_ADAPTERS = 8
 
-# Fields that only say where replicas are and how many, which of them gets a request, and where their file can be had, too.
-# A change of any other makes another replica: it gives the model a new revision.
+# Fields that only say where replicas are and how many, which of them gets a request and with what, and where their file
+# can be had, too. A change of any other makes another replica: it gives the model a new revision.
 AROUND_REPLICAS = frozenset({
     "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned", "concurrency_groups", "selector",
     "route_policy", "min_prefix_match", "balance_abs_threshold", "balance_rel_threshold", "mirrors",
+    "parameters", "system_prompt", "disabled",
 })  # fmt: skip
+NOT_FOR_ALL = ("chat_template", "mmproj", "draft_model", "loras")  # fields that not every backend takes
 
 
 def _named(value: str) -> str:
@@ -34,8 +40,24 @@ GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
 ModelName = Annotated[str, AfterValidator(_named)]
 
 
+class File(BaseModel):
+    """A file of a model. Its source has one of the forms of `localai_q.cluster.sources`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(min_length=1, max_length=2000)
+    sha256: str | None = Field(None, pattern=SHA256)  # None: its source tells it, and nobody has asked that yet
+    size: int = Field(0, ge=0, le=LARGEST)  # bytes; 0: not known
+
+
+class Adapter(File):
+    """A LoRA adapter."""
+
+    scale: float = Field(1.0, ge=-100, le=100)
+
+
 class ModelConfig(BaseModel):
-    """How a model is fetched, loaded and placed.
+    """How a model is fetched, loaded and placed, and what it adds to requests.
 
     `source` has one of the forms of `localai_q.cluster.sources`, or is empty for a backend without weights. The SHA-256
     of one that tells it itself is noted when a node has fetched it.
@@ -48,6 +70,9 @@ class ModelConfig(BaseModel):
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
     size: int = Field(0, ge=0)  # bytes of the file; 0: not known
+    mmproj: File | None = None  # what makes images into the model's tokens
+    draft_model: File | None = None  # a smaller model that guesses ahead
+    loras: tuple[Adapter, ...] = Field((), max_length=MOST_ADAPTERS)
     context_size: int = Field(4096, ge=16, le=1 << 24)  # tokens that one request may use
     slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once
     threads: int = Field(0, ge=0, le=1024)  # 0: the engine decides
@@ -57,7 +82,11 @@ class ModelConfig(BaseModel):
     fit_context: bool = False  # cut the context to what a node has room for, rather than refuse the node
     embeddings: bool = False  # the model embeds; it does not chat
     rerank: bool = False
+    chat_template: str = Field("", max_length=LARGEST_TEXT)  # Jinja, instead of the model's own; empty: that
     options: tuple[str, ...] = Field((), max_length=64)  # "key:value", for the backend
+    parameters: Parameters = Field(default_factory=Parameters)  # of requests that do not say them
+    system_prompt: str = Field("", max_length=LARGEST_TEXT)  # of chats that have none
+    disabled: bool = False  # no request is accepted, and nothing is loaded
     spread_all: bool = False  # one replica on every ready node, before anybody asks; there may be any number of them
     min_replicas: int = Field(0, ge=0, le=1000)  # that are loaded although nobody asks
     max_replicas: int = Field(1, ge=1, le=1000)
@@ -78,11 +107,55 @@ class ModelConfig(BaseModel):
             raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
         if self.spread_all and self.idle_timeout:
             raise ValueError("idle_timeout would stop what spread_all loads on every node: give one of them")
+        if self.further and not self.source:
+            raise ValueError("mmproj, draft_model and loras go with a model's own file: give 'source'")
         return self
 
     def makes_same_replica(self, other: ModelConfig) -> bool:
         """Whether replicas of this and of the other are alike, so that one can stay when the other is wanted."""
         return self.model_dump(exclude=set(AROUND_REPLICAS)) == other.model_dump(exclude=set(AROUND_REPLICAS))
+
+    @property
+    def further(self) -> tuple[File, ...]:
+        """The files that the model needs besides its own."""
+        return (*(file for file in (self.mmproj, self.draft_model) if file), *self.loras)
+
+    @property
+    def files(self) -> tuple[File, ...]:
+        """All files of the model, its own first; none for a backend without weights."""
+        own = (File(source=self.source, sha256=self.sha256, size=self.size),) if self.source else ()
+        return (*own, *self.further)
+
+    @property
+    def contents(self) -> frozenset[str]:
+        """The SHA-256 of its files, as far as they are known."""
+        return frozenset(file.sha256 for file in self.files if file.sha256)
+
+    def knowing(self, contents: Sequence[Mapping[str, Any]]) -> ModelConfig:
+        """This, with the `sha256` and `size` of those of its files of which they were not known.
+
+        Args:
+            contents: what was fetched, in the order of `files`.
+
+        Raises:
+            ValueError: that is nothing that a file could be.
+        """
+        values = self.model_dump()
+        files = [values, *(values[name] for name in ("mmproj", "draft_model") if values[name]), *values["loras"]]
+        for file, content in zip(files, contents, strict=False):
+            if not file["sha256"]:
+                file |= {"sha256": content.get("sha256"), "size": content.get("size")}
+        return ModelConfig.model_validate(values)
+
+    def like(self, known: ModelConfig) -> ModelConfig:
+        """This, with what is known of the files that it shares with another."""
+        there = {file.source: file for file in known.files}
+        return self.knowing([there.get(file.source, file).model_dump() for file in self.files])
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The fields that it has of those that not every backend takes."""
+        return tuple(name for name in NOT_FOR_ALL if getattr(self, name))
 
     @property
     def tasks(self) -> frozenset[str]:
@@ -126,6 +199,16 @@ class Facts:
         return self.layer_bytes + self.other_bytes
 
 
+class Document(ModelConfig):
+    """A model as people write it down: its name beside what `ModelConfig` has."""
+
+    name: ModelName
+
+    @property
+    def config(self) -> ModelConfig:
+        return ModelConfig.model_validate({name: getattr(self, name) for name in ModelConfig.model_fields})
+
+
 class Model(BaseModel):
     """A registered model."""
 
@@ -141,5 +224,6 @@ class Model(BaseModel):
     unmet: Unmet | None = None  # while it has fewer replicas than it should, and there is room for no more
 
     def spec(self) -> dict[str, Any]:
-        """What a node is told of the model."""
-        return {"id": self.id, "name": self.name, "revision": self.revision, **self.config.model_dump()}
+        """What a node is told of the model: not what is done with requests before they come there."""
+        config = self.config.model_dump(exclude={"parameters", "system_prompt"})
+        return {"id": self.id, "name": self.name, "revision": self.revision, **config}

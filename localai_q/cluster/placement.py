@@ -2,7 +2,7 @@
 
 The decision, in order:
 
-1. A replica of a model that has changed since it was placed, or on a node that lacks the model's labels, is stopped; one
+1. A replica of a model that has changed since it was placed, or is disabled, or on a node that lacks the model's labels, is stopped; one
    that has not come up is dropped.
 2. The models, those first for which somebody waits longest, get as many replicas as `scaling` says. What is above the
    most that a model, or a model on a node, may have is ended in the same way: what has not come up first, then what is
@@ -144,6 +144,8 @@ def ruled_out(fleet: Fleet, model: Model) -> dict[str, str]:
     Args:
         fleet: with the model as it would be, and its replicas as they are.
     """
+    if model.config.disabled:
+        return {}
     board = Board(fleet)
     _end_unwanted(board, model)
     if board.alive(model.id):
@@ -171,6 +173,8 @@ def _unwanted(board: Board, model: Model, replica: Replica) -> str:
     """Why the model should not have this replica, whatever else it has; empty if it may."""
     if replica.is_outdated(model):
         return f"model {model.name} was changed"
+    if model.config.disabled:
+        return f"model {model.name} is disabled"
     node = board.nodes.get(replica.node_id) if model.config.selector else None
     return f"node {node.name} lacks the labels of model {model.name}" if node and not matches(model, node) else ""
 
@@ -191,6 +195,9 @@ def _of_model(board: Board, model: Model) -> list[Action]:
 
 def _by_its_wish(board: Board, model: Model) -> list[Action]:
     """What brings a model that has no more than it may closer to what it should have."""
+    if model.config.disabled:
+        waits = board.demand(model.id).waiting
+        return [GiveUp(model_id=model.id, reason="it was disabled")] if waits else []
     unused = scaling.superfluous(board, model)
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]

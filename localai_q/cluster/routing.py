@@ -20,7 +20,7 @@ from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import hopeless
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.states import COMING_UP, ReplicaState
-from localai_q.errors import ModelUnavailable, UnsupportedByModel
+from localai_q.errors import ModelDisabled, ModelUnavailable, UnsupportedByModel
 
 SAMPLE = 64  # replicas that one decision looks at, the next ones in turn: its cost does not grow with the fleet
 STRIDE = 61  # replicas from one turn to the next where there are more: a prime, so that each comes to be the first
@@ -140,9 +140,13 @@ def route(
         turn: a number that grows with each request, by which equals take turns.
 
     Raises:
+        ModelDisabled: nothing is accepted for it.
         UnsupportedByModel: the model does not serve that kind.
         ModelUnavailable: it failed to load a moment ago, and will not be tried again just yet.
     """
+    if model.config.disabled:
+        raise ModelDisabled(f"The model '{model.name}' is disabled. An admin enables it with 'localai-q models edit "
+                            f"{model.name} --no-disabled'.", param="model")  # fmt: skip
     if kind not in model.config.tasks:
         serves = ", ".join(sorted(model.config.tasks))
         raise UnsupportedByModel(f"The model '{model.name}' does not serve {kind} requests; it serves {serves}.",

@@ -125,6 +125,7 @@ class BackendEntry(BaseModel):
     builds: dict[Build, BuildEntry] = Field({"cpu": BuildEntry()}, min_length=1)
     capabilities: tuple[Capability, ...] = Field(min_length=1)
     default: bool = False
+    takes: tuple[Literal["chat_template", "mmproj", "draft_model", "loras"], ...] = ()  # of a model's document
     gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
 
     @model_validator(mode="after")

@@ -39,9 +39,10 @@ def submit(
         keep: what becomes of the job when nobody waits for it any more.
 
     Raises:
-        ModelNotFound, UnsupportedByModel, ModelUnavailable, Busy, Unavailable: it was not accepted.
+        ModelNotFound, ModelDisabled, UnsupportedByModel, ModelUnavailable, Busy, Unavailable: it was not accepted.
     """
     trip = router.route(request, job_id)
+    request = trip.request
     way = trip.way
     timeout = services.settings.request_timeout
     created = time.time()

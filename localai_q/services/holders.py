@@ -57,5 +57,5 @@ def blame(services: Services, asker: Node, sha256: str, holder_id: str) -> None:
 
 def _need(db: Any, asker: Node, sha256: str) -> None:
     placed = {replica.model_id for replica in replicas.every(db, node_id=asker.id)}
-    if not any(model.id in placed and model.config.sha256 == sha256 for model in models.every(db)):
+    if not any(model.id in placed and sha256 in model.config.contents for model in models.every(db)):
         raise NotFound(f"No model that node '{asker.name}' is to run has the file '{sha256}'.")

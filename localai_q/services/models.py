@@ -6,7 +6,7 @@ import hashlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -14,7 +14,7 @@ from typing import IO, Any
 from localai_q import gguf, names
 from localai_q.cluster import sources
 from localai_q.cluster.fleet import Fleet
-from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.models import NOT_FOR_ALL, Document, Facts, File, Model, ModelConfig
 from localai_q.cluster.placement import ruled_out
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
@@ -79,18 +79,59 @@ def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bo
         UnknownParameter, InvalidValue, NotFound: a model like that could not be added either.
         Conflict: it would be gone for good.
     """
+    return _change(services, name, lambda config: _merged(config, changes), force=force)
+
+
+def put(services: Services, document: Document, *, force: bool = False) -> tuple[dict[str, Any], bool]:
+    """Let there be a model that is as the document says; what that does not say is as for a new model. What is known of
+    its files stays known. Returns the model as `listed` shows it, and whether it is new.
+
+    Raises: as `add` and `edit`.
+    """
+    with services.db.transaction() as db:
+        known = models.by_name(db, document.name)
+    if known:
+        return _change(services, document.name, document.config.like, force=force), False
+    add(services, document.name, document.config)
+    return shown(services, document.name), True
+
+
+def _merged(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
+    if changes.get("source", config.source) != config.source:  # what is true of one file is not of another
+        changes = {"mirrors": (), "sha256": None, "size": 0, **changes}
+    return checked(ModelConfig, {**config.model_dump(), **changes})
+
+
+def _change(
+    services: Services, name: str, change: Callable[[ModelConfig], ModelConfig], *, force: bool
+) -> dict[str, Any]:
     while True:
         before = named(services, name)
-        after = _changed(services, before, changes)
+        after = _changed(services, before, change(before.config))
         with services.db.transaction() as db:
             if not force:
                 _keep_possible(services, db, after)
             if models.change(db, before, after):
                 break
-    if after.config.source != before.config.source:
-        _forget_file(services, before.config.source)
+    _forget_files(services, before.config)
     services.redis.publish(names.WAKE_CHANNEL, after.id)
-    return next(record for record in listed(services) if record["id"] == after.id)
+    return shown(services, name)
+
+
+def shown(services: Services, name: str) -> dict[str, Any]:
+    """A model as `listed` shows it; `ModelNotFound` if there is none of that name."""
+    model_id = named(services, name).id
+    return next(record for record in listed(services) if record["id"] == model_id)
+
+
+def document(services: Services, name: str) -> dict[str, Any]:
+    """A model as people write it down: its name, and what of it is not as of a new model.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+    """
+    model = named(services, name)
+    return {"name": model.name, **model.config.model_dump(mode="json", exclude_defaults=True)}
 
 
 def _keep_possible(services: Services, db: Any, model: Model) -> None:
@@ -108,10 +149,7 @@ def _keep_possible(services: Services, db: Any, model: Model) -> None:
         )
 
 
-def _changed(services: Services, model: Model, changes: Mapping[str, Any]) -> Model:
-    if changes.get("source", model.config.source) != model.config.source:  # what is true of one file is not of another
-        changes = {"mirrors": (), "sha256": None, "size": 0, **changes}
-    config = checked(ModelConfig, {**model.config.model_dump(), **changes})
+def _changed(services: Services, model: Model, config: ModelConfig) -> Model:
     _check(services, config)
     facts = model.facts if config.source == model.config.source else _facts(services, config)
     revision = model.revision + (not config.makes_same_replica(model.config))
@@ -185,7 +223,7 @@ def remove(services: Services, name: str) -> None:
     services.redis.delete(names.model_queue(model.id), names.pressure_key(model.id))
     for replica in own:
         services.redis.delete(*names.keys_of_queue(names.replica_queue(replica.id)))
-    _forget_file(services, model.config.source)
+    _forget_files(services, model.config)
 
 
 def file_path(services: Services, sha256: str) -> Path:
@@ -239,27 +277,39 @@ def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterato
 
 def _check(services: Services, config: ModelConfig) -> None:
     """Refuse what no node could load."""
-    galleries.backend(services, config.backend)
+    entry = galleries.backend(services, config.backend)
+    if missing := [name for name in config.needs if name not in entry.takes]:
+        takes = ", ".join(entry.takes) or "none of them"
+        raise InvalidValue(f"The backend '{entry.name}' does not take '{missing[0]}'; of {', '.join(NOT_FOR_ALL)} it takes "
+                           f"{takes}. Leave it out, or name another backend.", param=missing[0])  # fmt: skip
     if not config.source and config.backend != "echo":
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
-    if not config.source and not config.mirrors:
-        return
-    source = sources.parse(config.source, config.mirrors)
+    if not config.source and config.mirrors:
+        sources.parse(config.source, config.mirrors)
+    for number, file in enumerate(config.files):
+        _check_file(services, file, () if number else config.mirrors)
+
+
+def _check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
+    """Refuse a file that no node could get."""
+    source = sources.parse(file.source, mirrors)
     if isinstance(source, sources.Stored) and not file_path(services, source.sha256).exists():
         raise InvalidValue(
             "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
         )
-    if not config.sha256 and not isinstance(source, sources.TELLS_SHA256):
-        raise InvalidValue("A model's file needs its SHA-256, so that every node has the same one.", param="sha256")
+    if not file.sha256 and not isinstance(source, sources.TELLS_SHA256):
+        raise InvalidValue(f"The model's file {file.source} needs its SHA-256, so that every node has the same one.",
+                           param="sha256")  # fmt: skip
 
 
-def _forget_file(services: Services, source: str) -> None:
-    """Delete an uploaded file that no model needs any more."""
-    if not source.startswith(STORE):
+def _forget_files(services: Services, config: ModelConfig) -> None:
+    """Delete uploaded files of a model that is or was so, unless some model needs them."""
+    uploaded = {file.source for file in config.files if file.source.startswith(STORE)}
+    if not uploaded:
         return
     with services.db.transaction() as db:
-        needed = any(model.config.source == source for model in models.every(db))
-    if not needed:
+        needed = {file.source for model in models.every(db) for file in model.config.files}
+    for source in uploaded - needed:
         file_path(services, source.removeprefix(STORE)).unlink(missing_ok=True)
 
 

@@ -6,8 +6,6 @@ import logging
 from dataclasses import replace
 from typing import Any
 
-from pydantic import ValidationError
-
 from localai_q import names
 from localai_q.bus import pressure
 from localai_q.cluster.backends import Op
@@ -17,7 +15,7 @@ from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import Facts, Model, ModelConfig
+from localai_q.cluster.models import Facts, File, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import MOST_REASONS, Action, Drop, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.speeds import Speeds
@@ -243,22 +241,21 @@ def advance(services: Services) -> None:
 def _learned(services: Services, model: Model, job: Job) -> Model:
     """The model with what a node has read in its file, and with its SHA-256 where only the source knew that."""
     told = job.result or {}
-    record, content = told.get("facts"), told.get("sha256")
+    record = told.get("facts")
     facts = Facts.from_json(record) if not model.facts and isinstance(record, dict) else None
     if facts:
         with services.db.transaction() as db:
             models.learn(db, model, facts)
         model = model.model_copy(update={"facts": facts})
-    if model.config.source and not model.config.sha256 and content:
+    contents = [told, *further] if isinstance(further := told.get("further", []), list) else []
+    if told.get("sha256") and any(not file.sha256 for file in model.config.files):
         try:
-            told = {"sha256": content, "size": told.get("size")}
-            learned = ModelConfig.model_validate({**model.config.model_dump(), **told})
-        except ValidationError as error:
+            with services.db.transaction() as db:
+                config = models.learn_contents(db, model, contents)
+        except (ValueError, AttributeError) as error:
             log.warning("what was fetched for model %s cannot be what its node says: %s", model.name, error)
             return model
-        with services.db.transaction() as db:
-            models.learn_content(db, model, str(learned.sha256), learned.size)
-        model = model.model_copy(update={"config": learned})
+        model = model.model_copy(update={"config": config}) if config else model
     return model
 
 
@@ -271,7 +268,8 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
         case Step.FETCH:
             config = model.config
             request = {"kind": "fetch_model", "source": config.source, "mirrors": list(config.mirrors),
-                       "sha256": config.sha256, "size": config.size, "name": model.name}  # fmt: skip
+                       "sha256": config.sha256, "size": config.size, "name": model.name,
+                       "further": [file.model_dump(include=set(File.model_fields)) for file in config.further]}  # fmt: skip
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
         case Step.LOAD:
             node_users.extend(services, replica.node_id)

@@ -23,11 +23,12 @@ import redis
 from localai_q import names
 from localai_q.bus import pressure
 from localai_q.cluster.affinity import LINK, MOST_WINDOWS, Chain, Prefixes, chain_of, head_of
+from localai_q.cluster.defaults import with_defaults
 from localai_q.cluster.models import Model
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.routing import Guards, Load, Route, Snapshot, route
 from localai_q.cluster.states import ReplicaState
-from localai_q.errors import LocalAIError, ModelUnavailable, UnsupportedByModel
+from localai_q.errors import LocalAIError, ModelDisabled, ModelUnavailable, UnsupportedByModel
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
 
@@ -53,6 +54,7 @@ class Trip:
     """A request on its way to its line."""
 
     job_id: str
+    request: GenerationRequest  # with what its model adds
     model: Model
     way: Route
     chain: Chain
@@ -156,25 +158,27 @@ class Router:
         """Choose where the request goes. Say by `sent` that it did, or by `ended` that it did not.
 
         Raises:
-            ModelNotFound, UnsupportedByModel, ModelUnavailable, Unavailable: it goes nowhere.
+            ModelNotFound, ModelDisabled, UnsupportedByModel, ModelUnavailable, Unavailable: it goes nowhere.
         """
         try:
             return self._route(request, job_id, *self._snapshots.model(request.model))
-        except (UnsupportedByModel, ModelUnavailable):  # as the model was a moment ago
+        except (UnsupportedByModel, ModelUnavailable, ModelDisabled):  # as the model was a moment ago
             return self._route(request, job_id, *self._snapshots.model(request.model, younger_than=0.0))
 
     def _route(self, request: GenerationRequest, job_id: str, model: Model, snapshot: Snapshot) -> Trip:
         self._latest = snapshot
+        request = with_defaults(request, model.config)
         pool, chain, now = snapshot.pool(model), self._chain(model, request), time.monotonic()
         if len(pool.ready) < 2:  # there is no choice
-            return Trip(job_id=job_id, model=model, way=route(model, pool, request.kind, snapshot.taken), chain=chain)
+            way = route(model, pool, request.kind, snapshot.taken)
+            return Trip(job_id=job_id, request=request, model=model, way=way, chain=chain)
         view = self._view(names.model_queue(model.id), now)
         way = route(model, pool, request.kind, snapshot.taken, load=view.load(now), matched=self._prefixes.match(chain, now),
                     guards=self._guards, turn=next(self._turns))  # fmt: skip
         view.add(job_id, way.replica_id or "", now)
         if way.pressed:
             self._pressed[model.id] += 1
-        return Trip(job_id=job_id, model=model, way=way, chain=chain)
+        return Trip(job_id=job_id, request=request, model=model, way=way, chain=chain)
 
     def sent(self, trip: Trip) -> None:
         """The job is in its line and its doorbell was rung: watch who takes it, where that matters."""

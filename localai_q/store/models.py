@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from sqlalchemy import BigInteger, Connection, Row, Text, cast, delete, func, null, select, update
+from sqlalchemy import Connection, Row, delete, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.models import Facts, Model, ModelConfig
@@ -75,12 +75,25 @@ def note(db: Connection, model_id: str, unmet: Unmet | None) -> None:
     db.execute(update(models).where(models.c.id == model_id).values(unmet=record))
 
 
-def learn_content(db: Connection, model: Model, sha256: str, size: int) -> None:
-    """Note what the file of a model is that was added without its SHA-256, unless that is known or it has another file."""
-    config = models.c.config
-    same = (models.c.id == model.id) & (models.c.revision == model.revision) & config["sha256"].astext.is_(None)
-    found = func.jsonb_build_object("sha256", cast(sha256, Text), "size", cast(size, BigInteger))
-    db.execute(update(models).where(same).values(config=config.op("||")(found)))
+def learn_contents(db: Connection, model: Model, contents: Sequence[Mapping[str, Any]]) -> ModelConfig | None:
+    """Note what the files of a model are of which that was not known; what it is configured with by now.
+
+    Args:
+        contents: what was fetched for this revision of the model, as `ModelConfig.knowing` takes it.
+
+    Returns:
+        None if the model is gone, or has other files.
+
+    Raises:
+        ValueError: that is nothing that a file could be.
+    """
+    same = (models.c.id == model.id) & (models.c.revision == model.revision)
+    row = db.execute(select(models).where(same).with_for_update()).one_or_none()
+    if row is None:
+        return None
+    config = _model(row).config.knowing(contents)
+    db.execute(update(models).where(same).values(config=config.model_dump(mode="json")))
+    return config
 
 
 def remove(db: Connection, model_id: str) -> None:

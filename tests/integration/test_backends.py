@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 import pytest
+from gguf_files import lora
 
 from localai_q.config import load_settings
 from localai_q.gallery import catalog
@@ -544,6 +545,44 @@ def test_free_ends_requests_gives_the_memory_back_and_a_load_works_again(
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(5) == 0
         assert time.monotonic() - start < 2
+
+
+def test_adapters_a_draft_and_a_template_of_ones_own_change_what_is_answered(
+    folders: dict[str, Path], weights: Path, tmp_path: Path
+) -> None:
+    adapter, damaged, template = tmp_path / "a.gguf", tmp_path / "damaged", tmp_path / "t.jinja"
+    adapter.write_bytes(lora(30, 576))
+    damaged.write_bytes(b"GGUF" + bytes(100))
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}, B, C,")
+    options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 2}
+    own_template = {"Options": [f"chat_template:{template}"]}
+    with closing(Running(folders["xllamacpp"])) as running:
+
+        def said(**more: Any) -> str:
+            result = running.load(**options, **more)
+            assert result.success, result.message
+            return text_of(running.stream(content="A", max_tokens=6, temperature=0))
+
+        plain = said()
+        assert said(LoraAdapters=[str(adapter)], LoraScales=[0.0]) == plain
+        assert said(LoraAdapters=[str(adapter)]) != plain
+        assert said(DraftModel=str(weights)) == plain
+        assert said(**own_template).strip().startswith("D")
+        template.write_text("{{ raise_exception('never') if messages | length > 2 else messages[0].content }}")
+        assert said(**own_template)
+        messages = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
+        says = refused(
+            grpc.StatusCode.INVALID_ARGUMENT, lambda: list(running.stub.PredictStream(chat(messages=messages)))
+        )
+        assert "never" in says
+        for field in ({"MMProj": str(damaged)}, {"DraftModel": str(damaged)}, {"LoraAdapters": [str(damaged)]}):
+            result = running.load(**options, **field)
+            assert (result.success, str(damaged) in result.message) == (False, True)
+        assert "which does not exist" in running.load(**options, LoraAdapters=["/nowhere"]).message
+        assert "2 LoraScales" in running.load(**options, LoraAdapters=[str(adapter)], LoraScales=[1, 2]).message
+        template.write_text("{% for")
+        assert "because of the chat template" in running.load(**options, **own_template).message
+        assert said() == plain
 
 
 def check_embeddings(running: Running) -> None:

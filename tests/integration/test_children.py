@@ -43,7 +43,7 @@ class Node:
         replica_id = names.new_id()
         model = ModelSpec(id=names.new_id(), name="m", revision=1, backend="echo", slots=slots, options=options or [])
         replica = ReplicaSpec(
-            id=replica_id, number=1, model=model, backend_folder=backend or self._echo, model_file=None,
+            id=replica_id, number=1, model=model, backend_folder=backend or self._echo, blobs=self.home / "blobs",
             socket=self.home / "run" / f"{replica_id}.sock", log=self.home / "logs" / f"backend-{replica_id}.log",
         )  # fmt: skip
         self.children.start_replica(self.spec(replica))

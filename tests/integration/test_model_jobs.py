@@ -80,7 +80,8 @@ def test_a_file_is_fetched_described_and_removed(
     url = server.put("/m", Remote(CONTENT))
     job_id = submit(services, node, "fetch_model", source=server.url + "/gone", mirrors=[url], sha256=DIGEST, size=0)
     worker.run(job_id)
-    assert result(services, job_id) == (JobState.DONE, {"sha256": DIGEST, "size": len(CONTENT), "facts": None})
+    told = {"sha256": DIGEST, "size": len(CONTENT), "facts": None, "further": []}
+    assert result(services, job_id) == (JobState.DONE, told)
     again = submit(services, node, "fetch_model", source=url, sha256=DIGEST)
     worker.run(again)
     assert result(services, again)[0] is JobState.DONE
@@ -93,6 +94,28 @@ def test_a_file_is_fetched_described_and_removed(
     state, told = result(services, cleaning)
     assert (state, told["freed"], told["kept"]) == (JobState.DONE, len(CONTENT), [])
     assert everything(tmp_path) == []
+
+
+def test_further_files_come_with_the_models_own_and_go_when_one_is_not_to_be_had(
+    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path
+) -> None:
+    other = os.urandom(1000)
+    digest = hashlib.sha256(other).hexdigest()
+    wanted = {"source": server.put("/m", Remote(CONTENT)), "sha256": DIGEST}
+    further = {"source": server.put("/x", Remote(other)), "sha256": digest, "size": 0}
+    first = submit(services, node, "fetch_model", **wanted, further=[further])
+    worker.run(first)
+    told = {"sha256": DIGEST, "size": len(CONTENT), "facts": None, "further": [{"sha256": digest, "size": 1000}]}
+    assert result(services, first) == (JobState.DONE, told)
+    seen = len(server.seen)
+    again = submit(services, node, "fetch_model", **wanted, further=[further])
+    worker.run(again)
+    assert (result(services, again), len(server.seen)) == ((JobState.DONE, told), seen)
+    wrong = submit(services, node, "fetch_model", **wanted, further=[further, {**further, "sha256": "f" * 64}])
+    worker.run(wrong)
+    state, error = result(services, wrong)
+    assert (state, "f" * 64 in error["message"]) == (JobState.FAILED, True)
+    assert {name for name in everything(tmp_path) if not name.startswith(".")} == {DIGEST, digest}
 
 
 def test_what_the_network_policy_refuses_reaches_the_job(

@@ -7,11 +7,13 @@ import pytest
 from cluster_data import add_model, model_named
 from gguf_files import gguf
 
-from localai_q.cluster.models import ModelConfig
+from localai_q.cluster.models import Document, ModelConfig
+from localai_q.documents import checked
 from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
 from localai_q.gallery import catalog
 from localai_q.services import models
 from localai_q.services.wiring import Services
+from localai_q.store import models as model_rows
 
 CONTENT = b"weights" * 1000
 SHA = hashlib.sha256(CONTENT).hexdigest()
@@ -186,3 +188,53 @@ class TestFiles:
     def test_an_unknown_file_is_not_found(self, services: Services) -> None:
         with pytest.raises(NotFound):
             models.read_file(services, "0" * 64, 0)
+
+
+class TestDocuments:
+    def test_every_file_of_a_model_must_be_to_be_had_and_stays_while_it_is_named(self, services: Services) -> None:
+        own, adapter = b"own", b"adapter"
+        digests = [hashlib.sha256(content).hexdigest() for content in (own, adapter)]
+        for content, sha256 in zip((own, adapter), digests, strict=True):
+            upload(services, content, sha256)
+        model = {"backend": "xllamacpp", "source": f"store:{digests[0]}", "sha256": digests[0]}
+        for lora, says in (({"source": f"store:{SHA}", "sha256": SHA}, "has not been uploaded"),
+                           ({"source": "https://host/x.gguf"}, "needs its SHA-256"),
+                           ({"source": "nonsense"}, "is no source")):  # fmt: skip
+            with pytest.raises(InvalidValue, match=says):
+                add_model(services, **model, loras=[lora])
+        add_model(services, **model, loras=[{"source": f"store:{digests[1]}", "sha256": digests[1]}])
+        add_model(services, "other", **{**model, "source": f"store:{digests[1]}", "sha256": digests[1]})
+        models.edit(services, "m", {"loras": []})
+        assert files(services) == sorted(digests)
+        models.remove(services, "other")
+        assert files(services) == [digests[0]]
+
+    @pytest.mark.parametrize("field", ["chat_template", "mmproj", "draft_model", "loras"])
+    def test_what_a_backend_does_not_take_is_refused_by_name(self, services: Services, field: str) -> None:
+        file = {"source": "ollama://x"}
+        value = {"chat_template": "x", "loras": [file]}.get(field, file)
+        with pytest.raises(InvalidValue, match=f"'echo' does not take '{field}'"):
+            add_model(services, source="ollama://y", **{field: value})
+        add_model(services, backend="xllamacpp", source="ollama://y", **{field: value})
+
+    def test_a_model_is_made_as_its_document_says(self, services: Services) -> None:
+        document = Document(name="m", backend="xllamacpp", source="ollama://x", slots=2, parameters={"top_k": 5})
+        shown, new = models.put(services, document)
+        assert (new, shown["slots"], shown["parameters"]["top_k"]) == (True, 2, 5)
+        assert checked(Document, models.document(services, "m")) == document
+        with services.db.transaction() as db:
+            model_rows.learn_contents(db, model_named(services, "m"), [{"sha256": SHA, "size": 7}])
+        shown, new = models.put(services, document)
+        assert (new, shown["revision"], shown["sha256"], shown["size"]) == (False, 1, SHA, 7)
+        shown, _ = models.put(services, Document(name="m", backend="xllamacpp", source="ollama://x"))
+        assert (shown["revision"], shown["slots"], shown["parameters"]["top_k"]) == (2, 4, None)
+        with pytest.raises(NotFound, match="no backend"):
+            models.put(services, Document(name="m", backend="nope"))
+
+    def test_what_was_fetched_for_an_earlier_revision_is_not_learned(self, services: Services) -> None:
+        add_model(services, backend="xllamacpp", source="ollama://x")
+        before = model_named(services, "m")
+        models.edit(services, "m", {"slots": 9})
+        with services.db.transaction() as db:
+            assert model_rows.learn_contents(db, before, [{"sha256": SHA, "size": 7}]) is None
+        assert model_named(services, "m").config.sha256 is None

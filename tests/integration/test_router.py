@@ -18,11 +18,12 @@ from localai_q.cluster.jobs import Keep
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState, ReplicaState
-from localai_q.errors import Busy, Unavailable
+from localai_q.errors import Busy, ModelDisabled, Unavailable
 from localai_q.services import generations, jobs, models, nodes, replicas, snapshots
 from localai_q.services.router import COSTLY, FRESH, STALE, UNCLAIMED, Router
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
 from localai_q.store import nodes as node_rows
 from localai_q.store import replicas as rows
 
@@ -428,3 +429,22 @@ def aged(services: Services) -> None:
     """Let some time pass for every replica."""
     with services.db.transaction() as db:
         db.execute(text("UPDATE replicas SET changed_at = changed_at - interval '1 minute'"))
+
+
+def test_a_request_is_stored_with_what_its_model_adds(play: Play, services: Services) -> None:
+    models.edit(services, "m", {"parameters": {"top_k": 7}, "system_prompt": "Be brief."})
+    web = Router(services, Snapshots(services))
+    job_id = play.ask(web)
+    with services.db.transaction() as db:
+        kept = job_rows.request(db, job_id)
+    assert kept["body"]["top_k"] == 7
+    assert kept["body"]["messages"][0] == {"role": "system", "content": "Be brief."}
+
+
+def test_a_disabled_model_is_refused_whatever_a_web_process_has_read(play: Play, services: Services) -> None:
+    web = Router(services, Snapshots(services))
+    models.edit(services, "m", {"disabled": True})
+    with pytest.raises(ModelDisabled):
+        play.ask(web)
+    models.edit(services, "m", {"disabled": False})
+    assert play.ask(web)

@@ -448,3 +448,31 @@ def test_a_change_of_backends_that_makes_no_sense_ends_in_one_line(
     assert code == 1
     assert says in err
     assert len(err.splitlines()) == 1
+
+
+def test_models_are_written_down_and_read_again_by_the_command_line(web: Web, tmp_path: Path) -> None:
+    file = tmp_path / "models.yaml"
+    file.write_text(
+        "name: parrot\nbackend: echo\nslots: 2\n---\n- name: a/b:c\n  backend: echo\n  parameters: {top_k: 3}\n"
+    )
+    code, out, err = web.cli("models", "apply", str(file))
+    assert (code, out) == (0, "parrot is at revision 1.\na/b:c is at revision 1.\n"), err
+    written = web.cli("models", "show", "parrot", "--yaml")[1]
+    assert written == "name: parrot\nbackend: echo\nslots: 2\n"
+    assert web.http.get("/api/models/config-json/a/b:c").json()["parameters"] == {"top_k": 3}
+    file.write_text(written.replace("2", "3"))
+    assert web.cli("models", "apply", str(file))[1] == "parrot is at revision 2.\n"
+    assert json.loads(web.cli("models", "show", "parrot", "--json")[1])["slots"] == 3
+    for text, says in (("- 1", "it needs a name"), ("", "no models in it"), ("a: [", "no YAML"),
+                       ("{name: parrot, slot: 1}", "Unknown parameter: 'slot'")):  # fmt: skip
+        file.write_text(text)
+        code, _, err = web.cli("models", "apply", str(file))
+        assert (code, says in err) == (1, True), err
+    assert "no model 'x'" in web.cli("models", "show", "x")[2]
+    assert web.cli("models", "edit", "parrot", "--disabled")[0] == 0
+    asked = {"model": "parrot", "messages": [{"role": "user", "content": "Hi"}]}
+    answer = web.http.post("/v1/chat/completions", json=asked)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_disabled")
+    assert {model["id"] for model in web.http.get("/v1/models").json()["data"]}.isdisjoint({"parrot"})
+    for name in ("parrot", "a/b:c"):
+        assert web.cli("models", "remove", name)[0] == 0

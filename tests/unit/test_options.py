@@ -108,12 +108,28 @@ def test_what_is_embedded_is_a_text_or_token_ids() -> None:
 
 
 def test_a_model_is_loaded_as_it_was_registered() -> None:
-    model = ModelSpec(id="m1", name="n", revision=1, backend="echo", context_size=2048, slots=3, threads=2,
+    model = ModelSpec(id="m1", name="n", revision=1, backend="echo", source="ollama://n", context_size=2048, slots=3,
+                      threads=2, sha256="a" * 64,
                       gpu_layers=5, embeddings=True, options=("delay:1",))  # fmt: skip
-    spec = ReplicaSpec(id="r", number=1, model=model, backend_folder=Path("/b"), model_file=Path("/f/x.gguf"),
+    spec = ReplicaSpec(id="r", number=1, model=model, backend_folder=Path("/b"), blobs=Path("/f"),
                        socket=Path("/s"), log=Path("/l"))  # fmt: skip
     options = model_options(spec)
-    assert (options.Model, options.ModelFile, options.ContextSize, options.Threads) == ("n", "/f/x.gguf", 2048, 2)
+    assert (options.Model, options.ModelFile, options.ContextSize, options.Threads) == ("n", f"/f/{'a' * 64}", 2048, 2)
     assert (options.NGPULayers, options.Embeddings, options.Reranking) == (5, True, False)
     assert list(options.Options) == ["parallel:3", "delay:1"]
-    assert model_options(spec.model_copy(update={"model_file": None})).ModelFile == ""
+    assert (options.MMProj, options.DraftModel, list(options.LoraAdapters)) == ("", "", [])
+    assert model_options(spec.model_copy(update={"model": model.model_copy(update={"source": ""})})).ModelFile == ""
+
+
+def test_further_files_and_a_template_are_named_by_where_they_lie() -> None:
+    a, b, c = ("a" * 64, "b" * 64, "c" * 64)
+    file = {"source": "ollama://x"}
+    model = ModelSpec(id="m1", name="n", revision=1, source="ollama://n", mmproj={**file, "sha256": a},
+                      draft_model={**file, "sha256": b}, loras=[{**file, "sha256": c, "scale": 0.5}],
+                      chat_template="{{ messages }}")  # fmt: skip
+    spec = ReplicaSpec(id="r", number=1, model=model, backend_folder=Path("/b"), blobs=Path("/f"),
+                       socket=Path("/run/r.sock"), log=Path("/l"))  # fmt: skip
+    options = model_options(spec)
+    assert (options.MMProj, options.DraftModel) == (f"/f/{a}", f"/f/{b}")
+    assert (list(options.LoraAdapters), list(options.LoraScales)) == ([f"/f/{c}"], [0.5])
+    assert list(options.Options) == ["parallel:4", "chat_template:/run/r.jinja"]

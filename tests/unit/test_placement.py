@@ -473,3 +473,13 @@ def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster: Fleet) 
     after = carried_out(cluster, plan(cluster))
     again = plan(replace(cluster, replicas=after))
     assert [action for action in again if isinstance(action, Place | Retry)] == []
+
+
+def test_nothing_of_a_disabled_model_stays_and_nobody_waits_for_it() -> None:
+    off = Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", disabled=True, spread_all=True))
+    there = [replica(S.READY), replica(S.STAGING, "n2"), replica(S.STOPPING, "n3")]
+    actions = plan(fleet([off], [node("n1"), node("n2"), node("n3"), node("n4")], there, {"m": 2}))
+    assert decided(actions) == decided([Stop(replica_id="m-n1", reason=""), Drop(replica_id="m-n2", reason=""),
+                                        GiveUp(model_id="m", reason="")])  # fmt: skip
+    assert plan(fleet([off], [node("n1")], [], {})) == []
+    assert ruled_out(fleet([off], [node("n1")], [replica(S.READY)], {}), off) == {}

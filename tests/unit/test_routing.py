@@ -10,7 +10,7 @@ from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.routing import SAMPLE, Guards, Load, Pool, Snapshot, route
 from localai_q.cluster.states import COMING_UP, ReplicaState
-from localai_q.errors import ModelUnavailable, UnsupportedByModel
+from localai_q.errors import ModelDisabled, ModelUnavailable, UnsupportedByModel
 
 NOW = 5_000.0
 
@@ -32,6 +32,12 @@ def send(replicas, kind="chat", **config):
 def test_a_request_always_joins_the_line_of_its_model() -> None:
     for replicas in ([], [replica(ReplicaState.READY)], [replica(ReplicaState.LOADING)]):
         assert send(replicas).queue == "model.m1"
+
+
+def test_a_disabled_model_is_asked_nothing() -> None:
+    for replicas in ([], [replica(ReplicaState.READY)]):
+        with pytest.raises(ModelDisabled, match=r"models edit Chatty --no-disabled"):
+            send(replicas, disabled=True)
 
 
 def test_a_ready_replica_serves_whatever_the_others_do() -> None:

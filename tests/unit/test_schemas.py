@@ -322,9 +322,9 @@ def test_every_form_of_a_prompt_becomes_a_tuple_of_inputs(prompt, inputs):
     assert embedding(input=prompt).inputs == inputs
 
 
-def test_a_completion_has_openais_default_length_and_its_log_probabilities():
+def test_a_completion_has_its_log_probabilities_and_leaves_its_length_to_its_model():
     request = completion(logprobs=0, echo=False, best_of=2, n=2)
-    assert request.body == {"max_tokens": 16, "logprobs": 1}
+    assert request.body == {"logprobs": 1}
     assert (request.logprobs, request.echo, request.n) == (0, False, 2)
     assert completion(max_tokens=3, echo=True).body == {"max_tokens": 3}
 

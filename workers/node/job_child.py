@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -120,9 +120,17 @@ def _present(spec: ChildSpec, entry: catalog.BackendEntry) -> dict[str, Any]:
 
 
 def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
-    """Fetch a model's file; the result names its content."""
+    """Fetch a model's files; the result names their contents."""
     spec = order.spec
-    return described(fetch(wanted_of(order.request), spec.models, Access.of(settings(), spec), report))
+    access = Access.of(settings(), spec)
+    own, *further = [fetch(wanted, spec.models, access, report) for wanted in all_wanted(order.request)]
+    return described(own, further)
+
+
+def all_wanted(request: dict[str, Any]) -> list[Wanted]:
+    """All files that a job's request asks for, the model's own first."""
+    further = request.get("further")
+    return [wanted_of(request), *map(wanted_of, further if isinstance(further, list) else [])]
 
 
 def clean_models(order: JobOrder, report: Report) -> dict[str, Any]:
@@ -147,9 +155,10 @@ def clean_models(order: JobOrder, report: Report) -> dict[str, Any]:
     return {"removed": [asdict(blob) for blob in removed], "kept": kept, "freed": freed, "dry_run": dry_run}
 
 
-def described(path: Path) -> dict[str, Any]:
-    """A fetched file as the result of its job: what it is and what it says of its memory."""
-    return {"sha256": path.name, "size": path.stat().st_size, "facts": facts_of(path)}
+def described(own: Path, further: Sequence[Path]) -> dict[str, Any]:
+    """Fetched files as the result of their job: what they are, and what the model's own says of its memory."""
+    content, *others = ({"sha256": path.name, "size": path.stat().st_size} for path in (own, *further))
+    return {**content, "facts": facts_of(own), "further": others}
 
 
 def facts_of(path: Path) -> dict[str, Any] | None:
@@ -178,8 +187,16 @@ def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None
 
 def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
     """The result of `fetch_model`, if there is nothing left to do."""
-    path = Store(spec.models).find(str(request.get("sha256")))
-    return described(path) if path else None
+    store = Store(spec.models)
+    own, *further = [store.find(str(wanted.sha256)) for wanted in all_wanted(request)]
+    there = [path for path in further if path]
+    return described(own, there) if own and len(there) == len(further) else None
+
+
+def discard_fetched(spec: ChildSpec, request: dict[str, Any]) -> None:
+    """Remove what a fetch has left that was cancelled; what is whole stays until it is cleaned."""
+    for wanted in all_wanted(request):
+        discard(wanted, spec.models)
 
 
 PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {
@@ -191,7 +208,7 @@ PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]]
 DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
     "install_backend": lambda spec, request: versions.tidy(spec.backends),
     "upgrade_backend": lambda spec, request: versions.tidy(spec.backends),
-    "fetch_model": lambda spec, request: discard(wanted_of(request), spec.models),
+    "fetch_model": discard_fetched,
 }
 
 

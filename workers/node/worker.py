@@ -158,15 +158,10 @@ class Node:
             number=told["number"],
             model=model,
             backend_folder=versions.pointer(self.backends, model.backend),
-            model_file=self._model_file(model),
+            blobs=self.models / "blobs",
             socket=self._sockets / f"{told['id']}.sock",
             log=self.home / "logs" / f"backend-{told['id']}.log",
         )
-
-    def _model_file(self, model: ModelSpec) -> Path | None:
-        if not model.source:
-            return None
-        return self.models / "blobs" / str(model.sha256)
 
 
 def prepare(worker: Any, conf: Any) -> None:

@@ -48,10 +48,14 @@ class Backend:
             StartupError: it does not come up, or cannot load the model; the message has its own words.
         """
         self._server.wait_for_health()
+        if self._spec.model.chat_template:
+            self._spec.template_file.write_text(self._spec.model.chat_template, encoding="utf-8")
         try:
             result = self._stub.LoadModel(model_options(self._spec), metadata=self._metadata)
         except grpc.RpcError as error:
             raise StartupError(self._server.said(f"the backend could not load the model: {error.details()}")) from error
+        finally:
+            self._spec.template_file.unlink(missing_ok=True)
         if not result.success:
             raise StartupError(f"the backend could not load the model: {result.message}")
         threading.Thread(target=self._watch_process, name="backend-exit", daemon=True).start()

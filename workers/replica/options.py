@@ -72,6 +72,7 @@ def embedding_options(identity: str, value: str | list[int], job_id: str) -> bac
 def model_options(spec: ReplicaSpec) -> backend_pb2.ModelOptions:
     """How the replica's model is loaded."""
     model = spec.model
+    template = [f"chat_template:{spec.template_file}"] if model.chat_template else []
     return backend_pb2.ModelOptions(
         Model=model.name,
         ModelFile=str(spec.model_file or ""),
@@ -82,7 +83,11 @@ def model_options(spec: ReplicaSpec) -> backend_pb2.ModelOptions:
         Reranking=model.rerank,
         CacheTypeKey=model.cache_type,
         CacheTypeValue=model.cache_type,
-        Options=[f"parallel:{model.slots}", *model.options],
+        MMProj=str(spec.path_of(model.mmproj)) if model.mmproj else "",
+        DraftModel=str(spec.path_of(model.draft_model)) if model.draft_model else "",
+        LoraAdapters=[str(spec.path_of(lora)) for lora in model.loras],
+        LoraScales=[lora.scale for lora in model.loras],
+        Options=[f"parallel:{model.slots}", *template, *model.options],
     )
 
 

@@ -12,12 +12,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from api.openai.schemas.complaints import unsupported, wrong_value
-from api.openai.schemas.fields import Positive, at_most, only
+from api.openai.schemas.fields import at_most, only
 from api.openai.schemas.formats import ResponseFormat, SchemaFormat
 from api.openai.schemas.messages import ChatMessage
 from api.openai.schemas.sampling import Generation
 from api.openai.schemas.tools import NamedChoice, ToolChoice, Tools
 from localai_q.cluster.requests import GenerationRequest, Kind
+from localai_q.cluster.sampling import Positive
 
 
 def check_tier(tier: str) -> str:

@@ -15,7 +15,6 @@ from api.openai.schemas.sampling import MAX_CHOICES, Generation
 from localai_q.cluster.requests import GenerationRequest, Kind
 
 MAX_COMPLETIONS = 128  # choices of one request: they run one after the other, as one job
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat ends by itself
 
 
 class CompletionRequest(Generation):
@@ -49,7 +48,6 @@ class CompletionRequest(Generation):
     def request(self) -> GenerationRequest:
         """The request that this body makes."""
         body = self.sampling("prompt", "echo", "logprobs")
-        body.setdefault("max_tokens", DEFAULT_COMPLETION_TOKENS)
         if self.logprobs is not None:
             body["logprobs"] = max(1, self.logprobs)  # the engine gives none at all for 0
         return GenerationRequest(

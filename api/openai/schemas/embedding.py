@@ -10,9 +10,10 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import model_validator
 
 from api.openai.schemas.complaints import wrong_value
-from api.openai.schemas.fields import NonEmpty, Strict
+from api.openai.schemas.fields import Strict
 from api.openai.schemas.inputs import Inputs, check_inputs
 from localai_q.cluster.requests import GenerationRequest, Kind
+from localai_q.cluster.sampling import NonEmpty
 
 MAX_INPUTS = 2048  # texts to embed in one request, as at OpenAI
 

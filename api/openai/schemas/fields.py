@@ -13,17 +13,12 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Field,
     StringConstraints,
     model_validator,
 )
 
 from api.openai.schemas.complaints import TAG, unknown, unsupported, wrong_value
 
-INT32_MAX = 2**31 - 1
-
-Positive = Annotated[int, Field(ge=1, le=INT32_MAX)]
-NonEmpty = Annotated[str, StringConstraints(min_length=1)]
 FunctionName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 

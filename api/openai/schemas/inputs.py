@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BeforeValidator
 
 from api.openai.schemas.complaints import wrong_type, wrong_value
-from api.openai.schemas.fields import INT32_MAX
 from localai_q.cluster.requests import Input
+from localai_q.cluster.sampling import INT32_MAX
 
 Inputs = tuple[str | tuple[int, ...], ...]
 

@@ -1,30 +1,23 @@
 """What chats and completions share: how tokens are chosen, when they end, and how an answer is delivered.
 
-It owns the ranges of these parameters and their form for the engine. What one of the two bodies adds is its own.
+It owns their form for the engine. The ranges of what chooses tokens stand in `localai_q.cluster.sampling`, for models have
+them, too; what one of the two bodies adds is its own.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from api.openai.schemas.complaints import TAG, wrong_type, wrong_value
-from api.openai.schemas.fields import INT32_MAX, NonEmpty, Positive, Strict, at_most, list_or_str, only
+from api.openai.schemas.fields import Strict, at_most, list_or_str, only
 from api.openai.schemas.tables import ACCEPTED_WITHOUT_EFFECT
 from localai_q.cluster.requests import SEEDS, Kind
+from localai_q.cluster.sampling import NonEmpty, Sampling, Stops
 
 MAX_CHOICES = 16  # of one prompt
-MAX_STOPS = 16
 MAX_BIASES = 1024  # tokens in `logit_bias`
-
-Natural = Annotated[int, Field(ge=0, le=INT32_MAX)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-AtLeast0 = Annotated[float, Field(ge=0, le=1e6)]
-Sampler = Literal[
-    "penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature", "infill", "adaptive_p"
-]
 
 
 def require_stop(value: Any) -> Any:
@@ -34,8 +27,7 @@ def require_stop(value: Any) -> Any:
 
 
 Stop = Annotated[
-    Annotated[NonEmpty, Tag(f"{TAG}str")]
-    | Annotated[list[NonEmpty], Field(max_length=MAX_STOPS, fail_fast=True), Tag(f"{TAG}list")],
+    Annotated[NonEmpty, Tag(f"{TAG}str")] | Annotated[Stops, Tag(f"{TAG}list")],
     Discriminator(list_or_str),
     BeforeValidator(require_stop),
 ]
@@ -60,50 +52,21 @@ class StreamOptions(Strict):
     include_obfuscation: Annotated[bool, only(False, "streams are not padded; leave it out")] | None = None
 
 
-class Generation(Strict):
-    """The parameters that chats and completions share: OpenAI's, then llama.cpp's."""
+class Generation(Strict, Sampling):
+    """What chats and completions share: how tokens are chosen, and how the answer is delivered."""
 
     kind: ClassVar[Kind]
 
     model: NonEmpty
-    frequency_penalty: Penalty | None = None
+    grammar: NonEmpty | None = None
     logit_bias: LogitBias | None = None
-    max_tokens: Positive | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    presence_penalty: Penalty | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Fraction | None = None
     user: str | None = None
 
     background: bool | None = None
-    cache_prompt: bool | None = None
-    dry_allowed_length: Natural | None = None
-    dry_base: Annotated[float, Field(ge=1, le=1e6)] | None = None
-    dry_multiplier: AtLeast0 | None = None
-    dry_penalty_last_n: Natural | None = None
-    dry_sequence_breakers: Annotated[list[NonEmpty], Field(min_length=1, fail_fast=True)] | None = None
-    dynatemp_exponent: AtLeast0 | None = None
-    dynatemp_range: AtLeast0 | None = None
-    grammar: NonEmpty | None = None
-    ignore_eos: bool | None = None
-    min_keep: Natural | None = None
-    min_p: Fraction | None = None
-    mirostat: Literal[0, 1, 2] | None = None
-    mirostat_eta: AtLeast0 | None = None
-    mirostat_tau: AtLeast0 | None = None
-    n_keep: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
-    repeat_last_n: Natural | None = None
-    repeat_penalty: Annotated[float, Field(gt=0, le=1e6)] | None = None
-    samplers: Annotated[list[Sampler], Field(min_length=1, fail_fast=True)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
-    top_n_sigma: Annotated[float, Field(ge=-1, le=1e6)] | None = None
-    typical_p: Fraction | None = None
-    xtc_probability: Fraction | None = None
-    xtc_threshold: Fraction | None = None
 
     @model_validator(mode="after")
     def _stream_options_need_stream(self) -> Self:

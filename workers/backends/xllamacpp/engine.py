@@ -160,12 +160,24 @@ def load(options: backend_pb2.ModelOptions) -> LlamaServer:
         kind = header.get("general.architecture", "unknown")
         raise LoadFailure(
             f"llama.cpp cannot load {options.ModelFile} (architecture {kind}): the file is cut short or damaged, this"
-            " version does not know the architecture, or there is not enough memory for it"
+            f" version does not know the architecture, or there is not enough memory for it{_besides(options, found)}"
         ) from error
     try:
         return LlamaServer(server, key, mode)
     except Refusal as refusal:
         raise LoadFailure(refusal.message) from refusal
+
+
+def _besides(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> str:
+    """What the engine was given besides the model, any of which may be why it fails: it does not say."""
+    given = [
+        ("MMProj", options.MMProj),
+        ("DraftModel", options.DraftModel),
+        *(("LoRA", path) for path in options.LoraAdapters),
+    ]
+    named = [f"{name} {path}" for name, path in given if path]
+    named += ["the chat template"] if "chat_template" in found else []
+    return f"; or it is because of {', '.join(named)}" if named else ""
 
 
 def _header(path: str) -> dict[str, Any]:
@@ -197,9 +209,25 @@ def _params(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> Any:
         params.n_gpu_layers = layers
     if options.MMProj:
         params.mmproj.path = _existing("MMProj", options.MMProj)
+    if options.DraftModel:
+        params.speculative.draft.mparams.path = _existing("DraftModel", options.DraftModel)
+        params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+    _set_adapters(params, options)
     if "chat_template" in found:
         params.chat_template = Path(_existing("chat_template", found["chat_template"])).read_text(encoding="utf-8")
     return params
+
+
+def _set_adapters(params: Any, options: backend_pb2.ModelOptions) -> None:
+    scales = list(options.LoraScales) or [1.0] * len(options.LoraAdapters)
+    if len(scales) != len(options.LoraAdapters):
+        raise LoadFailure(f"there are {len(options.LoraAdapters)} LoraAdapters and {len(scales)} LoraScales")
+    found = []
+    for path, scale in zip(options.LoraAdapters, scales, strict=True):
+        adapter = xllamacpp.CommonAdapterLoraInfo()
+        adapter.path, adapter.scale = _existing("LoraAdapters", path), scale
+        found.append(adapter)
+    params.lora_adapters = found
 
 
 def _set_batch(params: Any, options: backend_pb2.ModelOptions) -> None:
