@@ -561,7 +561,7 @@ def test_adapters_a_draft_and_a_template_of_ones_own_change_what_is_answered(
         def said(**more: Any) -> str:
             result = running.load(**options, **more)
             assert result.success, result.message
-            return text_of(running.stream(content="A", max_tokens=6, temperature=0))
+            return text_of(running.stream(timeout=300, content="A", max_tokens=4, temperature=0))
 
         plain = said()
         assert said(LoraAdapters=[str(adapter)], LoraScales=[0.0]) == plain
