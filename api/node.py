@@ -16,7 +16,7 @@ from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, holders, models, nodes
+from localai_q.services import cleaning, holders, nodes, uploads
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def file(node_id: str, sha256: str) -> Response:
     """An uploaded file, from the byte that `Range: bytes=N-` names."""
     asked = re.fullmatch(r"bytes=([0-9]{1,18})-", request.headers.get("Range", ""))
     start = int(asked[1]) if asked else 0
-    size, chunks = models.read_file(web().services, sha256, start)
+    size, chunks = uploads.read(web().services, sha256, start)
     headers = {"Content-Length": str(max(size - start, 0))}
     if asked:
         headers["Content-Range"] = f"bytes {start}-{size - 1}/{size}"

@@ -10,6 +10,7 @@ from flask import current_app, g
 from api.metrics import Metrics
 from api.streams import Streams
 from localai_q.config import Settings
+from localai_q.services import uploads
 from localai_q.services.keys import Authenticator
 from localai_q.services.router import Router
 from localai_q.services.snapshots import Snapshots
@@ -32,6 +33,7 @@ class Web:
 def make_web(settings: Settings) -> Web:
     """Connect a web process."""
     services = connect(settings)
+    uploads.sweep(services)
     metrics, snapshots = Metrics(services), Snapshots(services)
     router = Router(services, snapshots)
     router.start()

@@ -156,6 +156,23 @@ class BodyTooLarge(LocalAIError):
     code = "body_too_large"
 
 
+class WrongOffset(LocalAIError):
+    """This part of a file does not belong behind what is there."""
+
+    status = 416
+    type = "invalid_request_error"
+    code = "wrong_offset"
+
+
+class TooManyUploads(LocalAIError):
+    """Too many files are being uploaded (LOCALAI_Q_MAX_UPLOADS). Try again when one has ended, or DELETE one."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_uploads"
+    retry_after = 30
+
+
 class Busy(LocalAIError):
     """Too many requests wait for this model. Try again later."""
 
@@ -190,6 +207,13 @@ class Unavailable(LocalAIError):
     type = "service_unavailable"
     code = "unavailable"
     retry_after = 2
+
+
+class NoRoom(Unavailable):
+    """The disk has no room for that."""
+
+    status = 507
+    code = "no_room"
 
 
 class WrongContent(Unavailable):

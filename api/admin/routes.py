@@ -21,8 +21,8 @@ from localai_q.cluster.models import Document
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
 from localai_q.documents import checked
-from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, fleet, jobs, keys, models, nodes, scheduling
+from localai_q.errors import Conflict, InvalidValue
+from localai_q.services import cleaning, fleet, jobs, keys, models, nodes, scheduling, uploads
 
 routes = Blueprint("admin", __name__)
 
@@ -252,16 +252,33 @@ def remove_model(name: str) -> dict[str, Any]:
 
 @routes.route("/api/files/<sha256>", methods=["HEAD"])
 def has_file(sha256: str) -> Response:
-    """200 if the file was uploaded, 404 if not."""
-    size, _ = models.read_file(web().services, sha256, 0)
-    return Response(headers={"Content-Length": str(size)})
+    """200 if the file was uploaded, 308 and how far it is if it is on its way, 404 if not."""
+    found = uploads.state(web().services, sha256)
+    return Response(headers={"Content-Length": str(found.size)}) if found.whole else _incomplete(found)
 
 
 @routes.put("/api/files/<sha256>")
-def put_file(sha256: str) -> tuple[dict[str, Any], int]:
-    """Upload a model's file; the body is the file."""
+def put_file(sha256: str) -> Response | tuple[dict[str, Any], int]:
+    """Upload a model's file: the body is the file, or with `Content-Range` the next part of it."""
     request.max_content_length = web().services.settings.max_upload
-    return models.keep_file(web().services, sha256, request.stream, request.content_length), 201
+    told = request.headers.get("X-Content-SHA256", sha256)
+    if told != sha256:
+        raise Conflict(f"'X-Content-SHA256' says {told[:64]!r}: the file has changed since its upload began.")
+    chunk = uploads.Chunk.of(request.headers.get("Content-Range"), request.content_length)
+    received = uploads.receive(web().services, sha256, request.stream, chunk)
+    return ({"sha256": sha256, "size": received.size}, 201) if received.whole else _incomplete(received)
+
+
+@routes.delete("/api/files/<sha256>")
+def give_up_file(sha256: str) -> dict[str, Any]:
+    """Remove what has come of a file that is on its way."""
+    uploads.give_up(web().services, sha256)
+    return {"sha256": sha256, "removed": True}
+
+
+def _incomplete(found: uploads.Received) -> Response:
+    there = {"Range": f"bytes=0-{found.size - 1}"} if found.size else {}
+    return Response(status=308, headers={"X-File-Size": str(found.size), **there})
 
 
 @routes.get("/api/keys")

@@ -6,11 +6,10 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 import yaml
 from rich.filesize import decimal
@@ -18,13 +17,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from localai_q.cli.client import Api, connect
 from localai_q.cli.show import AsJson, rows, when
+from localai_q.cli.uploads import blocks, send
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, NotFound
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
-CHUNK = 1 << 20
 GGUF = b"GGUF"
 
 
@@ -239,13 +238,8 @@ def upload(api: Api, file: Path) -> dict[str, Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         sha256 = _hash(file, progress, size)
-        with api.errors():
-            known = api.http.head(f"/api/files/{sha256}").status_code == httpx.codes.OK
-        if not known:
-            task = progress.add_task("uploading", total=size)
-            content = _read(file, lambda count: progress.advance(task, count))
-            headers = {"Content-Length": str(size)}
-            api.call("PUT", f"/api/files/{sha256}", content=content, headers=headers)
+        task = progress.add_task("uploading", total=size)
+        send(api, file, sha256, lambda done: progress.update(task, completed=done))
     return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
 
 
@@ -259,16 +253,10 @@ def _labels(pairs: list[str]) -> dict[str, str]:
 def _hash(file: Path, progress: Progress, size: int) -> str:
     task = progress.add_task("reading", total=size)
     seen = hashlib.sha256()
-    for chunk in _read(file, lambda count: progress.advance(task, count)):
-        seen.update(chunk)
+    for block in blocks(file, 0, size):
+        seen.update(block)
+        progress.advance(task, len(block))
     return seen.hexdigest()
-
-
-def _read(file: Path, advance: Any) -> Iterator[bytes]:
-    with file.open("rb") as opened:
-        while chunk := opened.read(CHUNK):
-            advance(len(chunk))
-            yield chunk
 
 
 def _load(model: dict[str, Any]) -> str:

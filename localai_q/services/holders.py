@@ -10,7 +10,7 @@ from localai_q.cluster import tickets
 from localai_q.cluster.holders import holders_of
 from localai_q.cluster.nodes import Node
 from localai_q.errors import NotFound
-from localai_q.services.models import file_path
+from localai_q.services import uploads
 from localai_q.services.wiring import Services
 from localai_q.store import models, nodes, replicas
 
@@ -27,7 +27,7 @@ def find(services: Services, asker: Node, sha256: str, *, called: str) -> dict[s
         InvalidValue: that is no SHA-256.
         NotFound: no model of this node has that file.
     """
-    stored = file_path(services, sha256).exists()
+    stored = uploads.path_of(services, sha256).exists()
     with services.db.transaction() as db:
         _need(db, asker, sha256)
         known = nodes.every(db)

@@ -1,15 +1,10 @@
-"""Models: registered, shown, changed, removed; and the files that were uploaded for them."""
+"""Models: registered, shown, changed, removed."""
 
 from __future__ import annotations
 
-import hashlib
-import re
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from localai_q import gguf, names
 from localai_q.cluster import sources
@@ -19,17 +14,15 @@ from localai_q.cluster.placement import ruled_out
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
 from localai_q.documents import checked
-from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
+from localai_q.errors import Conflict, InvalidValue, ModelNotFound, Unavailable
 from localai_q.gallery import catalog
-from localai_q.services import galleries, jobs, snapshots, waiting
+from localai_q.services import galleries, jobs, snapshots, uploads, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import marks, models, nodes, replicas
 from localai_q.store.engine import clock
 
-CHUNK = 1 << 20
-HEADROOM = 1 << 30  # bytes that an upload leaves free on the disk
 STORE = "store:"
 DEFAULT_MODEL = "default_model"  # the mark of a database that has had it: who removes it is not given it again
 
@@ -226,55 +219,6 @@ def remove(services: Services, name: str) -> None:
     _forget_files(services, model.config)
 
 
-def file_path(services: Services, sha256: str) -> Path:
-    """Where an uploaded file lies.
-
-    Raises:
-        InvalidValue: that is not a SHA-256.
-    """
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
-        raise InvalidValue("A file is named by its SHA-256: 64 characters of 0-9 and a-f.", param="sha256")
-    return services.settings.home / "files" / sha256
-
-
-def keep_file(services: Services, sha256: str, stream: IO[bytes], size: int | None) -> dict[str, Any]:
-    """Store an uploaded file; a partial or wrong one leaves nothing behind.
-
-    Raises:
-        InvalidValue: its content is not what its name says.
-        BodyTooLarge: it exceeds LOCALAI_Q_MAX_UPLOAD.
-        Unavailable: the disk has no room for it.
-    """
-    target = file_path(services, sha256)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    most = services.settings.max_upload
-    if size is not None and size > most:
-        raise BodyTooLarge(f"The file has {size} bytes; LOCALAI_Q_MAX_UPLOAD allows {most}.")
-    if shutil.disk_usage(target.parent).free < (size or 0) + HEADROOM:
-        raise Unavailable(f"The disk of {target.parent} has no room for this file.")
-    part = target.with_name(f".{sha256}.{secrets.token_hex(4)}")
-    try:
-        found, written = _write(stream, part, most)
-        if found != sha256:
-            raise InvalidValue(f"The file's SHA-256 is {found}, not {sha256}.", param="sha256")
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
-    return {"sha256": sha256, "size": written}
-
-
-def read_file(services: Services, sha256: str, start: int) -> tuple[int, Iterator[bytes]]:
-    """The size of an uploaded file, and its bytes from `start` on.
-
-    Raises:
-        NotFound: there is no such file.
-    """
-    path = file_path(services, sha256)
-    if not path.exists():
-        raise NotFound(f"There is no file '{sha256}'.")
-    return path.stat().st_size, _read(path, start)
-
-
 def _check(services: Services, config: ModelConfig) -> None:
     """Refuse what no node could load."""
     entry = galleries.backend(services, config.backend)
@@ -293,7 +237,7 @@ def _check(services: Services, config: ModelConfig) -> None:
 def _check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
     """Refuse a file that no node could get."""
     source = sources.parse(file.source, mirrors)
-    if isinstance(source, sources.Stored) and not file_path(services, source.sha256).exists():
+    if isinstance(source, sources.Stored) and not uploads.path_of(services, source.sha256).exists():
         raise InvalidValue(
             "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
         )
@@ -310,31 +254,12 @@ def _forget_files(services: Services, config: ModelConfig) -> None:
     with services.db.transaction() as db:
         needed = {file.source for model in models.every(db) for file in model.config.files}
     for source in uploaded - needed:
-        file_path(services, source.removeprefix(STORE)).unlink(missing_ok=True)
+        uploads.forget(services, source.removeprefix(STORE))
 
 
 def _facts(services: Services, config: ModelConfig) -> Facts | None:
     """What the header of an uploaded file says; None of a file that is elsewhere or in another format."""
     if not config.source.startswith(STORE):
         return None
-    path = file_path(services, config.source.removeprefix(STORE))
+    path = uploads.path_of(services, config.source.removeprefix(STORE))
     return gguf.read_facts(path) if gguf.is_gguf(path) else None
-
-
-def _write(stream: IO[bytes], part: Path, most: int) -> tuple[str, int]:
-    seen, written = hashlib.sha256(), 0
-    with part.open("wb") as file:
-        while chunk := stream.read(CHUNK):
-            written += len(chunk)
-            if written > most:
-                raise BodyTooLarge(f"The file is larger than LOCALAI_Q_MAX_UPLOAD allows ({most} bytes).")
-            seen.update(chunk)
-            file.write(chunk)
-    return seen.hexdigest(), written
-
-
-def _read(path: Path, start: int) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        file.seek(start)
-        while chunk := file.read(CHUNK):
-            yield chunk

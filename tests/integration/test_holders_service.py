@@ -10,7 +10,7 @@ from api.app import create_app
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.tickets import is_valid
 from localai_q.errors import InvalidValue, NotFound
-from localai_q.services import holders, models, nodes, replicas
+from localai_q.services import holders, models, nodes, replicas, uploads
 from localai_q.services.wiring import Services
 
 FILE, OTHER = "a" * 64, "b" * 64
@@ -64,7 +64,7 @@ def test_only_what_the_node_is_to_run_is_told(services: Services, asker: Node) -
 
 
 def test_a_file_that_was_uploaded_is_in_the_apis_own_store(services: Services, asker: Node) -> None:
-    path = models.file_path(services, FILE)
+    path = uploads.path_of(services, FILE)
     path.parent.mkdir(parents=True)
     path.write_bytes(b"x")
     assert holders.find(services, asker, FILE, called=AT) == {"holders": [], "stored": True}

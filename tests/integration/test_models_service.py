@@ -1,4 +1,4 @@
-"""Models are checked before they are registered; uploaded files are what their names say, or not there."""
+"""Models are checked before they are registered, and their files go with the last of them."""
 
 import hashlib
 import io
@@ -9,9 +9,9 @@ from gguf_files import gguf
 
 from localai_q.cluster.models import Document, ModelConfig
 from localai_q.documents import checked
-from localai_q.errors import BodyTooLarge, Conflict, InvalidValue, ModelNotFound, NotFound, Unavailable
+from localai_q.errors import Conflict, InvalidValue, ModelNotFound, NotFound
 from localai_q.gallery import catalog
-from localai_q.services import models
+from localai_q.services import models, uploads
 from localai_q.services.wiring import Services
 from localai_q.store import models as model_rows
 
@@ -19,8 +19,8 @@ CONTENT = b"weights" * 1000
 SHA = hashlib.sha256(CONTENT).hexdigest()
 
 
-def upload(services: Services, content: bytes = CONTENT, sha256: str = SHA, size: int | None = None) -> dict:
-    return models.keep_file(services, sha256, io.BytesIO(content), size)
+def upload(services: Services, content: bytes = CONTENT, sha256: str = SHA) -> None:
+    uploads.receive(services, sha256, io.BytesIO(content), uploads.Chunk(size=len(content), total=len(content)))
 
 
 def files(services: Services) -> list[str]:
@@ -134,60 +134,6 @@ class TestRegistry:
                     {"spread_all": True, "idle_timeout": 5}):  # fmt: skip
             with pytest.raises(ValueError, match="validation error"):
                 ModelConfig(**bad)
-
-
-class TestFiles:
-    def test_an_uploaded_file_is_read_back_from_any_byte(self, services: Services) -> None:
-        assert upload(services, size=len(CONTENT)) == {"sha256": SHA, "size": len(CONTENT)}
-        for start in (0, 5, len(CONTENT) - 1, len(CONTENT), len(CONTENT) + 9):
-            size, chunks = models.read_file(services, SHA, start)
-            assert size == len(CONTENT)
-            assert b"".join(chunks) == CONTENT[start:]
-
-    def test_a_file_that_is_not_what_its_name_says_leaves_nothing(self, services: Services) -> None:
-        with pytest.raises(InvalidValue, match=SHA):
-            upload(services, sha256="0" * 64)
-        assert files(services) == []
-
-    def test_a_wrong_upload_leaves_the_right_one_in_place(self, services: Services) -> None:
-        upload(services)
-        with pytest.raises(InvalidValue):
-            upload(services, content=b"changed")
-        assert b"".join(models.read_file(services, SHA, 0)[1]) == CONTENT
-
-    def test_an_upload_that_breaks_off_leaves_nothing(self, services: Services) -> None:
-        class Broken(io.BytesIO):
-            def read(self, size: int | None = -1) -> bytes:
-                if self.tell():
-                    raise OSError("the client has gone")
-                return super().read(100)
-
-        with pytest.raises(OSError, match="gone"):
-            models.keep_file(services, SHA, Broken(CONTENT), None)
-        assert files(services) == []
-
-    @pytest.mark.parametrize("told", [True, False])
-    def test_a_file_that_is_too_large_is_refused_told_or_found_out(self, services: Services, told: bool) -> None:
-        small = changed(services, max_upload=100)
-        with pytest.raises(BodyTooLarge, match="LOCALAI_Q_MAX_UPLOAD"):
-            upload(small, size=len(CONTENT) if told else None)
-        assert files(services) == []
-
-    def test_a_disk_without_room_refuses(self, services: Services) -> None:
-        with pytest.raises(Unavailable, match="no room"):
-            upload(changed(services, max_upload=1 << 62), size=1 << 60)
-        assert files(services) == []
-
-    @pytest.mark.parametrize("name", ["x", "../" + "a" * 61, "A" * 64, "a" * 63, "a" * 64 + "\n", ""])
-    def test_a_name_that_is_no_sha_is_refused(self, services: Services, name: str) -> None:
-        with pytest.raises(InvalidValue):
-            upload(services, sha256=name)
-        with pytest.raises(InvalidValue):
-            models.read_file(services, name, 0)
-
-    def test_an_unknown_file_is_not_found(self, services: Services) -> None:
-        with pytest.raises(NotFound):
-            models.read_file(services, "0" * 64, 0)
 
 
 class TestDocuments:

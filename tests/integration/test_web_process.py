@@ -44,15 +44,18 @@ class Web:
                             "LOCALAI_DATABASE_URL": database_url, "LOCALAI_REDIS_URL": redis_url,
                             "LOCALAI_REGISTRATION_TOKEN": TOKEN, "LOCALAI_Q_WEB_WORKERS": "2", "LOCALAI_Q_NO_MODEL": "1",
                             "LOCALAI_EXPOSE_NODE_HEADER": "true"}  # fmt: skip
-        self.log = home / "web.log"
-        argv = [str(BIN / "gunicorn"), "--config", "python:api.gunicorn_conf", "api.wsgi:app"]
-        self.process = spawn(argv, env=self.environment, log=self.log, cwd=ROOT)
-        assert wait_for(lambda: (home / "admin.key").exists() and self.answers(), 30), tail(self.log)
+        self.home, self.log = home, home / "web.log"
+        self.start()
         key = (home / "admin.key").read_text().strip()
         self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
         self.services: Services = connect(
             load_settings(home=home, database_url=database_url, redis_url=redis_url, registration_token=TOKEN)
         )
+
+    def start(self) -> None:
+        argv = [str(BIN / "gunicorn"), "--config", "python:api.gunicorn_conf", "api.wsgi:app"]
+        self.process = spawn(argv, env=self.environment, log=self.log, cwd=ROOT)
+        assert wait_for(lambda: (self.home / "admin.key").exists() and self.answers(), 60), tail(self.log)
 
     def answers(self) -> bool:
         try:
