@@ -44,6 +44,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "loads": any_key,
     "admin": admin_key,
     "backends": admin_key,
+    "quantization": admin_key,
     "node": node_secret,
 }
 

@@ -16,7 +16,7 @@ from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
 from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, holders, nodes, uploads
+from localai_q.services import cleaning, holders, nodes, quantizations, uploads
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +128,15 @@ def resume(node_id: str) -> dict[str, Any]:
 def deregister(node_id: str) -> dict[str, Any]:
     nodes.deregister(web().services, g.node)
     return {}
+
+
+@routes.put("/quantizations/<id:quantization_id>/result/<sha256>")
+def receive(node_id: str, quantization_id: str, sha256: str) -> tuple[dict[str, Any], int]:
+    """The file that the node has made; the body is the file."""
+    services = web().services
+    request.max_content_length = services.settings.max_upload
+    size = request.content_length
+    return quantizations.receive(services, g.node, quantization_id, sha256, request.stream, size), 201
 
 
 @routes.get("/unnamed")

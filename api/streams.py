@@ -147,13 +147,13 @@ class Streams:
         self._snapshots = snapshots
         self._pace: dict[str, float] = {}  # seconds that a request takes, by model, the latest counting most
         self._open: set[Following] = set()
-        self._stopping = False
+        self.stopping = False  # this process must end
         for target in (self._sweep, self._look_up):
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
 
     def add(self, following: Following) -> None:
         self._open.add(following)
-        if self._stopping:
+        if self.stopping:
             following.end(Stopping())
 
     def remove(self, following: Following) -> None:
@@ -167,7 +167,7 @@ class Streams:
 
     def stop(self) -> None:
         """End all followings, now and from now on, so that clients can come back to other processes."""
-        self._stopping = True
+        self.stopping = True
         for following in list(self._open):
             following.end(Stopping())
 

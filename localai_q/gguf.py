@@ -8,6 +8,7 @@ what is there before memory is given to it.
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ LARGEST = 1 << 31  # of a number that the memory depends on
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 U32, U64 = 4, 10
+MOST_PARAMETERS = 1 << 50
+TYPES = {0: "f32", 1: "f16", 2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 9: "q8_1", 10: "q2_k", 11: "q3_k",
+         12: "q4_k", 13: "q5_k", 14: "q6_k", 15: "q8_k", 16: "iq2_xxs", 17: "iq2_xs", 18: "iq3_xxs", 19: "iq1_s",
+         20: "iq4_nl", 21: "iq3_s", 22: "iq2_s", 23: "iq4_xs", 24: "i8", 25: "i16", 26: "i32", 27: "i64", 28: "f64",
+         29: "iq1_m", 30: "bf16", 34: "tq1_0", 35: "tq2_0", 39: "mxfp4", 40: "nvfp4", 41: "q1_0", 42: "q2_0"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,53 @@ def read_facts(path: Path) -> Facts:
         InvalidValue: it is no whole GGUF header; the message says where it goes wrong.
         OSError: it cannot be read.
     """
+    found = _read(path)
+    sizes = _sizes(found.tensors, found.length, _number(found.pairs, "general.alignment", ALIGNMENT), found.file_size)
+    return _facts(found.pairs, sizes, found.file_size)
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """What a file's tensors are in all."""
+
+    types: frozenset[str]  # as "q4_k"
+    parameters: int  # numbers that they hold
+    parts: int  # files that the model has been split into
+
+
+def read_tensors(path: Path) -> Tensors:
+    """What the header of a GGUF file says of its tensors.
+
+    Raises:
+        InvalidValue, OSError: as `read_facts`.
+    """
+    found = _read(path)
+    return Tensors(
+        types=frozenset(TYPES.get(tensor.kind, f"type {tensor.kind}") for tensor in found.tensors),
+        parameters=_bounded("parameters", sum(tensor.elements for tensor in found.tensors), MOST_PARAMETERS),
+        parts=_number(found.pairs, "split.count", 1),
+    )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    name: str
+    kind: int
+    elements: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class _Content:
+    """All that a header says."""
+
+    pairs: dict[str, _Value]
+    tensors: list[_Tensor]
+    length: int  # bytes of the header
+    file_size: int
+
+
+def _read(path: Path) -> _Content:
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -73,7 +126,7 @@ def read_facts(path: Path) -> Facts:
         tensor_count, pair_count = int(header.number(U64)), int(header.number(U64))
         pairs = dict(header.pair() for _ in range(header.counted(pair_count, "properties", MOST_PROPERTIES)))
         tensors = [header.tensor() for _ in range(header.counted(tensor_count, "tensors", MOST_TENSORS))]
-        return _facts(pairs, _sizes(tensors, header.at, _number(pairs, "general.alignment", ALIGNMENT), size), size)
+        return _Content(pairs, tensors, header.at, size)
 
 
 def _damaged(why: str) -> InvalidValue:
@@ -124,14 +177,13 @@ class _Header:
         name = self.text()
         return name, self._value(int(self.number(U32)))
 
-    def tensor(self) -> tuple[str, int]:
-        """The name and the offset of a tensor."""
+    def tensor(self) -> _Tensor:
         name = self.text()
         dimensions = int(self.number(U32))
         if dimensions > MOST_DIMENSIONS:
             raise _damaged(f"it claims a tensor of {dimensions} dimensions")
-        self.skip(dimensions * 8 + 4)  # with the type; the offsets tell how long it is
-        return name, int(self.number(U64))
+        elements = math.prod(int(self.number(U64)) for _ in range(dimensions))
+        return _Tensor(name, int(self.number(U32)), elements, int(self.number(U64)))
 
     def _value(self, kind: int) -> _Value:
         if kind == STRING:
@@ -164,18 +216,18 @@ class _Header:
             raise _damaged("it ends within its header")
 
 
-def _sizes(tensors: list[tuple[str, int]], header: int, alignment: int, size: int) -> dict[str, int]:
+def _sizes(tensors: list[_Tensor], header: int, alignment: int, size: int) -> dict[str, int]:
     """The bytes of each tensor: up to the next one, or to the file's end."""
     if not tensors:
         raise _damaged("it has no tensors")
     if not alignment:
         raise _damaged("general.alignment cannot be 0")
     begin = -(-header // alignment) * alignment
-    ordered = sorted(tensors, key=lambda tensor: tensor[1])
-    if begin + ordered[-1][1] > size:
+    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
+    if begin + ordered[-1].offset > size:
         raise _damaged("it ends before its tensors do")
-    ends = [*(offset for _, offset in ordered[1:]), size - begin]
-    return {name: end - offset for (name, offset), end in zip(ordered, ends, strict=True)}
+    ends = [*(tensor.offset for tensor in ordered[1:]), size - begin]
+    return {tensor.name: end - tensor.offset for tensor, end in zip(ordered, ends, strict=True)}
 
 
 def _facts(pairs: dict[str, _Value], sizes: dict[str, int], file_size: int) -> Facts:
@@ -217,7 +269,7 @@ def _number(pairs: dict[str, _Value], name: str, default: int) -> int:
     return _bounded(name, found)
 
 
-def _bounded(name: str, value: float) -> int:
-    if not 0 <= value < LARGEST:
+def _bounded(name: str, value: float, most: int = LARGEST) -> int:
+    if not 0 <= value < most:
         raise _damaged(f"{name} cannot be {value}")
     return int(value)

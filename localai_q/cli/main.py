@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from localai_q.cli import backends, jobs, keys, models, nodes
+from localai_q.cli import backends, jobs, keys, models, nodes, quantize
 from localai_q.cli.chat import chat
 from localai_q.cli.up import up
 from localai_q.errors import LocalAIError
@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 app.command()(up)
 app.command()(chat)
-for group in (models, backends, nodes, jobs, keys):
+for group in (models, backends, quantize, nodes, jobs, keys):
     app.add_typer(group.app, name=group.__name__.rpartition(".")[2])
 
 

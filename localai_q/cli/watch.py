@@ -30,6 +30,7 @@ WORK = {
     "upgrade_backend": "upgrading a backend",
     "delete_backend": "deleting a backend",
     "fetch_model": "fetching",
+    "quantize": "quantizing",
 }
 
 Record = dict[str, Any]

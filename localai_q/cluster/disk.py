@@ -44,9 +44,9 @@ def surplus(unnamed: Sequence[Blob], *, grace: float, free: int, floor: int) -> 
     return going
 
 
-def unnamed(files: Collection[str], models: Sequence[Model]) -> list[str]:
-    """The files, by SHA-256, that no model names."""
-    return sorted(set(files).difference(*(model.config.contents for model in models)))
+def unnamed(files: Collection[str], models: Sequence[Model], others: Collection[str] = ()) -> list[str]:
+    """The files, by SHA-256, that no model names. `others`: files that are needed besides."""
+    return sorted(set(files).difference(others, *(model.config.contents for model in models)))
 
 
 def is_due(files: Collection[str], last: Job | None, *, grace: float, now: float) -> bool:

@@ -25,7 +25,7 @@ MOST_ADAPTERS = 8
 AROUND_REPLICAS = frozenset({
     "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned", "concurrency_groups", "selector",
     "route_policy", "min_prefix_match", "balance_abs_threshold", "balance_rel_threshold", "mirrors",
-    "parameters", "system_prompt", "disabled",
+    "parameters", "system_prompt", "disabled", "origin",
 })  # fmt: skip
 NOT_FOR_ALL = ("chat_template", "mmproj", "draft_model", "loras")  # fields that not every backend takes
 
@@ -70,6 +70,7 @@ class ModelConfig(BaseModel):
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
     size: int = Field(0, ge=0)  # bytes of the file; 0: not known
+    origin: str = Field("", max_length=2200)  # what the file was made of, where that is known
     mmproj: File | None = None  # what makes images into the model's tokens
     draft_model: File | None = None  # a smaller model that guesses ahead
     loras: tuple[Adapter, ...] = Field((), max_length=MOST_ADAPTERS)

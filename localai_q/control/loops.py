@@ -12,7 +12,7 @@ import redis
 
 from localai_q import names
 from localai_q.errors import Unavailable
-from localai_q.services import backends, cleaning, jobs, node_users, nodes, replicas
+from localai_q.services import backends, cleaning, jobs, node_users, nodes, quantizations, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import leaders
 
@@ -51,6 +51,7 @@ def make_loops() -> list[Loop]:
         Loop("users", 1.0, node_users.restore, threading.Event()),
         Loop("health", 2.0, nodes.watch_health, threading.Event()),
         Loop("backends", 1.0, backends.fulfil, threading.Event()),
+        Loop("quantizations", 1.0, quantizations.advance, threading.Event()),
         Loop("files", 30.0, cleaning.tidy, threading.Event()),
         Loop("prune", 3600.0, prune, threading.Event()),
     ]

@@ -70,7 +70,7 @@ PinnedRequirement = Annotated[str, StringConstraints(max_length=200), AfterValid
 SettingName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 SettingValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{0,500}$")]
 _Entry = TypeVar("_Entry", bound=BaseModel)
-Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize"]
+Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize", "quantize"]
 
 
 class Archive(BaseModel):

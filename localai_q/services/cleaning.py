@@ -14,7 +14,7 @@ from localai_q.cluster.states import NodeState
 from localai_q.errors import Conflict
 from localai_q.services.jobs import submit_node_job
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models, nodes
+from localai_q.store import jobs, models, nodes, quantizations
 from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ def tidy(services: Services) -> None:
     """Have every node that reports remove what no model names."""
     grace = services.settings.clean_grace
     with services.db.transaction() as db:
-        known, now = models.every(db), clock(db)
-        found = [(node, _unnamed(node, known)) for node in nodes.every(db) if node.state in REACHABLE]
+        known, others, now = models.every(db), quantizations.files(db), clock(db)
+        found = [(node, _unnamed(node, known, others)) for node in nodes.every(db) if node.state in REACHABLE]
         due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=now)]
     for node, files in due:
         job_id = _submit(services, node, dry_run=False)
@@ -52,11 +52,11 @@ def clean(services: Services, node: Node, *, dry_run: bool) -> dict[str, Any]:
 def unnamed_on(services: Services, node: Node) -> list[str]:
     """The files, by SHA-256, that the node has told of and no model names."""
     with services.db.transaction() as db:
-        return _unnamed(node, models.every(db))
+        return _unnamed(node, models.every(db), quantizations.files(db))
 
 
-def _unnamed(node: Node, known: list[Model]) -> list[str]:
-    return unnamed(node.hardware.get("files") or (), known)
+def _unnamed(node: Node, known: list[Model], others: frozenset[str]) -> list[str]:
+    return unnamed(node.hardware.get("files") or (), known, others)
 
 
 def _last(db: Any, node: Node) -> Job | None:

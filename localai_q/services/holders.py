@@ -9,10 +9,11 @@ from typing import Any
 from localai_q.cluster import tickets
 from localai_q.cluster.holders import holders_of
 from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState
 from localai_q.errors import NotFound
 from localai_q.services import uploads
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, replicas
+from localai_q.store import models, nodes, quantizations, replicas
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ def find(services: Services, asker: Node, sha256: str, *, called: str) -> dict[s
 
     Raises:
         InvalidValue: that is no SHA-256.
-        NotFound: no model of this node has that file.
+        NotFound: nothing on this node needs that file.
     """
     stored = uploads.path_of(services, sha256).exists()
     with services.db.transaction() as db:
@@ -44,7 +45,7 @@ def blame(services: Services, asker: Node, sha256: str, holder_id: str) -> None:
     """A node got something else from a holder than the file.
 
     Raises:
-        NotFound: no model of this node has that file, or there is no such holder.
+        NotFound: nothing on this node needs that file, or there is no such holder.
     """
     with services.db.transaction() as db:
         _need(db, asker, sha256)
@@ -57,5 +58,8 @@ def blame(services: Services, asker: Node, sha256: str, holder_id: str) -> None:
 
 def _need(db: Any, asker: Node, sha256: str) -> None:
     placed = {replica.model_id for replica in replicas.every(db, node_id=asker.id)}
-    if not any(model.id in placed and sha256 in model.config.contents for model in models.every(db)):
-        raise NotFound(f"No model that node '{asker.name}' is to run has the file '{sha256}'.")
+    if any(model.id in placed and sha256 in model.config.contents for model in models.every(db)):
+        return
+    if any(one.node_id == asker.id and sha256 in one.files for one in quantizations.every(db, states=[JobState.OPEN])):
+        return
+    raise NotFound(f"Node '{asker.name}' has nothing to do with the file '{sha256}'.")

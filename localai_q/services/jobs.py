@@ -160,6 +160,8 @@ def retry(services: Services, job_id: str, asker: ApiKey) -> str:
         node = nodes.by_id(db, job.node_id or "")
     if job.kind not in NODE_JOBS or request is None:
         raise Conflict(f"Job '{job_id}' is none of a node: send its request again.")
+    if "quantization" in request:
+        raise Conflict(f"Job '{job_id}' is a step of a quantization: ask for that again.")
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
     if node is None or node.state not in REACHABLE:
@@ -439,6 +441,12 @@ def percentages(services: Services, job_ids: Sequence[str]) -> dict[str, float]:
     """How far jobs of nodes are, of 100, as far as that is known."""
     latest = journal.latest(services.redis, list(job_ids))
     return {job_id: percentage(event) for job_id, event in latest.items() if isinstance(event, Progress)}
+
+
+def progress_of(services: Services, job_ids: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What jobs of nodes have last said of their progress, of those that have said something."""
+    latest = journal.latest(services.redis, list(job_ids))
+    return {job_id: shown for job_id, event in latest.items() if (shown := _progress(event))}
 
 
 def percentage(progress: Progress) -> float:

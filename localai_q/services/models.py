@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +20,7 @@ from localai_q.services import galleries, jobs, snapshots, uploads, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
-from localai_q.store import marks, models, nodes, replicas
+from localai_q.store import marks, models, nodes, quantizations, replicas
 from localai_q.store.engine import clock
 
 STORE = "store:"
@@ -231,10 +231,10 @@ def _check(services: Services, config: ModelConfig) -> None:
     if not config.source and config.mirrors:
         sources.parse(config.source, config.mirrors)
     for number, file in enumerate(config.files):
-        _check_file(services, file, () if number else config.mirrors)
+        check_file(services, file, () if number else config.mirrors)
 
 
-def _check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
+def check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
     """Refuse a file that no node could get."""
     source = sources.parse(file.source, mirrors)
     if isinstance(source, sources.Stored) and not uploads.path_of(services, source.sha256).exists():
@@ -247,14 +247,19 @@ def _check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
 
 
 def _forget_files(services: Services, config: ModelConfig) -> None:
-    """Delete uploaded files of a model that is or was so, unless some model needs them."""
-    uploaded = {file.source for file in config.files if file.source.startswith(STORE)}
-    if not uploaded:
+    """Delete uploaded files of a model that is or was so, unless something needs them."""
+    forget_stored(services, {file.source.removeprefix(STORE) for file in config.files if file.source.startswith(STORE)})
+
+
+def forget_stored(services: Services, files: Set[str]) -> None:
+    """Delete these files of the API's store, by SHA-256, that no model and no quantization needs."""
+    if not files:
         return
     with services.db.transaction() as db:
-        needed = {file.source for model in models.every(db) for file in model.config.files}
-    for source in uploaded - needed:
-        uploads.forget(services, source.removeprefix(STORE))
+        needed = {file.source.removeprefix(STORE) for model in models.every(db) for file in model.config.files}
+        needed |= quantizations.files(db)
+    for sha256 in files - needed:
+        uploads.forget(services, sha256)
 
 
 def _facts(services: Services, config: ModelConfig) -> Facts | None:

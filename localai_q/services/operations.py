@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from localai_q.cluster.backends import WishState
 from localai_q.cluster.jobs import BACKEND_JOBS, NODE_JOBS
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import NotFound
-from localai_q.services import backends, jobs
+from localai_q.services import backends, jobs, quantizations
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -17,7 +18,7 @@ from localai_q.store.keys import ApiKey
 Record = dict[str, Any]
 
 TASKS = {"install_backend": "installation", "upgrade_backend": "upgrade", "delete_backend": "deletion",
-         "fetch_model": "staging", "clean_models": "deletion"}  # fmt: skip
+         "fetch_model": "staging", "clean_models": "deletion", "quantize": "quantization"}  # fmt: skip
 OUTCOMES = {"done": "completed", "failed": "failed", "cancelled": "cancelled"}
 MOST_OPEN = 1000
 
@@ -25,7 +26,9 @@ MOST_OPEN = 1000
 def current(services: Services) -> list[Record]:
     """What is open, the least advanced first; with what many nodes were asked for and some cannot do yet, or at all."""
     found = jobs.listed(services, states=(JobState.OPEN,), kinds=NODE_JOBS, limit=MOST_OPEN)
-    operations = [*map(_of_job, found), *_paused(services), *_loads(services), *_waiting(services)]
+    operations = [
+        *map(_of_job, found), *_paused(services), *_loads(services), *_waiting(services), *_unplaced(services)
+    ]  # fmt: skip
     return sorted(operations, key=lambda one: (one["progress"], one["id"], one["jobID"]))
 
 
@@ -42,15 +45,16 @@ def history(services: Services, *, limit: int) -> list[Record]:
 
 
 def cancel(services: Services, operation_id: str, asker: ApiKey) -> None:
-    """Cancel a job of a node, or take back what of a request for many nodes is not done.
+    """Cancel a job of a node, stop a quantization, or take back what of a request for many nodes is not done.
 
     Raises:
         NotFound: there is none of that id.
     """
-    try:
-        jobs.cancel(services, operation_id, asker)
-    except NotFound:
-        backends.give_up(services, operation_id)
+    for end in (lambda: jobs.cancel(services, operation_id, asker), lambda: quantizations.stop(services, operation_id)):
+        with suppress(NotFound):
+            end()
+            return
+    backends.give_up(services, operation_id)
 
 
 def dismiss(services: Services, operation_id: str, asker: ApiKey) -> None:
@@ -127,6 +131,15 @@ def _waiting(services: Services) -> list[Record]:
                           "message": message, "phase": "dead" if dead else "waiting", "error": node["error"],
                           "nodeID": node["node_id"], "nodeName": node["node_name"]})  # fmt: skip
     return shown
+
+
+def _unplaced(services: Services) -> list[Record]:
+    """Quantizations that no node works on."""
+    return [
+        {**_named(one["name"]), **_task("quantize"), "jobID": one["id"], "progress": 0, "isQueued": True,
+         "cancellable": True, "message": one["message"], "phase": "waiting", "nodeID": None, "nodeName": None}
+        for one in quantizations.listed(services) if one["state"] is JobState.OPEN and not one["job"]
+    ]  # fmt: skip
 
 
 def _named(subject: str | None) -> Record:

@@ -160,6 +160,25 @@ backend_wishes = Table(  # `cluster.backends.Wish`
     _created(),
 )
 
+quantizations = Table(  # `cluster.quantizing.Quantization`
+    "quantizations",
+    metadata,
+    _id(),
+    Column("name", Text, nullable=False),
+    Column("state", Text, nullable=False, server_default=text("'open'")),
+    Column("spec", JSONB, nullable=False),
+    Column("node_id", Text),
+    Column("job_id", Text),
+    Column("failures", JSONB, nullable=False, server_default=text("'[]'")),
+    Column("reasons", JSONB, nullable=False, server_default=text("'{}'")),
+    Column("output", Text),
+    Column("result", JSONB),
+    Column("error", Text, nullable=False, server_default=text("''")),
+    Column("imported", Text, nullable=False, server_default=text("''")),
+    Column("ended_at", DateTime(timezone=True)),
+    _created(),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import ssl
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,6 +21,8 @@ from workers.node.installer import certificates
 log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
+SENDING = httpx.Timeout(60.0, read=600.0)  # of a file, which the API checks when it has all of it
+PIECE = 1 << 20  # bytes of a file that are sent at once
 POLL = 1.0  # seconds between two questions while the node waits for approval, or for the API to come up
 REMIND = 30.0  # seconds between two lines that say what is waited for
 PATIENCE = 5.0  # seconds before the first such line about an API that does not answer: it may be starting, too
@@ -56,6 +59,15 @@ class NodeApi:
     def blame(self, sha256: str, holder_id: str) -> None:
         """Say that a holder has given something else than this file."""
         self._call("POST", f"holders/{sha256}/{holder_id}/wrong", {})
+
+    def give(self, quantization_id: str, sha256: str, path: Path, sent: Callable[[int], object]) -> None:
+        """Send what was made for a quantization. `sent` is told of the bytes that are on their way."""
+        url = f"/api/node/{self._id}/quantizations/{quantization_id}/result/{sha256}"
+        headers = {**_bearer(self._identity.secret()), "Content-Length": str(path.stat().st_size)}
+        with _errors(), path.open("rb") as file:
+            response = self._http.put(url, content=_told(file, sent), headers=headers, timeout=SENDING)
+        if not response.is_success:
+            _raise(response)
 
     def announce_secret(self, secret_hash: str) -> None:
         """Say what the next secret will be; from now on both count, until the next one is used."""
@@ -118,6 +130,13 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
                 say_at = time.monotonic() + REMIND
             pending = bool(answer)
             time.sleep(POLL if answer else POLL / 4)
+
+
+def _told(file: IO[bytes], sent: Callable[[int], object]) -> Iterator[bytes]:
+    """The file in pieces; each is told of before it goes."""
+    while block := file.read(PIECE):
+        sent(file.tell())
+        yield block
 
 
 def _bearer(secret: str) -> dict[str, str]:

@@ -28,7 +28,7 @@ from localai_q.processes import kill_session, watch_parent
 from workers import versions
 from workers.child import ChildSpec
 from workers.identity import Identity
-from workers.node import hardware
+from workers.node import hardware, quantizer
 from workers.node.api import NodeApi
 from workers.node.fetcher import Wanted, discard, fetch, wanted_of
 from workers.node.installer import Kit, install_backend, is_installed
@@ -155,6 +155,12 @@ def clean_models(order: JobOrder, report: Report) -> dict[str, Any]:
     return {"removed": [asdict(blob) for blob in removed], "kept": kept, "freed": freed, "dry_run": dry_run}
 
 
+def quantize(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Make a quantized file; the result is what it is, and what making it has cost."""
+    spec = order.spec
+    return quantizer.quantize(order.request, spec.models, spec.backends, Access.of(settings(), spec), report)
+
+
 def described(own: Path, further: Sequence[Path]) -> dict[str, Any]:
     """Fetched files as the result of their job: what they are, and what the model's own says of its memory."""
     content, *others = ({"sha256": path.name, "size": path.stat().st_size} for path in (own, *further))
@@ -176,6 +182,7 @@ KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
     "delete_backend": delete,
     "fetch_model": fetch_model,
     "clean_models": clean_models,
+    "quantize": quantize,
 }
 
 
@@ -209,6 +216,7 @@ DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
     "install_backend": lambda spec, request: versions.tidy(spec.backends),
     "upgrade_backend": lambda spec, request: versions.tidy(spec.backends),
     "fetch_model": discard_fetched,
+    "quantize": lambda spec, request: quantizer.discard(request, spec.models),
 }
 
 

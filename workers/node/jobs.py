@@ -33,6 +33,7 @@ from workers.claims import Claims, Held
 from workers.identity import Identity
 from workers.node.job_child import DISCARD, PRESENT, JobOrder
 from workers.node.stalls import LOOK, Watch
+from workers.node.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -150,17 +151,18 @@ def prepare(worker: Any, conf: Any) -> None:
     def run_job(job_id: str) -> None:
         jobs.run(job_id)
 
-    threading.Thread(target=_tidy, args=(spec.backends,), name="tidy", daemon=True).start()
+    threading.Thread(target=_tidy, args=(spec.backends, spec.models), name="tidy", daemon=True).start()
     signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)
     signals.worker_ready.connect(lambda **_: probe.start(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: probe.stop(), weak=False)
     signals.worker_shutting_down.connect(lambda **_: jobs.claims.cancel_all("drain"), weak=False)
 
 
-def _tidy(backends: Path) -> None:
-    """Remove what interrupted installs have left, and what nobody runs any more, from time to time."""
+def _tidy(backends: Path, models: Path) -> None:
+    """Remove what interrupted jobs have left, and what nobody runs any more, from time to time."""
     while True:
         versions.tidy(backends)
+        Store(models).remove_forgotten()
         time.sleep(TIDY)
 
 

@@ -33,6 +33,8 @@ FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a partial file that nobody ha
 
 Report = Callable[[Progress], None]
 
+QUANTIZED = ".quantized.part"  # what is being made: nobody goes on with one that its maker has left
+
 _NAME = re.compile(r"[0-9a-f]{64}")
 
 
@@ -181,7 +183,7 @@ class Store:
         for path in self.folder.glob(".*.part"):
             key = path.name.split(".")[1]
             with suppress(OSError), self._at_once(key):
-                if path.stat().st_mtime < limit:
+                if path.name.endswith(QUANTIZED) or path.stat().st_mtime < limit:
                     self._remove_parts(key)
 
     def free(self) -> int:
