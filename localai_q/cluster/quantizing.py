@@ -1,0 +1,303 @@
+"""Quantizations: what can be asked for, on which node one goes, what becomes of it, and how it is told. Pure.
+
+A quantization is a wish for a file, which stays until it is fulfilled, stopped or has failed for good. On its way it has
+one job after the other on one node: the backend is installed, then the file is made. Where that fails it begins again,
+elsewhere if it can.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from localai_q.cluster.builds import Build, suitable
+from localai_q.cluster.builds import choose as build_for
+from localai_q.cluster.capacity import Site, disk_free, disk_spare, human, is_silent
+from localai_q.cluster.fleet import Fleet
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.models import SHA256, ModelConfig, ModelName
+from localai_q.cluster.nodes import on_nodes
+from localai_q.cluster.sources import MOST_MIRRORS
+from localai_q.cluster.states import JobState, NodeState
+
+KIND = "quantize"  # of the job that makes the file
+CAPABILITY = "quantize"  # of a backend that can
+MOST = 1000  # quantizations that are remembered, for each may keep a file
+MOST_ATTEMPTS = 4
+FIRST_PAUSE = 30.0  # seconds before a node on which it failed is tried again; each further time twice as long
+FOR_GOOD = ("InvalidValue", "NotFound", "Forbidden", "UnsupportedByModel")  # errors that no other node has not
+
+BUFFERS = 1 << 30  # bytes of RAM that the quantizer takes, beside a file that it has loaded
+LEAST_BITS = 4.0  # for each weight of a source that is quantized already; others have 16
+BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5}  # for each weight of a result
+OTHER_BITS = 7.0  # at most, with the tensors that are not quantized so far
+
+Quantized = Literal[
+    "f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q5_k_s", "q5_1", "q5_0", "q4_k_m", "q4_k_s", "q4_1", "q4_0",
+    "q3_k_l", "q3_k_m", "q3_k_s", "q2_k", "q2_k_s", "iq4_nl", "iq4_xs", "iq3_m", "iq3_s", "iq3_xs", "iq3_xxs", "iq2_m",
+    "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "tq2_0", "tq1_0", "mxfp4_moe",
+]  # fmt: skip
+TensorType = Literal[
+    "f32", "f16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k", "iq4_nl", "iq4_xs",
+    "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
+]  # fmt: skip
+TYPES: tuple[Quantized, ...] = get_args(Quantized)
+WITH_IMATRIX: frozenset[Quantized] = frozenset({"iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
+
+
+class File(BaseModel):
+    """A file that is fetched, as that of a model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(min_length=1, max_length=2000)
+    mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)
+    sha256: str | None = Field(None, pattern=SHA256)
+    size: int = Field(0, ge=0)  # bytes; 0: not known
+
+
+class Options(BaseModel):
+    """What the library's quantizer can be told besides the type of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    imatrix: File | None = None  # which columns of the weights matter most
+    output_tensor_type: TensorType | None = None
+    token_embedding_type: TensorType | None = None
+    tensor_types: dict[Annotated[str, StringConstraints(min_length=1, max_length=200)], TensorType] = Field(
+        default_factory=dict, max_length=256
+    )  # by a pattern of the tensor's name
+    prune_layers: tuple[Annotated[int, Field(ge=0, lt=1 << 16)], ...] = Field((), max_length=1024)
+    allow_requantize: bool = False  # the source may be quantized already
+    quantize_output_tensor: bool = True
+    pure: bool = False  # every tensor gets the same type
+
+
+class Order(BaseModel):
+    """What is asked for. LocalAI's names, where it has them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, max_length=2000)  # the name of a model, or a source
+    mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a source
+    sha256: str | None = Field(None, pattern=SHA256)  # of a source
+    size: int = Field(0, ge=0)  # bytes of a source; 0: not known
+    quantization_type: Quantized = "q4_k_m"
+    backend: str = Field("", max_length=64)  # empty: the first that can
+    name: ModelName | None = None  # of the model that the result becomes; None: made of the source's and the type
+    text: File | None = None  # what is read to compare the result with its source; None: one that the backend brings
+    extra_options: Options = Field(default_factory=Options)
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> Order:
+        if self.quantization_type in WITH_IMATRIX and not self.extra_options.imatrix:
+            raise ValueError(f"{self.quantization_type} needs an importance matrix: give extra_options.imatrix")
+        return self
+
+
+class Spec(BaseModel):
+    """What is to be made of what."""
+
+    model_config = ConfigDict(frozen=True)
+
+    source: File
+    quantization_type: Quantized
+    backend: str
+    entry: dict[str, Any] | None = None  # of the backend, where a gallery has it
+    text: File | None = None
+    options: Options = Field(default_factory=Options)
+    model: str = ""  # the name of the model that the source is of
+    config: ModelConfig = Field(default_factory=ModelConfig)  # what a model that is made of the result begins with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An attempt that failed."""
+
+    node_id: str
+    reason: str
+    until: float  # seconds since the epoch; before that, its node is not tried again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """A quantization, as its row tells it."""
+
+    id: str
+    name: str
+    state: JobState
+    spec: Spec
+    node_id: str | None = None  # on which it is, or was made
+    job_id: str | None = None  # of the stage that is under way
+    failures: tuple[Failure, ...] = ()
+    reasons: dict[str, str] = field(default_factory=dict)  # why not there, by the node's name, while it waits
+    output: str | None = None  # the SHA-256 of what has come to the API's store
+    result: dict[str, Any] | None = None  # what the node says of it, once it is done
+    error: str = ""
+    imported: str = ""  # the name of the model that was made of it
+    created: float = 0.0  # seconds since the epoch
+    ended: float | None = None
+
+    @property
+    def files(self) -> frozenset[str]:
+        """The SHA-256 of all files that it needs."""
+        wanted = [self.spec.source, self.spec.text, self.spec.options.imatrix] if self.state is JobState.OPEN else []
+        return frozenset(filter(None, [self.output, *(file.sha256 for file in wanted if file)]))
+
+
+class Step(StrEnum):
+    """What to do about a quantization now."""
+
+    WAIT = "wait"
+    PLACE = "place"  # find it a node, and have that install the backend
+    QUANTIZE = "quantize"  # have its node make the file
+    DONE = "done"
+    CANCELLED = "cancelled"
+    AGAIN = "again"  # the attempt has failed
+    FAIL = "fail"  # it will always fail
+
+
+def next_step(one: Quantization, job: Job | None) -> Step:
+    """The step, given the job of the stage that is under way."""
+    if one.state is not JobState.OPEN:
+        return Step.WAIT
+    if one.job_id is None:
+        return Step.PLACE
+    if job is None:
+        return Step.AGAIN
+    match job.state:
+        case JobState.DONE:
+            return Step.DONE if job.kind == KIND else Step.QUANTIZE
+        case JobState.CANCELLED:
+            return Step.CANCELLED
+        case JobState.FAILED:
+            hopeless = job.kind == KIND and (job.error or {}).get("error") in FOR_GOOD
+            return Step.FAIL if hopeless or len(one.failures) + 1 >= MOST_ATTEMPTS else Step.AGAIN
+    return Step.WAIT
+
+
+def failure(one: Quantization, node_id: str, reason: str, now: float) -> Failure:
+    """The attempt that failed there now. `now`: seconds since the epoch."""
+    before = sum(each.node_id == node_id for each in one.failures)
+    return Failure(node_id=node_id, reason=reason, until=now + FIRST_PAUSE * 2**before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Where a quantization goes."""
+
+    node_id: str | None  # None: it waits
+    threads: int = 0  # that it may use there
+    reasons: dict[str, str]  # why not there, by the node's name
+
+
+def choose(one: Quantization, fleet: Fleet, builds: Collection[Build], working: Collection[str]) -> Choice:
+    """The node that has the file rather than not, and the least to do of those that it would not starve.
+
+    Args:
+        builds: of the backend.
+        working: the ids of nodes that work on another quantization.
+    """
+    there = on_nodes(fleet.replicas)
+    sites = [Site(node, there[node.id]) for node in fleet.nodes]
+    idle = {site.node.id: _idle_cores(site, fleet) for site in sites}
+    reasons = {site.node.id: _unfit(one, site, fleet, builds, working, idle[site.node.id]) for site in sites}
+    fit = [site for site in sites if not reasons[site.node.id]]
+    best = min(fit, key=lambda site: _rank(one, site, fleet, idle[site.node.id]), default=None)
+    told = {site.node.name: reasons[site.node.id] or "would do, too" for site in sites if site is not best}
+    if best is None:
+        return Choice(node_id=None, reasons=told)
+    return Choice(node_id=best.node.id, threads=idle[best.node.id], reasons=told)
+
+
+def result_size(spec: Spec) -> int:
+    """Bytes that the result takes at most; 0 where nothing is known of the source."""
+    before = LEAST_BITS if spec.options.allow_requantize else 16.0
+    return int(spec.source.size * BITS.get(spec.quantization_type, OTHER_BITS) / before)
+
+
+def default_name(model: str, quantization_type: str) -> str:
+    """A name for the result of a model's name or a source."""
+    last = re.split(r"[/#]", re.sub(r"(@|\?).*", "", model).rstrip("/"))[-1]
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._") or "model"
+    return f"{plain[:100]}-{quantization_type}"
+
+
+def _unfit(
+    one: Quantization, site: Site, fleet: Fleet, builds: Collection[Build], working: Collection[str], idle: int
+) -> str:
+    """Why it cannot go there; empty if it can."""
+    node, spec = site.node, one.spec
+    if node.state is not NodeState.READY:
+        return str(node.state)
+    if is_silent(node, fleet.now, fleet.patience):
+        return f"has not reported for {fleet.patience:.0f} s"
+    if build_for(builds, node.hardware) is None:
+        return f"has {', '.join(suitable(node.hardware))}, and {spec.backend} is made for {', '.join(builds)}"
+    failed = [each for each in one.failures if each.node_id == node.id]
+    if failed and fleet.now < failed[-1].until:
+        return f"failed: {failed[-1].reason}"
+    if node.id in working:
+        return "works on another quantization"
+    fetched = 0 if spec.source.sha256 in site.files else spec.source.size
+    needed, disk = fetched + result_size(spec) + disk_spare(node, spec.source.size), disk_free(node)
+    if needed > disk:
+        return f"needs {human(needed)} of disk, {human(disk)} free"
+    memory, free = max(spec.source.size, result_size(spec)) + BUFFERS, max(site.free.ram, 0)
+    if memory > free:
+        return f"needs {human(memory)}, {human(free)} free"
+    if idle < 1:
+        return f"has no idle core: {_requests(site, fleet)} requests are at work there"
+    return ""
+
+
+def _rank(one: Quantization, site: Site, fleet: Fleet, idle: int) -> tuple[int, bool, bool, int, int, str]:
+    failed = sum(each.node_id == site.node.id for each in one.failures)
+    lacks_file = one.spec.source.sha256 not in site.files
+    return (failed, _requests(site, fleet) > 0, lacks_file, -idle, len(site.there), site.node.name)
+
+
+def _requests(site: Site, fleet: Fleet) -> int:
+    return sum(fleet.busy.get(replica.id, 0) for replica in site.there)
+
+
+def _idle_cores(site: Site, fleet: Fleet) -> int:
+    """The cores that no replica uses which has requests at work; one that is not limited uses them all."""
+    cpus = int(site.node.hardware.get("cpus") or 1)
+    threads = {model.id: model.config.threads for model in fleet.models}
+    used = [threads.get(each.model_id, 0) or cpus for each in site.there if fleet.busy.get(each.id, 0)]
+    return max(cpus - sum(used), 0)
+
+
+# --- how it is told
+
+FETCHING = ("resolving", "downloading", "copying", "verifying")
+SPANS = {"installing": (0.0, 5.0), "downloading": (5.0, 20.0), "quantizing": (20.0, 60.0),
+         "reading with the source": (60.0, 75.0), "reading with the result": (75.0, 90.0),
+         "uploading": (90.0, 100.0)}  # fmt: skip
+ENDED = {JobState.DONE: "completed", JobState.FAILED: "failed", JobState.CANCELLED: "stopped"}
+
+
+def status(one: Quantization, stage: str) -> str:
+    """LocalAI's word for how far it is. `stage`: what its job does, empty while that has not begun."""
+    if one.state is not JobState.OPEN:
+        return ENDED[one.state]
+    if not stage:
+        return "queued"
+    return "downloading" if stage in (*FETCHING, "installing") else "quantizing"
+
+
+def percentage(one: Quantization, progress: Mapping[str, Any]) -> float:
+    """How far it is in all, of 100. `progress`: of its job."""
+    if one.state is not JobState.OPEN:
+        return 100.0 if one.state is JobState.DONE else 0.0
+    stage = str(progress.get("stage") or "")
+    begin, end = SPANS.get("downloading" if stage in FETCHING else stage, (0.0, 0.0))
+    total = float(progress.get("total") or 0)
+    part = min(float(progress.get("done") or 0) / total, 1.0) if total else 0.0
+    return round(begin + part * (end - begin), 1)

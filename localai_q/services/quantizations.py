@@ -1,0 +1,476 @@
+"""Quantizations: asked for, shown, stopped, taken from stage to stage, and made into models."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import IO, Any
+
+from localai_q import names
+from localai_q.cluster import sources
+from localai_q.cluster.backends import Op, has
+from localai_q.cluster.fleet import Fleet
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.models import Model, ModelConfig
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.quantizing import (
+    CAPABILITY,
+    KIND,
+    MOST,
+    MOST_ATTEMPTS,
+    TYPES,
+    File,
+    Order,
+    Quantization,
+    Spec,
+    Step,
+    choose,
+    default_name,
+    failure,
+    next_step,
+    percentage,
+    status,
+)
+from localai_q.cluster.states import JobState
+from localai_q.errors import (
+    Cancelled,
+    Conflict,
+    InvalidValue,
+    LocalAIError,
+    NotFound,
+    UnsupportedByModel,
+)
+from localai_q.gallery.catalog import BackendEntry
+from localai_q.services import galleries, models
+from localai_q.services import jobs as job_services
+from localai_q.services.backends import request_for
+from localai_q.services.nodes import UNHEALTHY_AFTER
+from localai_q.services.wiring import Services
+from localai_q.store import backends as wish_rows
+from localai_q.store import jobs as job_rows
+from localai_q.store import models as model_rows
+from localai_q.store import nodes as node_rows
+from localai_q.store import quantizations as rows
+from localai_q.store import replicas as replica_rows
+from localai_q.store.engine import clock
+
+log = logging.getLogger(__name__)
+
+STARTS_ANEW = frozenset(
+    {
+        "source",
+        "mirrors",
+        "sha256",
+        "size",
+        "memory",
+        "spread_all",
+        "min_replicas",
+        "max_replicas",
+        "idle_timeout",
+        "pinned",
+        "disabled",
+    }
+)  # what of a model's configuration is not that of a model made of it
+
+
+def backends(services: Services) -> list[dict[str, Any]]:
+    """Every backend that can quantize, and on which nodes it is."""
+    with services.db.transaction() as db:
+        known = node_rows.every(db)
+    return [
+        {"name": entry.name, "version": entry.version, "description": entry.description,
+         "types": list(TYPES), "nodes": [node.name for node in known if has(node, entry.name)]}
+        for entry in galleries.backends(services) if CAPABILITY in entry.capabilities
+    ]  # fmt: skip
+
+
+def create(services: Services, order: Order) -> dict[str, Any]:
+    """Have a file quantized; the quantization as `show` tells it.
+
+    Raises:
+        NotFound: there is no such model or backend.
+        InvalidValue: a file cannot be fetched so.
+        UnsupportedByModel: the model does not generate text, by which the result could be compared with it.
+        Conflict: there are too many.
+    """
+    entry = _backend(services, order.backend)
+    model, source = _source(services, order)
+    for file, param in ((source, "model"), (order.text, "text"), (order.extra_options.imatrix, "imatrix")):
+        if file:
+            _check(services, file, param)
+    spec = Spec(
+        source=source, quantization_type=order.quantization_type, backend=entry.name, text=order.text,
+        entry=galleries.record(services, entry.name), options=order.extra_options, model=model.name if model else "",
+        config=model.config if model else ModelConfig(),
+    )  # fmt: skip
+    name = order.name or default_name(order.model, order.quantization_type)
+    with services.db.transaction() as db:
+        if rows.count(db) >= MOST:
+            raise Conflict(f"There are {MOST} quantizations: delete some of them first.")
+        made = rows.add(db, name, spec)
+    log.info("quantization %s: %s to %s", made, order.model, order.quantization_type, extra={"action": "quantize"})
+    return show(services, made)
+
+
+def show(services: Services, quantization_id: str) -> dict[str, Any]:
+    """One quantization.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    return _shown(services, [_existing(services, quantization_id)])[0]
+
+
+def listed(services: Services) -> list[dict[str, Any]]:
+    """All quantizations, the newest first."""
+    with services.db.transaction() as db:
+        found = rows.every(db)
+    return _shown(services, found)
+
+
+def stop(services: Services, quantization_id: str) -> dict[str, Any]:
+    """Stop a quantization; what it has left goes. Answers like `show`; one that has ended stays so.
+
+    Raises:
+        NotFound: there is none of that id.
+    """
+    one = _existing(services, quantization_id)
+    with services.db.transaction() as db:
+        stopped = rows.end(db, one.id, JobState.CANCELLED)
+    if stopped:
+        if one.job_id:
+            _abort(services, one.job_id)
+        _forget_output(services, quantization_id)
+    return show(services, quantization_id)
+
+
+def remove(services: Services, quantization_id: str) -> None:
+    """Forget a quantization, and its file unless a model has that.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: it is not done.
+    """
+    one = _existing(services, quantization_id)
+    if one.state is JobState.OPEN:
+        raise Conflict(f"Quantization '{one.id}' is not done: stop it first.")
+    with services.db.transaction() as db:
+        rows.remove(db, one.id)
+    if one.output:
+        models.forget_file(services, f"{models.STORE}{one.output}")
+
+
+def import_model(services: Services, quantization_id: str, name: str | None) -> dict[str, Any]:
+    """Register what was made as a model: with what its source's model says of the engine, placed as any new one.
+
+    Returns `{"name", "id"}`.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: it is not done, or the name is taken.
+    """
+    one = _done(services, quantization_id)
+    spec, made = one.spec, one.result or {}
+    kept = spec.config.model_dump(exclude=set(STARTS_ANEW))
+    origin = f"{spec.quantization_type} of {spec.model or spec.source.source}"
+    config = ModelConfig.model_validate({
+        **kept, "source": f"{models.STORE}{one.output}", "sha256": one.output, "size": made["size"], "origin": origin,
+    })  # fmt: skip
+    added = models.add(services, name or one.name, config)
+    with services.db.transaction() as db:
+        rows.note_import(db, one.id, added["name"])
+    return added
+
+
+def download(services: Services, quantization_id: str, start: int) -> tuple[str, int, Iterator[bytes]]:
+    """A name for the file that was made, its size, and its bytes from `start` on.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: it is not done.
+    """
+    one = _done(services, quantization_id)
+    size, chunks = models.read_file(services, str(one.output), start)
+    return f"{PurePosixPath(one.name).name}.gguf", size, chunks
+
+
+def receive(
+    services: Services, node: Node, quantization_id: str, sha256: str, stream: IO[bytes], size: int | None
+) -> dict[str, Any]:
+    """Take the file that a node has made.
+
+    Raises:
+        NotFound: the node makes no such file any more.
+        InvalidValue, BodyTooLarge, Unavailable: as `models.keep_file`.
+    """
+    before = _made_by(services, node, quantization_id)
+    with services.db.transaction() as db:
+        rows.note(db, before, output=sha256)  # before it comes, so that nothing is left that nobody knows of
+    if before.output and before.output != sha256:
+        models.forget_file(services, f"{models.STORE}{before.output}")
+    try:
+        kept = models.keep_file(services, sha256, stream, size)
+        _made_by(services, node, quantization_id)
+    except LocalAIError:
+        models.forget_file(services, f"{models.STORE}{sha256}")
+        raise
+    return kept
+
+
+def advance(services: Services) -> None:
+    """Take every open quantization one step further."""
+    with services.db.transaction() as db:
+        found = rows.every(db, states=(JobState.OPEN,))
+        stages: dict[str, Job | None] = {one.job_id: job_rows.by_id(db, one.job_id) for one in found if one.job_id}
+    for one in reversed(found):
+        job = stages.get(one.job_id or "")
+        _take(services, next_step(one, job), one, job)
+
+
+# --- steps
+
+
+def _take(services: Services, step: Step, one: Quantization, job: Job | None) -> None:
+    reason = str((job.error or {}).get("message") or "") if job else "its job was forgotten"
+    match step:
+        case Step.WAIT:
+            return
+        case Step.PLACE:
+            _place(services, one)
+        case Step.QUANTIZE:
+            _quantize(services, one)
+        case Step.DONE:
+            _finish(services, one, (job.result if job else None) or {})
+        case Step.CANCELLED:
+            stop(services, one.id)
+        case Step.AGAIN:
+            _note_failure(services, one, reason)
+        case Step.FAIL:
+            _fail(services, one, reason)
+
+
+def _place(services: Services, one: Quantization) -> None:
+    """Find it a node, and have that install the backend; if there is none, say why."""
+    fleet, working = _fleet(services)
+    builds = galleries.backend(services, one.spec.backend).builds if one.spec.entry is None else _entry(one).builds
+    choice = choose(one, fleet, builds, working)
+    if choice.node_id is None:
+        if choice.reasons != one.reasons:
+            with services.db.transaction() as db:
+                rows.note(db, one, reasons=choice.reasons)
+        return
+    request = request_for(Op.INSTALL, one.spec.backend, one.spec.entry)
+    _begin(services, one, choice.node_id, Op.INSTALL.kind, request)
+
+
+def _quantize(services: Services, one: Quantization) -> None:
+    """Have its node make the file, if that has cores left for it; else it is placed anew."""
+    fleet, working = _fleet(services)
+    spec, node_id = one.spec, str(one.node_id)
+    own = Fleet(models=fleet.models, nodes=[node for node in fleet.nodes if node.id == node_id],
+                replicas=fleet.replicas, busy=fleet.busy, now=fleet.now, patience=fleet.patience)  # fmt: skip
+    builds = galleries.backend(services, spec.backend).builds if spec.entry is None else _entry(one).builds
+    choice = choose(one, own, builds, working - {node_id})
+    if choice.node_id is None:
+        with services.db.transaction() as db:
+            rows.note(db, one, job_id=None, node_id=None, reasons=choice.reasons)
+        return
+    request = {"kind": KIND, "name": one.name, "quantization": one.id, "engine": spec.backend,
+               "type": spec.quantization_type, "threads": choice.threads,
+               **spec.model_dump(mode="json", include={"source", "text", "options"})}  # fmt: skip
+    _begin(services, one, node_id, KIND, request)
+
+
+def _begin(services: Services, one: Quantization, node_id: str, kind: str, request: dict[str, Any]) -> None:
+    job_id = job_services.submit_node_job(services, kind=kind, node_id=node_id, model_id=None, request=request)
+    with services.db.transaction() as db:
+        noted = rows.note(db, one, node_id=node_id, job_id=job_id, reasons={})
+    if not noted:  # it was stopped meanwhile
+        _abort(services, job_id)
+
+
+def _finish(services: Services, one: Quantization, result: dict[str, Any]) -> None:
+    if result.get("sha256") != one.output or not models.file_path(services, str(one.output)).exists():
+        _note_failure(services, one, "its file has not come to the API's store")
+        return
+    with services.db.transaction() as db:
+        rows.end(db, one.id, JobState.DONE, result=result)
+    log.info("quantization %s is done: %s", one.id, one.name, extra={"action": "quantize"})
+
+
+def _note_failure(services: Services, one: Quantization, reason: str) -> None:
+    if len(one.failures) + 1 >= MOST_ATTEMPTS:
+        _fail(services, one, reason)
+        return
+    with services.db.transaction() as db:
+        failures = (*one.failures, failure(one, str(one.node_id), reason, clock(db)))
+        rows.note(db, one, node_id=None, job_id=None, failures=failures)
+    log.warning("quantization %s failed (%d of %d): %s", one.id, len(failures), MOST_ATTEMPTS, reason)
+
+
+def _fail(services: Services, one: Quantization, reason: str) -> None:
+    with services.db.transaction() as db:
+        failed = rows.end(db, one.id, JobState.FAILED, error=reason)
+    if failed:
+        _forget_output(services, one.id)
+        log.warning("quantization %s has failed: %s", one.id, reason, extra={"action": "quantize"})
+
+
+def _fleet(services: Services) -> tuple[Fleet, set[str]]:
+    """The cluster, and the nodes that work on a quantization."""
+    with services.db.transaction() as db:
+        known, where, what = model_rows.every(db), node_rows.every(db), replica_rows.every(db)
+        working = {str(one.node_id) for one in rows.every(db, states=(JobState.OPEN,)) if one.job_id}
+        now = clock(db)
+    busy = services.leases.owners([names.model_queue(model.id) for model in known])
+    patience = UNHEALTHY_AFTER * services.settings.heartbeat
+    return Fleet(models=known, nodes=where, replicas=what, busy=busy, now=now, patience=patience), working
+
+
+def _abort(services: Services, job_id: str) -> None:
+    """Cancel the job of a stage, unless others wait for it, too, as for a backend that is installed."""
+    with services.db.transaction() as db:
+        job = job_rows.by_id(db, job_id)
+        used = {one.job_id for one in rows.every(db, states=(JobState.OPEN,))}
+        used |= {replica.job_id for replica in replica_rows.every(db)} | {wish.job_id for wish in wish_rows.every(db)}
+    if job and job_id not in used:
+        job_services.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+
+
+# --- what is asked for
+
+
+def _backend(services: Services, name: str) -> BackendEntry:
+    able = {entry.name: entry for entry in galleries.backends(services) if CAPABILITY in entry.capabilities}
+    if not able:
+        raise NotFound("No backend in the catalogue can quantize.")
+    if name and name not in able:
+        raise InvalidValue(f"The backend '{name}' cannot quantize; there are: {', '.join(able)}.", param="backend")
+    return able[name] if name else next(iter(able.values()))
+
+
+def _entry(one: Quantization) -> BackendEntry:
+    return BackendEntry.model_validate(one.spec.entry)
+
+
+def _source(services: Services, order: Order) -> tuple[Model | None, File]:
+    """The model of that name, if there is one, and its file; else the source."""
+    with services.db.transaction() as db:
+        model = model_rows.by_name(db, order.model)
+    if model is None:
+        return None, _file(order)
+    if order.sha256 or order.mirrors or order.size:
+        raise InvalidValue(f"'{order.model}' is a model: its file is known.", param="sha256")
+    if not model.config.source:
+        raise InvalidValue(f"The model '{model.name}' has no file.", param="model")
+    if model.config.embeddings or model.config.rerank:
+        raise UnsupportedByModel(
+            f"The model '{model.name}' does not generate text, by which the result is compared with it.", param="model"
+        )
+    size = model.config.size or (model.facts.file_size if model.facts else 0)
+    return model, File(source=model.config.source, mirrors=model.config.mirrors, sha256=model.config.sha256, size=size)
+
+
+def _file(order: Order) -> File:
+    try:
+        source = sources.parse(order.model, order.mirrors)
+    except InvalidValue as error:
+        raise InvalidValue(
+            f"There is no model of that name, and as a source: {error.message}", param="model"
+        ) from error
+    stored = source.sha256 if isinstance(source, sources.Stored) else None
+    return File(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
+
+
+def _check(services: Services, file: File, param: str) -> None:
+    """Refuse a file that no node could fetch."""
+    try:
+        models.need_fetchable(services, file.source, file.mirrors, file.sha256)
+    except InvalidValue as error:
+        raise InvalidValue(error.message, param=param) from error
+
+
+# --- what is there
+
+
+def _existing(services: Services, quantization_id: str) -> Quantization:
+    with services.db.transaction() as db:
+        one = rows.by_id(db, quantization_id)
+    if one is None:
+        raise NotFound(f"There is no quantization '{quantization_id}'. 'localai-q quantize list' shows them.")
+    return one
+
+
+def _done(services: Services, quantization_id: str) -> Quantization:
+    one = _existing(services, quantization_id)
+    if one.state is not JobState.DONE:
+        raise Conflict(f"Quantization '{one.id}' is {status(one, '')}: there is no file yet.")
+    return one
+
+
+def _made_by(services: Services, node: Node, quantization_id: str) -> Quantization:
+    with services.db.transaction() as db:
+        one = rows.by_id(db, quantization_id)
+    if one is None or one.state is not JobState.OPEN or one.node_id != node.id:
+        raise NotFound(f"Node '{node.name}' does not work on quantization '{quantization_id}' any more.")
+    return one
+
+
+def _forget_output(services: Services, quantization_id: str) -> None:
+    """Delete what has come of a quantization that came to nothing."""
+    with services.db.transaction() as db:
+        one = rows.by_id(db, quantization_id)
+        if one and one.output:
+            rows.forget_output(db, one.id)
+    if one and one.output:
+        models.forget_file(services, f"{models.STORE}{one.output}")
+
+
+def _shown(services: Services, found: list[Quantization]) -> list[dict[str, Any]]:
+    open_jobs = [one.job_id for one in found if one.job_id]
+    progress = job_services.progress_of(services, open_jobs)
+    with services.db.transaction() as db:
+        node_names = {node.id: node.name for node in node_rows.every(db)}
+    return [_record(one, progress.get(one.job_id or "", {}), node_names) for one in found]
+
+
+def _record(one: Quantization, progress: Mapping[str, Any], node_names: Mapping[str, str]) -> dict[str, Any]:
+    """LocalAI's names, and what is known besides."""
+    spec = one.spec
+    stage = str(progress.get("stage") or "")
+    return {
+        "id": one.id,
+        "name": one.name,
+        "model": spec.model or spec.source.source,
+        "backend": spec.backend,
+        "quantization_type": spec.quantization_type,
+        "status": status(one, stage),
+        "state": one.state,
+        "message": one.error or _message(one, progress),
+        "progress_percent": percentage(one, progress),
+        "stage": stage or None,
+        "progress": dict(progress) or None,
+        "node": node_names.get(one.node_id or "", one.node_id),
+        "job": one.job_id,
+        "source": spec.source.model_dump(mode="json"),
+        "extra_options": spec.options.model_dump(mode="json", exclude_defaults=True),
+        "output_file": f"{models.STORE}{one.output}" if one.state is JobState.DONE else None,
+        "result": one.result,
+        "reasons": one.reasons,
+        "failures": [{"node": node_names.get(each.node_id, each.node_id), "reason": each.reason}
+                     for each in one.failures],
+        "import_model_name": one.imported or None,
+        "created": one.created,
+        "ended": one.ended,
+    }  # fmt: skip
+
+
+def _message(one: Quantization, progress: Mapping[str, Any]) -> str:
+    if one.state is not JobState.OPEN:
+        return ""
+    if one.job_id:
+        return str(progress.get("note") or "")
+    if one.reasons:
+        return "waits: " + "; ".join(f"{node}: {reason}" for node, reason in one.reasons.items())
+    return "waits for a node"

@@ -1,0 +1,175 @@
+"""Makes a quantized file on this node, and gives it to the API.
+
+Fetches what that needs (`workers.node.fetcher`), checks the source's header (`localai_q.gguf`), has the quantizer of the
+backend do the work in a process of its own (`workers/backends/llama_cpp/quantize.py`), sends the result to the API, and
+keeps it (`workers.node.store`). Where and when that is done is decided in `localai_q.cluster.quantizing`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from localai_q import gguf
+from localai_q.cluster.events import Progress
+from localai_q.cluster.quantizing import BITS, OTHER_BITS, Options
+from localai_q.errors import InvalidValue, Unavailable
+from workers import versions
+from workers.node.digests import Digest
+from workers.node.downloads import Report as Bytes
+from workers.node.downloads import hash_file
+from workers.node.fetcher import fetch, wanted_of
+from workers.node.installer import python_of
+from workers.node.sources import Access
+from workers.node.store import Store
+
+PROGRAM = "quantize.py"  # in the folder of a backend that can quantize
+CHUNK = 1 << 20  # bytes
+NEEDED = 60.0  # seconds between two times that the source is said to be needed
+PLAIN = frozenset({"f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64"})  # types of tensors that are not quantized
+
+Report = Callable[[Progress], None]
+
+
+def quantize(request: dict[str, Any], models: Path, backends: Path, access: Access, report: Report) -> dict[str, Any]:
+    """Do what the request of a job says; the result as `Quantization.result` keeps it.
+
+    Args:
+        models: the folder of all models of this node.
+        backends: the folder of all backends.
+
+    Raises:
+        InvalidValue: the source is no GGUF file, or is quantized already and may not be.
+        Unavailable: it cannot be fetched, made, loaded or given to the API.
+    """
+    return _Work(request, models, backends, access, report).result()
+
+
+def discard(request: dict[str, Any], models: Path) -> None:
+    """Remove what a quantization that was cancelled has left."""
+    Store(models).discard(str(request["quantization"]))
+
+
+class _Work:
+    """One quantization on its way."""
+
+    def __init__(self, request: dict[str, Any], models: Path, backends: Path, access: Access, report: Report) -> None:
+        self._request = request
+        self._models = models
+        self._backends = backends
+        self._access = access
+        self._report = report
+        self._store = Store(models, access.settings.disk_spare)
+        self._id = str(request["quantization"])
+        self._options = Options.model_validate(request["options"])
+
+    def result(self) -> dict[str, Any]:
+        source = self._fetched(self._request["source"])
+        before = _checked(source, self._options)
+        text = self._fetched(self._request["text"]) if self._request["text"] else None
+        imatrix = self._fetched(self._options.imatrix.model_dump()) if self._options.imatrix else None
+        part = self._store.part(self._id, "quantized.part")
+        with self._store.alone(self._id):
+            try:
+                bits = BITS.get(self._request["type"], OTHER_BITS)
+                self._store.need_room(int(before.parameters * bits / 8))
+                measured = self._made(source, part, text, imatrix)
+                with part.open("rb") as file:
+                    found = hash_file(file, part.stat().st_size, Bytes(self._report))
+                facts = gguf.read_facts(part)
+                self._give(part, found)
+                self._store.keep(part, found.sha256, found.beginnings)
+            finally:
+                part.unlink(missing_ok=True)
+        return {"sha256": found.sha256, "size": found.size, "source_sha256": source.name,
+                "source_size": source.stat().st_size, "architecture": facts.architecture, **measured}  # fmt: skip
+
+    def _fetched(self, file: dict[str, Any]) -> Path:
+        return fetch(wanted_of(file), self._models, self._access, self._report)
+
+    def _made(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
+        """Have the backend's program make the file and measure it; what it has measured."""
+        folder, descriptor = versions.hold(versions.pointer(self._backends, str(self._request["engine"])))
+        try:
+            if not (folder / PROGRAM).is_file():
+                raise Unavailable(f"the backend {self._request['engine']} on this node has no quantizer: upgrade it")
+            options = self._options.model_dump(mode="json", exclude={"imatrix"}, exclude_defaults=True)
+            if imatrix:
+                options["imatrix"] = str(imatrix)
+            order = {"source": str(source), "result": str(part), "type": self._request["type"], "options": options,
+                     "threads": _threads(int(self._request["threads"])), "text": str(text) if text else None}  # fmt: skip
+            needed = time.monotonic()
+            for said in _run([str(python_of(folder)), PROGRAM], folder, order):
+                if "progress" in said:
+                    self._report(Progress(**said["progress"]))
+                if "error" in said:
+                    raise InvalidValue(f"it cannot be quantized: {said['error']}")
+                if "result" in said:
+                    return dict(said["result"])
+                if time.monotonic() - needed > NEEDED:
+                    needed = time.monotonic()
+                    self._store.find(source.name)
+        finally:
+            os.close(descriptor)
+        raise Unavailable("the quantizer has ended without a word")
+
+    def _give(self, part: Path, found: Digest) -> None:
+        api = self._access.peers
+        if api is None:
+            raise Unavailable("there is no API to give the file to")
+        api.give(self._id, found.sha256, part, lambda sent: self._say("uploading", sent, found.size))
+
+    def _say(self, stage: str, done: int, total: int) -> None:
+        self._report(Progress(stage=stage, done=done, total=total, unit="bytes"))
+
+
+def _checked(source: Path, options: Options) -> gguf.Tensors:
+    """What the tensors of the source are.
+
+    Raises:
+        InvalidValue: it is damaged, a part of a model, or quantized already though that was not allowed.
+    """
+    gguf.read_facts(source)
+    found = gguf.read_tensors(source)
+    if found.parts > 1:
+        raise InvalidValue(f"The file is one of {found.parts} parts of a model: merge them first.", param="source")
+    quantized = sorted(set(found.types) - PLAIN)
+    if quantized and not options.allow_requantize:
+        raise InvalidValue(
+            f"The source is quantized already ({', '.join(quantized)}), which loses more than quantizing the original: "
+            "give allow_requantize (--allow-requantize) to do it all the same.",
+            param="allow_requantize",
+        )
+    return found
+
+
+def _threads(most: int) -> int:
+    """Cores that nobody has used lately, of so many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(max(1, round(cores - os.getloadavg()[0])), most)
+
+
+def _run(command: list[str], folder: Path, order: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What the program says. It runs in this process's group, and ends when this process does."""
+    process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(order) + "\n")
+        process.stdin.flush()
+        for line in process.stdout:
+            yield json.loads(line)
+        if code := process.wait():
+            raise Unavailable(f"the quantizer ended with exit code {code}")
+    except BrokenPipeError as error:
+        raise Unavailable(f"the quantizer does not start: exit code {process.wait()}") from error
+    finally:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+        process.stdout.close()
