@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -24,7 +23,7 @@ IN_BRIEF = ("perplexity", "bits_per_weight")
 class _Group(TyperGroup):
     """A group whose command is `start` where none is named."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = [START, *args]
         return super().parse_args(ctx, args)
@@ -68,9 +67,9 @@ def start(
 
     Examples:
 
-        localai-q quantize smollm2-135m-instruct --type q8_0 --allow-requantize --import
+        localai-q quantize --type q8_0 --allow-requantize --import smollm2-135m-instruct
 
-        localai-q quantize huggingface://owner/repo/model-f16.gguf --type q4_k_m --name small
+        localai-q quantize --type q4_k_m --name small huggingface://owner/repo/model-f16.gguf
     """
     if import_ and no_wait:
         raise InvalidValue("--import waits until it is done: leave out --no-wait")

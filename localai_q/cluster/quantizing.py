@@ -47,7 +47,7 @@ TensorType = Literal[
     "iq3_s", "iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s",
 ]  # fmt: skip
 TYPES: tuple[Quantized, ...] = get_args(Quantized)
-WITH_IMATRIX: frozenset[Quantized] = frozenset({"iq3_xxs", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
+WITH_IMATRIX: frozenset[Quantized] = frozenset({"iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
 
 
 class File(BaseModel):

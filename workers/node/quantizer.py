@@ -108,7 +108,9 @@ class _Work:
                 if "progress" in said:
                     self._report(Progress(**said["progress"]))
                 if "error" in said:
-                    raise InvalidValue(f"it cannot be quantized: {said['error']}")
+                    self._store.need_room(0)  # a full disk is not the order's fault
+                    kind = Unavailable if said.get("here") else InvalidValue
+                    raise kind(f"it cannot be quantized: {said['error']}")
                 if "result" in said:
                     return dict(said["result"])
                 if time.monotonic() - needed > NEEDED:

@@ -1,8 +1,9 @@
 """Quantizes a GGUF file, and measures what that has cost: `python quantize.py`, a program of its own.
 
 Reads the order from stdin, one line of JSON, and writes lines of JSON to stdout: `{"progress": …}` as it goes, and at the
-end `{"result": …}` or `{"error": …}`. It works at the lowest priority, and ends when its stdin does. What is quantized
-where, and what becomes of the file, is the business of whoever starts it.
+end `{"result": …}` or `{"error": …}`, with `"here": true` where another machine may be able to. It works at the lowest
+priority, and ends when its stdin does. What is quantized where, and what becomes of the file, is the business of whoever
+starts it.
 
 The order: `source`, `result` (paths), `type` (as "q4_k_m"), `threads`, `text` (the path of a text to measure with; None: the
 one beside this program), and `options`: fields of the library's `llama_model_quantize_params`, as `TYPES` and `FLAGS` name
@@ -199,10 +200,12 @@ def main() -> None:
     try:
         quantize(order, log)
         log.say(result=compare(order, log))
-    except (Failed, OSError, MemoryError) as error:
-        log.say(error=str(error) or type(error).__name__)
+    except Failed as error:
+        log.say(error=str(error))
     except imatrix.Damaged as error:
         log.say(error=f"the imatrix cannot be read: {error}")
+    except (OSError, MemoryError) as error:  # of this machine
+        log.say(error=str(error) or "there is not enough memory", here=True)
     os._exit(0)  # the library's destructors have nothing to save
 
 
