@@ -14,12 +14,11 @@ from pydantic import BaseModel, ConfigDict
 from api.bodies import parse
 from api.openai.serving import KEEPALIVE
 from api.sse import HEADERS, RETRY, comment, sse
-from api.web import web
+from api.web import Web, web
 from localai_q.cluster.models import ModelName
 from localai_q.cluster.quantizing import Order
 from localai_q.errors import LocalAIError
 from localai_q.services import quantizations
-from localai_q.services.wiring import Services
 
 routes = Blueprint("quantization", __name__, url_prefix="/api/quantization")
 
@@ -78,9 +77,9 @@ def import_model(quantization_id: str) -> tuple[dict[str, Any], int]:
 @routes.get("/jobs/<id:quantization_id>/progress")
 def follow(quantization_id: str) -> Response:
     """What is new of it, as server-sent events, up to its end."""
-    services = web().services
-    first = quantizations.show(services, quantization_id)
-    return Response(_events(services, first), headers=HEADERS)
+    process = web()
+    first = quantizations.show(process.services, quantization_id)
+    return Response(_events(process, first), headers=HEADERS)
 
 
 @routes.get("/jobs/<id:quantization_id>/download")
@@ -95,7 +94,7 @@ def download(quantization_id: str) -> Response:
     return Response(chunks, 206 if asked else 200, headers, mimetype="application/octet-stream")
 
 
-def _events(services: Services, shown: dict[str, Any]) -> Iterator[bytes]:
+def _events(process: Web, shown: dict[str, Any]) -> Iterator[bytes]:
     told: dict[str, Any] = {}
     spoken = time.monotonic()
     while True:
@@ -108,12 +107,12 @@ def _events(services: Services, shown: dict[str, Any]) -> Iterator[bytes]:
             yield comment("waiting")
         if shown["state"] != "open":
             return
-        if web().streams.stopping:
+        if process.streams.stopping:
             yield RETRY
             return
         time.sleep(LOOK)
         try:
-            shown = quantizations.show(services, shown["id"])
+            shown = quantizations.show(process.services, shown["id"])
         except LocalAIError as error:
             yield sse(json.dumps(error.body()))
             return

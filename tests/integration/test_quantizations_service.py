@@ -1,0 +1,411 @@
+"""Quantizations as the API has them: asked for, taken from stage to stage and from node to node, made into models.
+
+What a node does is done by the test; how it does it is tested in `test_quantizer`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cluster_data import SECRET, add_model, api_over_http, claim, join, model_named, node_named, ready_node
+from gguf_files import gguf
+
+from api.admin import quantization as api_quantization
+from localai_q import names
+from localai_q.cluster.events import End, Progress
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
+from localai_q.cluster.states import JobState
+from localai_q.errors import Conflict, NotFound
+from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations
+from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
+from localai_q.store import quantizations as rows
+
+SOURCE, TEXT = "a" * 64, "b" * 64
+RESULT = gguf()
+SHA = hashlib.sha256(RESULT).hexdigest()
+ABLE = """
+- name: able
+  version: "1"
+  description: d
+  capabilities: [quantize]
+  builds: {cpu: {archive: {source: "https://x.example/able.tgz", sha256: "%s"}}}
+""" % ("0" * 64)
+MADE = {"sha256": SHA, "size": len(RESULT), "source_sha256": SOURCE, "source_size": 1000, "architecture": "llama",
+        "perplexity": 12.5, "source_perplexity": 12.0, "bits_per_weight": 4.5, "source_bits_per_weight": 16.0,
+        "kl_divergence": 0.01, "tokens": 256}  # fmt: skip
+
+
+@pytest.fixture
+def services(services: Services, tmp_path: Path) -> Services:
+    """Services with a backend that can quantize, and a model of it."""
+    gallery = tmp_path / "gallery.yaml"
+    gallery.write_text(ABLE)
+    found = replace(services, settings=services.settings.model_copy(update={"backend_galleries": str(gallery)}))
+    add_model(found, "big", source="https://host/m.gguf", sha256=SOURCE, size=1000, context_size=77, pinned=True,
+              options=("a:b",))  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def node(services: Services) -> Node:
+    return ready_node(services)
+
+
+@pytest.fixture
+def http(services: Services) -> Iterator[httpx.Client]:
+    """An admin's client of the API."""
+    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
+    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
+        yield client
+
+
+def ask(services: Services, **order: Any) -> str:
+    """The id of a new quantization."""
+    return quantizations.create(services, Order(**{"model": "big", "backend": "able", **order}))["id"]
+
+
+def shown(services: Services, made: str) -> dict[str, Any]:
+    quantizations.advance(services)
+    return quantizations.show(services, made)
+
+
+def request_of(services: Services, job_id: str) -> dict[str, Any]:
+    with services.db.transaction() as db:
+        return job_rows.request(db, job_id)
+
+
+def end(services: Services, made: str, at: Node, error: str = "", **result: Any) -> None:
+    """The node ends the stage that is under way."""
+    job_id = quantizations.show(services, made)["job"]
+    lease = claim(services, job_id, names.node_jobs_queue(at.id), at.id)
+    state = JobState.FAILED if error else JobState.DONE
+    told = End(state=state, result=result or None, error={"error": error, "message": "no luck"} if error else None)
+    services.leases.finish(lease, lease.last_index + 1, told, node_id=at.id)
+    jobs.apply_ends(services)
+
+
+def give(
+    http: httpx.Client, made: str, at: Node, content: bytes = RESULT, sha256: str = SHA, secret: str = SECRET
+) -> int:
+    """The node sends its file; the status of the answer."""
+    url = f"/api/node/{at.id}/quantizations/{made}/result/{sha256}"
+    return http.put(url, content=content, headers={"Authorization": f"Bearer {secret}"}).status_code
+
+
+def begun(services: Services, at: Node, **order: Any) -> str:
+    """A quantization whose file its node makes now."""
+    made = ask(services, **order)
+    shown(services, made)
+    end(services, made, at)
+    shown(services, made)
+    return made
+
+
+def done(services: Services, http: httpx.Client, at: Node, **order: Any) -> str:
+    made = begun(services, at, **order)
+    assert give(http, made, at) == 201
+    end(services, made, at, **MADE)
+    assert shown(services, made)["status"] == "completed"
+    return made
+
+
+def files(services: Services) -> list[str]:
+    folder = services.settings.home / "files"
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_from_an_order_to_a_model(services: Services, node: Node, http: httpx.Client) -> None:
+    body = {
+        "model": "big",
+        "backend": "able",
+        "quantization_type": "q8_0",
+        "extra_options": {"allow_requantize": "true"},
+    }
+    made = http.post("/api/quantization/jobs", json=body).raise_for_status().json()
+    assert (made["status"], made["name"], made["state"]) == ("queued", "big-q8_0", "open")
+    installing = shown(services, made["id"])
+    job = jobs.show(services, installing["job"], keys.create(services, name="b", role="admin")[0])
+    assert (job["kind"], job["node"], job["subject"]) == ("install_backend", "n1", "able")
+    assert request_of(services, installing["job"])["entry"]["name"] == "able"
+    end(services, made["id"], node)
+    making = shown(services, made["id"])
+    wanted = request_of(services, making["job"])
+    assert wanted == {
+        "kind": "quantize", "name": "big-q8_0", "quantization": made["id"], "engine": "able", "type": "q8_0", "threads": 2,
+        "source": {"source": "https://host/m.gguf", "mirrors": [], "sha256": SOURCE, "size": 1000}, "text": None,
+        "options": {**wanted["options"], "allow_requantize": True},
+    }  # fmt: skip
+    lease = claim(services, making["job"], names.node_jobs_queue(node.id), node.id)
+    half = Progress(stage="quantizing", done=5, total=10, unit="tensors")
+    services.leases.append([(lease, lease.last_index + 1, [half])])
+    working = shown(services, made["id"])
+    assert (working["status"], working["progress_percent"], working["node"]) == ("quantizing", 40.0, "n1")
+    assert give(http, made["id"], node) == 201
+    services.leases.finish(lease, lease.last_index + 2, End(state=JobState.DONE, result=MADE), node_id=node.id)
+    jobs.apply_ends(services)
+    ended = shown(services, made["id"])
+    assert (ended["status"], ended["progress_percent"], ended["result"]) == ("completed", 100.0, MADE)
+    assert [one["id"] for one in http.get("/api/quantization/jobs").json()] == [made["id"]]
+    answer = http.get(f"/api/quantization/jobs/{made['id']}/download")
+    assert (answer.content, answer.headers["Content-Disposition"]) == (RESULT, 'attachment; filename="big-q8_0.gguf"')
+    part = http.get(f"/api/quantization/jobs/{made['id']}/download", headers={"Range": "bytes=10-"})
+    assert (part.status_code, part.content) == (206, RESULT[10:])
+    told = http.post(f"/api/quantization/jobs/{made['id']}/import").raise_for_status().json()
+    assert told["model_name"] == "big-q8_0"
+    model = model_named(services, "big-q8_0")
+    config = model.config
+    assert (config.source, config.sha256, config.size) == (f"store:{SHA}", SHA, len(RESULT))
+    assert (config.backend, config.context_size, config.options, config.pinned) == ("echo", 77, ("a:b",), False)
+    assert (config.origin, model.facts.blocks) == ("q8_0 of big", 2)
+    assert next(each for each in models.listed(services) if each["name"] == "big-q8_0")["origin"] == "q8_0 of big"
+    assert shown(services, made["id"])["import_model_name"] == "big-q8_0"
+    assert http.post(f"/api/quantization/jobs/{made['id']}/import", json={"name": "big"}).status_code == 409
+    http.delete(f"/api/quantization/jobs/{made['id']}").raise_for_status()
+    assert files(services) == [SHA], "the model has it"
+    models.remove(services, "big-q8_0")
+    assert files(services) == []
+
+
+def test_a_file_goes_with_the_last_that_needs_it(services: Services, node: Node, http: httpx.Client) -> None:
+    made = done(services, http, node)
+    quantizations.import_model(services, made, "small")
+    models.remove(services, "small")
+    assert files(services) == [SHA]
+    quantizations.remove(services, made)
+    assert files(services) == []
+    with pytest.raises(NotFound):
+        quantizations.show(services, made)
+
+
+def test_it_waits_with_the_reasons_until_a_node_can(services: Services) -> None:
+    made = ask(services)
+    assert shown(services, made)["message"] == "waits for a node"
+    node = ready_node(services)
+    nodes.heartbeat(services, node, hardware={"cpus": 2, "ram_total": 10**9, "ram_available": 10**9})
+    waiting = shown(services, made)
+    assert (waiting["status"], list(waiting["reasons"])) == ("queued", ["n1"])
+    assert waiting["message"].startswith("waits: n1: needs 1.1 GB, ")
+    nodes.heartbeat(services, node, hardware={"cpus": 2, "ram_total": 10**10, "ram_available": 10**10})
+    going = shown(services, made)
+    assert (going["node"], going["reasons"]) == ("n1", {})
+
+
+def test_the_death_of_its_node_begins_it_elsewhere(services: Services, node: Node, http: httpx.Client) -> None:
+    made = begun(services, node)
+    assert give(http, made, node) == 201
+    other = ready_node(services, "n2", "other")
+    join(services, "n1")  # its process was started anew
+    assert shown(services, made)["job"] is None
+    again = shown(services, made)
+    assert (again["node"], again["status"]) == ("n2", "queued")
+    assert [failure["node"] for failure in again["failures"]] == ["n1"]
+    assert "was started anew" in again["failures"][0]["reason"]
+    assert give(http, made, node_named(services, "n1")) == 404, "it is not its any more"
+    end(services, made, other)
+    shown(services, made)
+    assert give(http, made, other, secret="other") == 201
+    end(services, made, other, **MADE)
+    assert shown(services, made)["status"] == "completed"
+
+
+def test_a_node_without_idle_cores_gives_it_up_before_the_file_is_made(
+    services: Services, node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ask(services)
+    shown(services, made)
+    end(services, made, node)
+    nodes.drain(services, node)
+    given_up = shown(services, made)
+    assert (given_up["job"], given_up["reasons"], given_up["failures"]) == (None, {"n1": "draining"}, [])
+
+
+def test_what_fails_everywhere_fails_after_some_attempts(services: Services) -> None:
+    made = ask(services)
+    for number in range(MOST_ATTEMPTS):
+        at = ready_node(services, f"n{number}", f"s{number}")
+        shown(services, made)
+        end(services, made, at, error="Unavailable")
+        shown(services, made)
+    failed = shown(services, made)
+    assert (failed["status"], failed["message"], len(failed["failures"])) == ("failed", "no luck", MOST_ATTEMPTS - 1)
+
+
+def test_what_can_never_be_made_fails_at_once(services: Services, node: Node, http: httpx.Client) -> None:
+    made = begun(services, node)
+    give(http, made, node)
+    end(services, made, node, error="InvalidValue")
+    failed = shown(services, made)
+    assert (failed["status"], failed["message"], failed["failures"]) == ("failed", "no luck", [])
+    assert files(services) == []
+    for path in ("download", "import"):
+        answer = http.request("GET" if path == "download" else "POST", f"/api/quantization/jobs/{made}/{path}")
+        assert (answer.status_code, "is failed" in answer.text) == (409, True)
+
+
+def test_an_end_without_the_file_is_a_failure(services: Services, node: Node) -> None:
+    made = begun(services, node)
+    end(services, made, node, **MADE)
+    assert shown(services, made)["failures"][0]["reason"] == "its file has not come to the API's store"
+
+
+@pytest.mark.parametrize("stage", ["waiting", "installing", "making", "sent"])
+def test_stopped_at_any_stage_nothing_of_it_is_left(
+    services: Services, node: Node, http: httpx.Client, stage: str
+) -> None:
+    if stage == "waiting":
+        nodes.drain(services, node)
+    made = ask(services) if stage in ("waiting", "installing") else begun(services, node)
+    job_id = shown(services, made)["job"]
+    if stage == "sent":
+        give(http, made, node)
+    assert http.post(f"/api/quantization/jobs/{made}/stop").json()["status"] == "stopped"
+    jobs.apply_ends(services)
+    with services.db.transaction() as db:
+        assert job_rows.open_jobs(db) == []
+        assert not job_id or job_rows.by_id(db, job_id).state is JobState.CANCELLED
+    assert give(http, made, node) == 404
+    assert files(services) == []
+    assert shown(services, made)["status"] == "stopped"
+    assert http.post(f"/api/quantization/jobs/{made}/stop").json()["status"] == "stopped"
+    http.delete(f"/api/quantization/jobs/{made}").raise_for_status()
+
+
+def test_an_install_that_others_wait_for_goes_on(services: Services, node: Node) -> None:
+    first, second = ask(services), ask(services, quantization_type="q8_0")
+    quantizations.advance(services)
+    installing = quantizations.show(services, first)["job"]
+    with services.db.transaction() as db:
+        rows.note(db, rows.by_id(db, second), job_id=installing, node_id=node.id)
+    quantizations.stop(services, first)
+    with services.db.transaction() as db:
+        assert job_rows.by_id(db, installing).state is JobState.OPEN
+
+
+def test_one_node_makes_one_at_a_time(services: Services, node: Node) -> None:
+    first, second = ask(services), ask(services, quantization_type="q8_0")
+    assert shown(services, first)["node"] == "n1"
+    assert shown(services, second)["reasons"] == {"n1": "works on another quantization"}
+
+
+def test_an_open_one_is_not_deleted(services: Services, node: Node) -> None:
+    made = begun(services, node)
+    with pytest.raises(Conflict, match="stop it first"):
+        quantizations.remove(services, made)
+
+
+def test_a_job_that_is_cancelled_stops_it_and_is_not_tried_again(services: Services, node: Node) -> None:
+    made = begun(services, node)
+    admin = keys.create(services, name="b", role="admin")[0]
+    job_id = quantizations.show(services, made)["job"]
+    jobs.cancel(services, job_id, admin)
+    jobs.apply_ends(services)
+    assert shown(services, made)["status"] == "stopped"
+    with pytest.raises(Conflict, match="a step of a quantization"):
+        jobs.retry(services, job_id, admin)
+
+
+def test_only_its_node_sends_its_file_and_only_the_right_one(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    made = begun(services, node)
+    other = ready_node(services, "n2", "other")
+    assert give(http, made, other, secret="other") == 404
+    assert give(http, made, node, content=b"another") == 400
+    assert give(http, made, node, sha256="x") == 400
+    assert files(services) == []
+    assert give(http, "nothing", node) == 404
+
+
+def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Services, node: Node, http) -> None:
+    holder = ready_node(services, "n2", "other")
+    hardware = {"files": [SOURCE, TEXT], "files_address": "10.0.0.2:7000", "ram_total": 10**9, "ram_available": 1}
+    nodes.heartbeat(services, holder, hardware=hardware)
+    models_file = {"source": "https://host/text", "sha256": TEXT}
+    models.remove(services, "big")
+    made = begun(services, node, model="https://host/m.gguf", sha256=SOURCE, text=models_file)
+    for sha256 in (SOURCE, TEXT):
+        assert [one["name"] for one in holders.find(services, node, sha256, called="h")["holders"]] == ["n2"]
+    with pytest.raises(NotFound):
+        holders.find(services, holder, SOURCE, called="h")
+    assert cleaning.unnamed_on(services, node_named(services, "n2")) == []
+    give(http, made, node)
+    end(services, made, node, **MADE)
+    shown(services, made)
+    nodes.heartbeat(services, node, hardware={"files": [SHA, SOURCE]})
+    assert cleaning.unnamed_on(services, node_named(services, "n1")) == [SOURCE]
+
+
+@pytest.mark.parametrize(
+    ("order", "status", "says"),
+    [
+        ({"model": "ghost"}, 400, "There is no model of that name, and as a source: 'ghost' is no source"),
+        ({"model": "https://host/m.gguf"}, 400, "needs its SHA-256"),
+        ({"model": f"store:{TEXT}"}, 400, "has not been uploaded"),
+        ({"model": "big", "sha256": SOURCE}, 400, "its file is known"),
+        ({"model": "nothing"}, 400, "has no file"),
+        ({"model": "vectors"}, 400, "does not generate text"),
+        ({"model": "big", "backend": "echo"}, 400, "The backend 'echo' cannot quantize"),
+        ({"model": "big", "text": {"source": "https://host/t"}}, 400, "needs its SHA-256"),
+        ({"model": "big", "extra_options": {"imatrix": {"source": "x"}}}, 400, "no source"),
+        ({"model": "big", "extra_options": {"dry_run": True}}, 400, "extra_options.dry_run"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(services: Services, http, order: dict, status: int, says: str) -> None:
+    add_model(services, "nothing")
+    add_model(services, "vectors", source="https://host/v.gguf", sha256=TEXT, embeddings=True)
+    answer = http.post("/api/quantization/jobs", json={"backend": "able", **order})
+    assert answer.status_code == status
+    assert says in answer.json()["error"]["message"]
+    assert quantizations.listed(services) == []
+
+
+def test_there_are_not_more_than_can_be_kept(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantizations, "MOST", 1)
+    ask(services)
+    with pytest.raises(Conflict, match="delete some"):
+        ask(services)
+
+
+def test_the_backends_that_can(services: Services, http: httpx.Client) -> None:
+    found = {one["name"]: one for one in http.get("/api/quantization/backends").json()}
+    assert "echo" not in found
+    assert found["able"]["nodes"] == []
+    assert {"q4_k_m", "q8_0"} <= set(found["able"]["types"])
+
+
+def test_its_progress_is_told_as_events_up_to_its_end(
+    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api_quantization, "LOOK", 0.01)
+    made = begun(services, node)
+    give(http, made, node)
+    told = []
+    with http.stream("GET", f"/api/quantization/jobs/{made}/progress") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                told.append(json.loads(line.removeprefix("data: ")))
+                if len(told) == 1:
+                    end(services, made, node, **MADE)
+                    quantizations.advance(services)
+    assert [event["status"] for event in told] == ["queued", "completed"]
+    assert told[-1] == {
+        "job_id": made, "status": "completed", "progress_percent": 100.0, "message": "", "output_file": f"store:{SHA}",
+        "extra_metrics": {name: value for name, value in MADE.items() if not isinstance(value, str)},
+    }  # fmt: skip
+
+
+def test_one_that_waits_is_an_operation_that_can_be_cancelled(services: Services, http: httpx.Client) -> None:
+    made = ask(services)
+    (operation,) = http.get("/api/operations").json()["operations"]
+    assert (operation["jobID"], operation["taskType"], operation["isQueued"]) == (made, "quantization", True)
+    http.post(f"/api/operations/{made}/cancel").raise_for_status()
+    assert shown(services, made)["status"] == "stopped"
+    assert http.get("/api/operations").json()["operations"] == []
+    assert http.post("/api/operations/nothing/cancel").status_code == 404
