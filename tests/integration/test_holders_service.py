@@ -52,9 +52,9 @@ def test_holders_are_told_with_a_ticket_each(services: Services, asker: Node) ->
 def test_only_what_the_node_is_to_run_is_told(services: Services, asker: Node) -> None:
     holder = has(services, "n2", FILE, OTHER)
     for node, sha256 in ((asker, OTHER), (asker, "c" * 64), (holder, FILE)):
-        with pytest.raises(NotFound, match="No model that node"):
+        with pytest.raises(NotFound, match="nothing to do with the file"):
             holders.find(services, node, sha256, called=AT)
-        with pytest.raises(NotFound, match="No model that node"):
+        with pytest.raises(NotFound, match="nothing to do with the file"):
             holders.blame(services, node, sha256, holder.id)
     with pytest.raises(InvalidValue, match="64 characters"):
         holders.find(services, asker, "../../etc/passwd", called=AT)

@@ -37,7 +37,7 @@ class Told:
 
     def holders(self, sha256: str) -> dict:
         if not self.knows:
-            raise NotFound("No model that node 'n1' is to run has the file.")
+            raise NotFound("nothing to do with the file 'n1' is to run has the file.")
         found = [self.change(each.told(sha256)) for each in self.named]
         self.named = self.named + self.later
         return {"holders": found, "stored": self.stored}

@@ -409,3 +409,11 @@ def test_one_that_waits_is_an_operation_that_can_be_cancelled(services: Services
     assert shown(services, made)["status"] == "stopped"
     assert http.get("/api/operations").json()["operations"] == []
     assert http.post("/api/operations/nothing/cancel").status_code == 404
+
+
+def test_a_stage_that_has_ended_is_not_pruned_before_it_is_learnt_of(services: Services, node: Node) -> None:
+    made = begun(services, node)
+    end(services, made, node, error="InvalidValue")
+    assert jobs.prune(services, older_than=0.0, states=(), kinds=()) == 1, "the install"
+    assert shown(services, made)["status"] == "failed"
+    assert jobs.prune(services, older_than=0.0, states=(), kinds=()) == 1
