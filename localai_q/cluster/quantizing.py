@@ -20,7 +20,7 @@ from localai_q.cluster.builds import choose as build_for
 from localai_q.cluster.capacity import Site, disk_free, disk_spare, human, is_silent
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import SHA256, ModelConfig, ModelName
+from localai_q.cluster.models import SHA256, File, ModelConfig, ModelName
 from localai_q.cluster.nodes import on_nodes
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.states import JobState, NodeState
@@ -50,15 +50,10 @@ TYPES: tuple[Quantized, ...] = get_args(Quantized)
 WITH_IMATRIX: frozenset[Quantized] = frozenset({"iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
 
 
-class File(BaseModel):
-    """A file that is fetched, as that of a model."""
+class Source(File):
+    """What is quantized."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    source: str = Field(min_length=1, max_length=2000)
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)
-    sha256: str | None = Field(None, pattern=SHA256)
-    size: int = Field(0, ge=0)  # bytes; 0: not known
 
 
 class Options(BaseModel):
@@ -105,7 +100,7 @@ class Spec(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    source: File
+    source: Source
     quantization_type: Quantized
     backend: str
     entry: dict[str, Any] | None = None  # of the backend, where a gallery has it

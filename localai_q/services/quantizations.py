@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import IO, Any
 
@@ -12,7 +13,7 @@ from localai_q.cluster import sources
 from localai_q.cluster.backends import Op, has
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import Model, ModelConfig
+from localai_q.cluster.models import File, Model, ModelConfig
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import (
     CAPABILITY,
@@ -20,9 +21,9 @@ from localai_q.cluster.quantizing import (
     MOST,
     MOST_ATTEMPTS,
     TYPES,
-    File,
     Order,
     Quantization,
+    Source,
     Spec,
     Step,
     choose,
@@ -42,7 +43,7 @@ from localai_q.errors import (
     UnsupportedByModel,
 )
 from localai_q.gallery.catalog import BackendEntry
-from localai_q.services import galleries, models
+from localai_q.services import galleries, models, uploads
 from localai_q.services import jobs as job_services
 from localai_q.services.backends import request_for
 from localai_q.services.nodes import UNHEALTHY_AFTER
@@ -96,9 +97,10 @@ def create(services: Services, order: Order) -> dict[str, Any]:
     """
     entry = _backend(services, order.backend)
     model, source = _source(services, order)
-    for file, param in ((source, "model"), (order.text, "text"), (order.extra_options.imatrix, "imatrix")):
+    _check(services, source, source.mirrors, "model")
+    for name, file in (("text", order.text), ("imatrix", order.extra_options.imatrix)):
         if file:
-            _check(services, file, param)
+            _check(services, file, (), name)
     spec = Spec(
         source=source, quantization_type=order.quantization_type, backend=entry.name, text=order.text,
         entry=galleries.record(services, entry.name), options=order.extra_options, model=model.name if model else "",
@@ -158,7 +160,7 @@ def remove(services: Services, quantization_id: str) -> None:
     with services.db.transaction() as db:
         rows.remove(db, one.id)
     if one.output:
-        models.forget_file(services, f"{models.STORE}{one.output}")
+        models.forget_stored(services, {one.output})
 
 
 def import_model(services: Services, quantization_id: str, name: str | None) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def download(services: Services, quantization_id: str, start: int) -> tuple[str,
         Conflict: it is not done.
     """
     one = _done(services, quantization_id)
-    size, chunks = models.read_file(services, str(one.output), start)
+    size, chunks = uploads.read(services, str(one.output), start)
     return f"{PurePosixPath(one.name).name}.gguf", size, chunks
 
 
@@ -202,20 +204,21 @@ def receive(
 
     Raises:
         NotFound: the node makes no such file any more.
-        InvalidValue, BodyTooLarge, Unavailable: as `models.keep_file`.
+        InvalidValue, BodyTooLarge, Unavailable: as `uploads.receive`.
     """
+    uploads.path_of(services, sha256)
     before = _made_by(services, node, quantization_id)
     with services.db.transaction() as db:
         rows.note(db, before, output=sha256)  # before it comes, so that nothing is left that nobody knows of
     if before.output and before.output != sha256:
-        models.forget_file(services, f"{models.STORE}{before.output}")
+        _forget(services, before.output)
     try:
-        kept = models.keep_file(services, sha256, stream, size)
+        received = uploads.receive(services, sha256, stream, uploads.Chunk(size=size, total=size))
         _made_by(services, node, quantization_id)
     except LocalAIError:
-        models.forget_file(services, f"{models.STORE}{sha256}")
+        _forget(services, sha256)
         raise
-    return kept
+    return {"sha256": sha256, "size": received.size}
 
 
 def advance(services: Services) -> None:
@@ -291,7 +294,7 @@ def _begin(services: Services, one: Quantization, node_id: str, kind: str, reque
 
 
 def _finish(services: Services, one: Quantization, result: dict[str, Any]) -> None:
-    if result.get("sha256") != one.output or not models.file_path(services, str(one.output)).exists():
+    if result.get("sha256") != one.output or not uploads.path_of(services, str(one.output)).exists():
         _note_failure(services, one, "its file has not come to the API's store")
         return
     with services.db.transaction() as db:
@@ -354,7 +357,7 @@ def _entry(one: Quantization) -> BackendEntry:
     return BackendEntry.model_validate(one.spec.entry)
 
 
-def _source(services: Services, order: Order) -> tuple[Model | None, File]:
+def _source(services: Services, order: Order) -> tuple[Model | None, Source]:
     """The model of that name, if there is one, and its file; else the source."""
     with services.db.transaction() as db:
         model = model_rows.by_name(db, order.model)
@@ -369,10 +372,12 @@ def _source(services: Services, order: Order) -> tuple[Model | None, File]:
             f"The model '{model.name}' does not generate text, by which the result is compared with it.", param="model"
         )
     size = model.config.size or (model.facts.file_size if model.facts else 0)
-    return model, File(source=model.config.source, mirrors=model.config.mirrors, sha256=model.config.sha256, size=size)
+    return model, Source(
+        source=model.config.source, mirrors=model.config.mirrors, sha256=model.config.sha256, size=size
+    )
 
 
-def _file(order: Order) -> File:
+def _file(order: Order) -> Source:
     try:
         source = sources.parse(order.model, order.mirrors)
     except InvalidValue as error:
@@ -380,13 +385,13 @@ def _file(order: Order) -> File:
             f"There is no model of that name, and as a source: {error.message}", param="model"
         ) from error
     stored = source.sha256 if isinstance(source, sources.Stored) else None
-    return File(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
+    return Source(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
 
 
-def _check(services: Services, file: File, param: str) -> None:
+def _check(services: Services, file: File, mirrors: Sequence[str], param: str) -> None:
     """Refuse a file that no node could fetch."""
     try:
-        models.need_fetchable(services, file.source, file.mirrors, file.sha256)
+        models.check_file(services, file, mirrors)
     except InvalidValue as error:
         raise InvalidValue(error.message, param=param) from error
 
@@ -424,7 +429,14 @@ def _forget_output(services: Services, quantization_id: str) -> None:
         if one and one.output:
             rows.forget_output(db, one.id)
     if one and one.output:
-        models.forget_file(services, f"{models.STORE}{one.output}")
+        _forget(services, one.output)
+
+
+def _forget(services: Services, sha256: str) -> None:
+    """Delete what has come of a file, unless something needs that."""
+    models.forget_stored(services, {sha256})
+    with suppress(NotFound):
+        uploads.give_up(services, sha256)
 
 
 def _shown(services: Services, found: list[Quantization]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.memory import Memory
-from localai_q.cluster.models import NAME, Model, ModelConfig
+from localai_q.cluster.models import NAME, File, Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.quantizing import (
     BUFFERS,
@@ -20,10 +20,10 @@ from localai_q.cluster.quantizing import (
     TYPES,
     WITH_IMATRIX,
     Failure,
-    File,
     Options,
     Order,
     Quantization,
+    Source,
     Spec,
     Step,
     choose,
@@ -41,7 +41,7 @@ from localai_q.errors import InvalidRequest, InvalidValue, UnknownParameter
 NOW = 10_000.0
 GB = 10**9
 SHA = "a" * 64
-SOURCE = File(source="https://x.example/m.gguf", sha256=SHA, size=2 * GB)
+SOURCE = Source(source="https://x.example/m.gguf", sha256=SHA, size=2 * GB)
 
 
 def quantization(**values) -> Quantization:
@@ -187,7 +187,7 @@ def test_where_it_failed_it_is_tried_again_after_a_pause_and_elsewhere_at_once()
 )  # fmt: skip
 def test_it_never_starves_a_node(cpus, ram, disk, size, jobs, threads, type_, again) -> None:
     options = Options(allow_requantize=again)
-    one = quantization(spec={"source": File(source="x", size=size), "quantization_type": type_, "options": options})
+    one = quantization(spec={"source": Source(source="x", size=size), "quantization_type": type_, "options": options})
     where = fleet(node("n", cpus=cpus, ram_available=ram, disk_free=disk), replicas=[replica("n")], busy={"m-n": jobs},
                   models=[model(threads=threads)])  # fmt: skip
     choice = choose(one, where, ("cpu",), ())
