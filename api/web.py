@@ -36,6 +36,7 @@ def make_web(settings: Settings) -> Web:
     uploads.sweep(services)
     metrics, snapshots = Metrics(services), Snapshots(services)
     router = Router(services, snapshots)
+    snapshots.start()
     router.start()
     return Web(
         services=services,

@@ -19,7 +19,7 @@ from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Gone, LocalAIError, NotFound, Unavailable, to_record
 from localai_q.services.router import Router, Trip
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models
+from localai_q.store import jobs
 
 
 def submit(
@@ -54,11 +54,9 @@ def submit(
                             lives=timeout + services.settings.journal_ttl, stream=request.stream, key_id=key_id,
                             outline=outline, keep=keep, created=created)  # fmt: skip
     try:
-        with services.db.transaction() as db:
-            jobs.add(db, job, timeout=timeout)
-            revision = models.revision(
-                db, trip.model.id
-            )  # the router may not know of a change that was answered already
+        with services.db.statement() as db:
+            # The router may not know of a change of the model that was answered already.
+            revision = jobs.add(db, job, timeout=timeout)
         _enter(services, trip, replace(submission, revision=revision), job)
     except LocalAIError:
         router.ended(job_id, way.queue)

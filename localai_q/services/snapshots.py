@@ -1,10 +1,12 @@
 """The registry as a web process last read it: fresh to half a second, so that routing costs no query.
 
 Where there is so much in it that reading it takes long, it is read more seldom, and only who reads it waits for it.
+While requests come, that is a thread of its own.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -17,9 +19,13 @@ from localai_q.services.wiring import Services
 from localai_q.store import measures, models, nodes, replicas
 from localai_q.store.engine import clock
 
+log = logging.getLogger(__name__)
+
 FRESH = 0.5  # seconds, at least
 STALE = 10.0  # seconds, at most
 SILENT = (NodeState.UNHEALTHY, NodeState.OFFLINE)
+KEPT = 30.0  # seconds after the last request for which it is read ahead
+AHEAD = 0.8  # part of the time for which it lasts, after which it is read anew
 COSTLY = 4  # times the work of reading it, in seconds: a process has other things to do
 
 
@@ -32,26 +38,50 @@ class Snapshots:
         self._read = 0.0  # when, by this process's clock
         self._lock = threading.Lock()
         self._lasts = FRESH  # seconds
+        self._asked = time.monotonic()
+        self._work = threading.Event()
+
+    def start(self) -> None:
+        """Read ahead of those who ask, so that none of them waits for it, until nobody has asked for `KEPT` seconds."""
+        threading.Thread(target=self._keep, name="snapshots", daemon=True).start()
 
     def now(self, *, younger_than: float | None = None) -> Snapshot:
         """A snapshot: not older than so many seconds, or as old as may be."""
-        last = self._last
-        if last and time.monotonic() - self._read < (self._lasts if younger_than is None else younger_than):
+        last, asked = self._last, time.monotonic()
+        lasts = self._lasts if younger_than is None else younger_than
+        self._asked = asked
+        self._work.set()
+        if last and asked - self._read < lasts:
             return last
         if not self._lock.acquire(blocking=last is None or younger_than is not None):
             assert last is not None
             return last
         try:
-            if self._last is last:
-                read, began = time.monotonic(), time.process_time()
-                self._last = take(self._services)
-                self._read = read
-                work = time.process_time() - began  # no more: a store that is slow to answer is asked as often as ever
-                self._lasts = min(max(FRESH, COSTLY * work), STALE)
-            assert self._last is not None
+            # What somebody else has read meanwhile will do, if he began when this was asked for.
+            if self._last is None or asked - self._read >= lasts:
+                return self._look()
             return self._last
         finally:
             self._lock.release()
+
+    def _look(self) -> Snapshot:
+        read, began = time.monotonic(), time.process_time()
+        found = take(self._services)
+        work = time.process_time() - began  # no more: a store that is slow to answer is asked as often as ever
+        self._last, self._read, self._lasts = found, read, min(max(FRESH, COSTLY * work), STALE)
+        return found
+
+    def _keep(self) -> None:
+        while True:
+            self._work.wait()
+            self._work.clear()
+            while time.monotonic() - self._asked < KEPT:
+                time.sleep(AHEAD * self._lasts)
+                try:
+                    with self._lock:
+                        self._look()
+                except Exception as error:  # noqa: BLE001  (whatever it is, who asks will hear of it)
+                    log.info("the registry cannot be read ahead at the moment: %s", error)
 
     def model(self, name: str, *, younger_than: float | None = None) -> tuple[Model, Snapshot]:
         """The model of that name, and the snapshot that has it; `younger_than` is as in `now`.

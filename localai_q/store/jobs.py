@@ -11,7 +11,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from localai_q.cluster.events import End, Usage
 from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
 from localai_q.cluster.states import JOB_MOVES, JobState, sources
-from localai_q.store.tables import backend_wishes, job_logs, jobs, quantizations, replicas
+from localai_q.store.tables import backend_wishes, job_logs, jobs, models, quantizations, replicas
 
 OF_NODE = jobs.c.kind.in_(NODE_JOBS)
 SUBJECT = func.coalesce(jobs.c.request["backend"].astext, jobs.c.request["name"].astext, "")
@@ -21,10 +21,16 @@ LISTED = [  # never what people asked
 ]
 
 
-def add(db: Connection, job: Job, *, timeout: float | None = None) -> None:
-    """Enter an open job with its request, which must end within `timeout` seconds."""
-    db.execute(
-        insert(jobs).values(
+def add(db: Connection, job: Job, *, timeout: float | None = None) -> int:
+    """Enter an open job with its request, which must end within `timeout` seconds.
+
+    Returns:
+        The revision that its model has at this moment; 0 without a model.
+    """
+    revision = select(models.c.revision).where(models.c.id == job.model_id).scalar_subquery()
+    entered: int = db.execute(
+        insert(jobs)
+        .values(
             id=job.id,
             kind=job.kind,
             state=job.state,
@@ -37,7 +43,9 @@ def add(db: Connection, job: Job, *, timeout: float | None = None) -> None:
             keep=job.keep,
             deadline=None if timeout is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, timeout),
         )
-    )
+        .returning(func.coalesce(revision, 0))
+    ).scalar_one()
+    return entered
 
 
 def by_id(db: Connection, job_id: str) -> Job | None:
