@@ -56,7 +56,7 @@ $(BIN)/python:
 		|| $(call fail,$$($(PYTHON) --version) is too old: install Python $(MIN) or newer$(comma) or name one with 'make run PYTHON=/path/to/python3')
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null \
 		|| $(call fail,$(PYTHON) lacks venv or ensurepip: install them$(comma) on Debian and Ubuntu with 'apt install python3-venv')
-	@$(PYTHON) -m venv $(VENV) || $(call fail,cannot make $(VENV): is this folder writable?)
+	@said=$$($(PYTHON) -m venv $(VENV) 2>&1) || $(call fail,cannot make $(VENV) ($$(echo "$$said" | tail -n 1)): use a checkout in a folder that you can write)
 
 $(VENV)/.installed: setup.cfg setup.py requirements.txt | $(BIN)/python
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip >/dev/null
