@@ -39,9 +39,13 @@ def embeddings() -> Response:
 
 
 def models() -> dict[str, Any]:
-    """GET /v1/models: every model that may be asked, loaded or not."""
-    every = web().snapshots.now().models.values()
-    return {"object": "list", "data": [_shown(each) for each in every if not each.config.disabled]}
+    """GET /v1/models: every model that may be asked, loaded or not.
+
+    Some clients take the first: that is the default model, and never one without weights where there are others.
+    """
+    every = [each for each in web().snapshots.now().models.values() if not each.config.disabled]
+    every.sort(key=lambda each: (not each.is_default, not each.config.source, each.name))
+    return {"object": "list", "data": [_shown(each) for each in every]}
 
 
 def model(name: str) -> dict[str, Any]:

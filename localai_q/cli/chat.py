@@ -14,7 +14,7 @@ from localai_q.errors import LocalAIError, NotFound
 
 def chat(
     prompt: Annotated[str, typer.Argument(help="Ask this and end; without it, talk until Ctrl-D.")] = "",
-    model: Annotated[str, typer.Option(help="The model. Default: the first that there is.")] = "",
+    model: Annotated[str, typer.Option(help="The model. Default: the cluster's, or the first that there is.")] = "",
     system: Annotated[str, typer.Option(help="What the model is told before you speak.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="How long an answer may be.")] = 512,
 ) -> None:
