@@ -1,7 +1,7 @@
 """What every Python backend needs to be one: the process, its socket, its life and death, and the model's lifecycle.
 
-A backend's folder brings `server.py` and the generated stubs; the installer puts this file beside them. It imports
-nothing but gRPC and those stubs. What the engine is, and how a request reaches it, is the folder's own.
+A backend's folder brings `server.py` and the generated stubs; the installer puts this file and the others of this folder
+beside them. They import nothing but gRPC and those stubs. What the engine is, and how a request reaches it, is the folder's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import backend_pb2
@@ -257,6 +258,44 @@ def whole_number(least: int) -> Callable[[str], int]:
         return number
 
     return read
+
+
+def one_of(known: Mapping[str, Any]) -> Callable[[str], Any]:
+    """A reader of one of these names; an empty name is not shown to whoever gives another."""
+
+    def read(name: str) -> Any:
+        if name.lower() not in known:
+            raise ValueError(f"must be one of: {', '.join(key for key in known if key)}")
+        return known[name.lower()]
+
+    return read
+
+
+def known_value(field: str, known: Mapping[str, Any], name: str) -> Any:
+    """What a field of a load names; LoadFailure if that is none of `known`."""
+    try:
+        return one_of(known)(name)
+    except ValueError as error:
+        raise LoadFailure(f"{field} cannot be {name!r}: {error}") from error
+
+
+def existing_file(field: str, path: str) -> Path:
+    """The file that a field of a load names; LoadFailure if it does not exist."""
+    if not Path(path).is_file():
+        raise LoadFailure(f"{field} names the file {path}, which does not exist")
+    return Path(path)
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; two threads of one core count once."""
+    cores = set()
+    for number in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(number))
+    return len(cores)
 
 
 def resident_bytes() -> int:

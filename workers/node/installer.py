@@ -181,7 +181,8 @@ class _Build:
         if not (source / "server.py").is_file():
             raise Unavailable(f"{self._what}: this version does not carry {source.name}/server.py")
         shutil.copytree(source, part, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-        shutil.copy2(SOURCES / "serving.py", part)
+        for shared in SOURCES.glob("*.py"):
+            shutil.copy2(shared, part)
 
     def _install_packages(self, part: Path) -> None:
         wheels = self._wheels(part / "wheels")
@@ -233,7 +234,7 @@ def _source_files(entry: BackendEntry) -> list[Path]:
     """The files of ours that a backend is made of; none for one that comes as an archive."""
     if not entry.source:
         return []
-    found = [*(SOURCES / entry.source).rglob("*"), SOURCES / "serving.py"]
+    found = [*(SOURCES / entry.source).rglob("*"), *SOURCES.glob("*.py")]
     return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
 
 

@@ -6,20 +6,28 @@ The engine also listens on a loopback port, which tokenizing needs; a random key
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import backend_pb2
-import gguf_header
 import grpc
 import replies
 import xllamacpp
-from serving import LoadFailure, Refusal, parse_options, whole_number
+from answering import Engine
+from gguf_header import header_of
+from serving import (
+    LoadFailure,
+    Refusal,
+    existing_file,
+    known_value,
+    one_of,
+    parse_options,
+    physical_cores,
+    whole_number,
+)
 
 DEFAULT_CONTEXT = 4096  # tokens of one request, where the load does not say
 # On a CPU a batch of the prompt takes about a second; nothing else can be decoded, and nothing cancelled, within one.
@@ -42,69 +50,48 @@ FLASH = {
 }
 
 
-def _pooling(name: str) -> Any:
-    return _one_of(POOLING, name)
-
-
-def _one_of(known: dict[str, Any], name: str) -> Any:
-    if name.lower() not in known:
-        raise ValueError(f"must be one of: {', '.join(key for key in known if key)}")
-    return known[name.lower()]
-
-
 OPTIONS: dict[str, Callable[[str], Any]] = {
     "parallel": whole_number(1),
-    "pooling": _pooling,
+    "pooling": one_of(POOLING),
     "gpu_layers": whole_number(0),
     "cache_ram": whole_number(0),
     "chat_template": str,
 }
 
 
-class LlamaServer:
+# Every answer is streamed, with counts.
+IMPOSED = {
+    "stream": True,
+    "stream_options": {"include_usage": True},
+    "timings_per_token": True,
+    # One chunk per batch of the prompt: the only moments at which a request can be cancelled before its first token.
+    "return_progress": True,
+}
+
+
+class LlamaServer(Engine):
     """A loaded model."""
 
     def __init__(self, server: Any, key: str, mode: str) -> None:
         self._server = server
         self._key = key
-        self.mode = mode  # chat | embedding | rerank
+        self.mode = mode
         properties = self.ask("/props")
         self.slots = int(properties["total_slots"])
         self.context_size = int(properties["default_generation_settings"]["n_ctx"])
         template = str(properties.get("chat_template") or "")
         self.template_has_tools = "tools" in template
-        self._thinks = "enable_thinking" in template or "<think>" in template
-
-    def metadata(self) -> backend_pb2.ModelMetadataResponse:
-        return backend_pb2.ModelMetadataResponse(
-            supports_thinking=self._thinks,
-            context_size=self.context_size,
-            slots=self.slots,
-            chat=self.mode == "chat",
-            embeddings=self.mode == "embedding",
-            rerank=self.mode == "rerank",
-        )
+        self.thinks = "enable_thinking" in template or "<think>" in template
 
     def close(self) -> None:
         self._server = None
 
-    def require(self, mode: str) -> None:
-        """Refuse with UNIMPLEMENTED what the model was not loaded for."""
-        if mode != self.mode:
-            raise Refusal(grpc.StatusCode.UNIMPLEMENTED, f"this model was loaded for {self.mode}, not for {mode}")
-
-    def generate(self, kind: str, body: dict[str, Any], take: Callable[[dict[str, Any]], bool]) -> None:
-        """Run a request to its end, calling `take` with each chunk on this thread; True from it cancels.
-
-        Raises:
-            ValueError: the engine cannot read the body.
-        """
+    def generate(self, kind: str, fields: dict[str, Any], take: Callable[[dict[str, Any]], bool]) -> None:
         server = self._server
         handle = server.handle_chat_completions if kind == "chat" else server.handle_completions
-        handle(body, take)
+        handle({**fields, **IMPOSED}, take)
 
     def embed(self, text: str | list[int]) -> tuple[list[float], int]:
-        """The vector of a text or of token ids, and how many tokens they were."""
         answer = self._handled(self._server.handle_embeddings, {"input": text})
         return answer["data"][0]["embedding"], answer["usage"]["prompt_tokens"]
 
@@ -112,6 +99,12 @@ class LlamaServer:
         """The engine's `{"results": [{"index", "relevance_score"}], "usage"}`, best first; 0: all documents."""
         body = {"query": query, "documents": documents, "top_n": top_n or len(documents)}
         return self._handled(self._server.handle_rerank, body)
+
+    def tokenize(self, text: str) -> list[int]:
+        return self.ask("/tokenize", {"content": text, "add_special": False})["tokens"]
+
+    def detokenize(self, tokens: list[int]) -> str:
+        return self.ask("/detokenize", {"tokens": tokens})["content"]
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """Call the engine's HTTP port."""
@@ -146,7 +139,7 @@ def load(options: backend_pb2.ModelOptions) -> LlamaServer:
         LoadFailure: it cannot be loaded; the message says why.
     """
     found = parse_options(options.Options, OPTIONS)
-    header = _header(options.ModelFile)
+    header = header_of(options.ModelFile)
     mode = "rerank" if options.Reranking else "embedding" if options.Embeddings else "chat"
     key = secrets.token_urlsafe(24)
     params = _params(options, found)
@@ -180,17 +173,6 @@ def _besides(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> str:
     return f"; or it is because of {', '.join(named)}" if named else ""
 
 
-def _header(path: str) -> dict[str, Any]:
-    if not path:
-        raise LoadFailure("ModelFile is empty: it must name a GGUF file")
-    try:
-        return gguf_header.read_header(path)
-    except gguf_header.DamagedFile as error:
-        raise LoadFailure(f"{path} is not a usable GGUF file: {error}") from error
-    except OSError as error:
-        raise LoadFailure(f"cannot read the model {path}: {error.strerror}") from error
-
-
 def _params(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> Any:
     params = xllamacpp.CommonParams()
     params.verbosity = 0
@@ -200,21 +182,21 @@ def _params(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> Any:
     params.n_ctx = (options.ContextSize if options.ContextSize > 0 else DEFAULT_CONTEXT) * params.n_parallel
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.Threads or physical_cores()
     params.cache_ram_mib = found.get("cache_ram", DEFAULT_CACHE)
-    params.flash_attn_type = _known("FlashAttention", FLASH, options.FlashAttention)
-    params.cache_type_k = _known("CacheTypeKey", CACHE_TYPES, options.CacheTypeKey or "f16")
-    params.cache_type_v = _known("CacheTypeValue", CACHE_TYPES, options.CacheTypeValue or "f16")
+    params.flash_attn_type = known_value("FlashAttention", FLASH, options.FlashAttention)
+    params.cache_type_k = known_value("CacheTypeKey", CACHE_TYPES, options.CacheTypeKey or "f16")
+    params.cache_type_v = known_value("CacheTypeValue", CACHE_TYPES, options.CacheTypeValue or "f16")
     _set_batch(params, options)
     layers = found.get("gpu_layers", options.NGPULayers or None)
     if layers is not None:
         params.n_gpu_layers = layers
     if options.MMProj:
-        params.mmproj.path = _existing("MMProj", options.MMProj)
+        params.mmproj.path = str(existing_file("MMProj", options.MMProj))
     if options.DraftModel:
-        params.speculative.draft.mparams.path = _existing("DraftModel", options.DraftModel)
+        params.speculative.draft.mparams.path = str(existing_file("DraftModel", options.DraftModel))
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
     _set_adapters(params, options)
     if "chat_template" in found:
-        params.chat_template = Path(_existing("chat_template", found["chat_template"])).read_text(encoding="utf-8")
+        params.chat_template = existing_file("chat_template", found["chat_template"]).read_text(encoding="utf-8")
     return params
 
 
@@ -225,7 +207,7 @@ def _set_adapters(params: Any, options: backend_pb2.ModelOptions) -> None:
     found = []
     for path, scale in zip(options.LoraAdapters, scales, strict=True):
         adapter = xllamacpp.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = _existing("LoraAdapters", path), scale
+        adapter.path, adapter.scale = str(existing_file("LoraAdapters", path)), scale
         found.append(adapter)
     params.lora_adapters = found
 
@@ -252,30 +234,5 @@ def _serve_vectors(
         params.pooling_type = POOLING["mean"]
 
 
-def _known(name: str, known: dict[str, Any], value: str) -> Any:
-    try:
-        return _one_of(known, value)
-    except ValueError as error:
-        raise LoadFailure(f"{name} cannot be {value!r}: {error}") from error
-
-
-def _existing(name: str, path: str) -> str:
-    if not Path(path).is_file():
-        raise LoadFailure(f"{name} names the file {path}, which does not exist")
-    return path
-
-
 def _has_gpu() -> bool:
     return any(device["type"].name.endswith("GPU") for device in xllamacpp.get_device_info())
-
-
-def physical_cores() -> int:
-    """Cores that this process may use; two threads of one core count once."""
-    cores = set()
-    for number in os.sched_getaffinity(0):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
-        try:
-            cores.add(siblings.read_text())
-        except OSError:
-            cores.add(str(number))
-    return len(cores)

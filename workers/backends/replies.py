@@ -1,6 +1,6 @@
-"""Turns the engine's chunks into replies. Owns the counting, the finish reason and the meaning of engine errors; pure.
+"""Turns an engine's chunks into replies. Owns the counting, the finish reason and the meaning of engine errors; pure.
 
-The engine splits no character between chunks, and one chunk may stand for several tokens: counts are the engine's own.
+An engine splits no character between chunks, and one chunk may stand for several tokens: counts are the engine's own.
 """
 
 from __future__ import annotations

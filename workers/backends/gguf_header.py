@@ -9,6 +9,8 @@ import os
 import struct
 from typing import Any, BinaryIO
 
+from serving import LoadFailure
+
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 LONGEST_STRING = 64 << 20  # bytes; a longer one means a damaged file
@@ -19,6 +21,22 @@ SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?
 
 class DamagedFile(ValueError):
     """The file is no GGUF file, or only a part of one."""
+
+
+def header_of(path: str) -> dict[str, Any]:
+    """The key-value pairs of the model file that a load names, without its arrays.
+
+    Raises:
+        LoadFailure: there is none, or it is damaged.
+    """
+    if not path:
+        raise LoadFailure("ModelFile is empty: it must name a GGUF file")
+    try:
+        return read_header(path)
+    except DamagedFile as error:
+        raise LoadFailure(f"{path} is not a usable GGUF file: {error}") from error
+    except OSError as error:
+        raise LoadFailure(f"cannot read the model {path}: {error.strerror}") from error
 
 
 def read_header(path: str) -> dict[str, Any]:

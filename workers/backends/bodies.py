@@ -1,7 +1,7 @@
-"""Turns a request into the body that the engine's OpenAI-shaped handlers take. Pure.
+"""Turns a request into the OpenAI-shaped body that an engine takes. Pure.
 
-Owns the reading of `OpenAIBody` and of LocalAI's standard fields, and the forced tool call: the engine leaves
-`tool_choice` "required" unenforced, so it becomes a JSON schema here and is read back by `replies`.
+Owns the reading of `OpenAIBody` and of LocalAI's standard fields, and the forced tool call: engines leave `tool_choice`
+"required" unenforced, so it becomes a JSON schema here and is read back by `replies`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,8 @@ from serving import Refusal
 
 KINDS = ("chat", "completion")
 
-# What a body may not decide: one answer, streamed, with counts.
-IMPOSED = {
-    "stream": True,
-    "stream_options": {"include_usage": True},
-    "timings_per_token": True,
-    # One chunk per batch of the prompt: the only moments at which a request can be cancelled before its first token.
-    "return_progress": True,
-}
-# Several answers are several requests; the rest would change how chunks read.
-DROPPED = ("n", "best_of", "n_cmpl", "verbose", "response_fields", "id_slot", "model")
+# What a body may not decide: several answers are several requests, every answer is streamed, and chunks read as they do.
+DROPPED = ("n", "best_of", "n_cmpl", "stream", "stream_options", "verbose", "response_fields", "id_slot", "model")
 
 TOOL_RULE = "Answer with one call of a function, as JSON with the keys name and arguments. The functions are: "
 
@@ -52,7 +44,6 @@ def read_body(request: backend_pb2.PredictOptions, template_has_tools: bool) -> 
     kind, fields = _given(request) if request.OpenAIBody else _built(request)
     for name in DROPPED:
         fields.pop(name, None)
-    fields.update(IMPOSED)
     if kind == "completion":
         _check_prompt(fields.get("prompt"))
         return Body(kind, fields)

@@ -1,0 +1,95 @@
+"""The grammar that an answer must follow: a GBNF grammar as it is, or what a JSON schema makes of it. Pure.
+
+Owns the limits: llama.cpp's reader goes one call deeper for each bracket, and the converter writes every repetition out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import grpc
+from llama_cpp import LlamaGrammar
+from serving import Refusal
+
+LONGEST = 1 << 20  # characters of a grammar
+DEEPEST = 1000  # brackets within each other
+MOST_REPEATS = 500  # that a schema may ask for
+REPEATING = ("minItems", "maxItems", "minLength", "maxLength")
+_REPEATS = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
+
+
+def grammar_of(fields: Mapping[str, Any]) -> str | None:
+    """The grammar that a body asks for; None if it asks for none.
+
+    Raises:
+        Refusal: INVALID_ARGUMENT, with what is wrong with it.
+    """
+    grammar, schema = fields.get("grammar"), _schema(fields.get("response_format"))
+    if grammar is not None and schema is not None:
+        raise _refuse("grammar and response_format exclude each other")
+    if schema is not None:
+        grammar = _converted(schema)
+    if grammar is not None:
+        _check_grammar(grammar)
+    return grammar
+
+
+def _refuse(message: str) -> Refusal:
+    return Refusal(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def _schema(form: Any) -> Any:
+    """The JSON schema of a `response_format`; None for text."""
+    match form:
+        case None | {"type": "text"}:
+            return None
+        case {"type": "json_object"}:
+            return form.get("schema") or {"type": "object"}
+        case {"type": "json_schema", "json_schema": {"schema": dict(schema)}}:
+            return schema
+    raise _refuse("response_format must be an object of type text, json_object or json_schema with its schema")
+
+
+def _converted(schema: Any) -> str:
+    try:
+        _check_repeats(schema)
+        return LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar
+    except Refusal:
+        raise
+    except RecursionError as error:
+        raise _refuse("the JSON schema goes too deep to be enforced") from error
+    except Exception as error:
+        raise _refuse(f"this JSON schema cannot be enforced: {error or type(error).__name__}") from error
+
+
+def _check_repeats(schema: Any) -> None:
+    """Refuse a schema whose grammar would be very long."""
+    if isinstance(schema, list):
+        for each in schema:
+            _check_repeats(each)
+    elif isinstance(schema, dict):
+        asked = [schema[name] for name in REPEATING if isinstance(schema.get(name), int)]
+        if isinstance(pattern := schema.get("pattern"), str):
+            counts = [int(number) for found in _REPEATS.findall(pattern) for number in found if number]
+            asked.append(math.prod(max(count, 1) for count in counts))  # they may stand within each other
+        if max(asked, default=0) > MOST_REPEATS:
+            raise _refuse(f"this JSON schema cannot be enforced: it repeats something more than {MOST_REPEATS} times")
+        for each in schema.values():
+            _check_repeats(each)
+
+
+def _check_grammar(grammar: Any) -> None:
+    if not isinstance(grammar, str) or not grammar.strip():
+        raise _refuse("grammar must be a string that is not empty")
+    if len(grammar) > LONGEST:
+        raise _refuse(f"the grammar has {len(grammar)} characters; {LONGEST} are read at most")
+    depth = deepest = 0
+    for character in grammar:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if deepest > DEEPEST or "\0" in grammar:
+        raise _refuse(f"the grammar has more than {DEEPEST} brackets within each other, or a zero character")
