@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
@@ -13,6 +13,7 @@ from localai_q.cluster.labels import LabelKey, LabelValue
 from localai_q.cluster.sampling import Parameters
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.wishes import Unmet
+from localai_q.errors import InvalidValue
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}")
 SHA256 = r"^[0-9a-f]{64}$"
@@ -75,7 +76,7 @@ class ModelConfig(BaseModel):
     draft_model: File | None = None  # a smaller model that guesses ahead
     loras: tuple[Adapter, ...] = Field((), max_length=MOST_ADAPTERS)
     context_size: int = Field(4096, ge=16, le=1 << 24)  # tokens that one request may use
-    slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once
+    slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once; no more than its backend can
     threads: int = Field(0, ge=0, le=1024)  # 0: the engine decides
     gpu_layers: int = Field(0, ge=0)  # 0: as many as fit
     cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"  # of the KV cache's numbers
@@ -168,6 +169,37 @@ class ModelConfig(BaseModel):
         return frozenset({"chat", "completion"})
 
 
+def fitted(
+    config: ModelConfig, *, capabilities: Collection[str], most_slots: int | None, given: Collection[str]
+) -> ModelConfig:
+    """The configuration as its backend can serve it: slots that nobody asked for are no more than it has.
+
+    Args:
+        config: what is wanted.
+        capabilities: of the backend.
+        most_slots: requests that one replica can work on at once; None: as many as one likes.
+        given: the fields that somebody has chosen, as opposed to defaults.
+
+    Raises:
+        InvalidValue: the backend does not do what the model is for, or not for so many requests at once.
+    """
+    if not config.tasks & set(capabilities):
+        raise InvalidValue(
+            f"The backend '{config.backend}' does not do {' or '.join(sorted(config.tasks))}; "
+            f"it does: {', '.join(capabilities)}.",
+            param="backend",
+        )
+    if most_slots is None or config.slots <= most_slots:
+        return config
+    if "slots" in given:
+        raise InvalidValue(
+            f"The backend '{config.backend}' works on {most_slots} request(s) at a time: 'slots' can be {most_slots} at "
+            "most. More replicas (max_replicas) serve more.",
+            param="slots",
+        )
+    return config.model_copy(update={"slots": most_slots})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What the header of a model's file says of its memory."""
@@ -207,7 +239,9 @@ class Document(ModelConfig):
 
     @property
     def config(self) -> ModelConfig:
-        return ModelConfig.model_validate({name: getattr(self, name) for name in ModelConfig.model_fields})
+        """The same, with what was written down as what is set of it."""
+        written = self.model_fields_set & ModelConfig.model_fields.keys()
+        return ModelConfig.model_validate({name: getattr(self, name) for name in written})
 
 
 class Model(BaseModel):

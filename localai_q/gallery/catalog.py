@@ -70,7 +70,7 @@ PinnedRequirement = Annotated[str, StringConstraints(max_length=200), AfterValid
 SettingName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
 SettingValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{0,500}$")]
 _Entry = TypeVar("_Entry", bound=BaseModel)
-Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize", "quantize"]
+Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize", "quantize", "shard"]
 
 
 class Archive(BaseModel):
@@ -126,6 +126,7 @@ class BackendEntry(BaseModel):
     capabilities: tuple[Capability, ...] = Field(min_length=1)
     default: bool = False
     takes: tuple[Literal["chat_template", "mmproj", "draft_model", "loras"], ...] = ()  # of a model's document
+    most_slots: int | None = Field(None, ge=1, le=256)  # requests that one replica works on at once; None: any number
     gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
 
     @model_validator(mode="after")

@@ -18,6 +18,7 @@ STUBS = ("backend_pb2.py", "backend_pb2_grpc.py")
 TARGETS = {
     "localai_q/proto": "localai_q.proto",
     "workers/backends/xllamacpp": "",
+    "workers/backends/llama_cpp": "",
     "workers/backends/echo": "",
 }
 

@@ -77,7 +77,7 @@ def available(services: Services) -> list[dict[str, Any]]:
         known = nodes.every(db)
     return [
         {"name": entry.name, "version": entry.version, "description": entry.description,
-         "capabilities": list(entry.capabilities), "builds": list(entry.builds),
+         "capabilities": list(entry.capabilities), "builds": list(entry.builds), "most_slots": entry.most_slots,
          "installed": any(has(node, entry.name) for node in known),
          "nodes": [node.name for node in known if has(node, entry.name)]}
         for entry in galleries.backends(services)

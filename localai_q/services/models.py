@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
 from localai_q import gguf, names
 from localai_q.cluster import sources
 from localai_q.cluster.fleet import Fleet
-from localai_q.cluster.models import NOT_FOR_ALL, Document, Facts, File, Model, ModelConfig
+from localai_q.cluster.models import NOT_FOR_ALL, Document, Facts, File, Model, ModelConfig, fitted
 from localai_q.cluster.placement import ruled_out
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
@@ -46,9 +46,10 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
     Raises:
         Conflict: the name is taken.
         NotFound: there is no such backend.
-        InvalidValue: it names a file that was not uploaded or is damaged, or no file for a backend that needs one.
+        InvalidValue: it names a file that was not uploaded or is damaged, or no file for a backend that needs one; or its
+            backend cannot serve it so.
     """
-    _check(services, config)
+    config = _checked(services, config, given=config.model_fields_set)
     facts = _facts(services, config)
     with services.db.transaction() as db:
         model = models.add(db, name, config, facts=facts)
@@ -72,7 +73,7 @@ def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bo
         UnknownParameter, InvalidValue, NotFound: a model like that could not be added either.
         Conflict: it would be gone for good.
     """
-    return _change(services, name, lambda config: _merged(config, changes), force=force)
+    return _change(services, name, lambda config: _merged(config, changes), given=changes.keys(), force=force)
 
 
 def put(services: Services, document: Document, *, force: bool = False) -> tuple[dict[str, Any], bool]:
@@ -84,7 +85,8 @@ def put(services: Services, document: Document, *, force: bool = False) -> tuple
     with services.db.transaction() as db:
         known = models.by_name(db, document.name)
     if known:
-        return _change(services, document.name, document.config.like, force=force), False
+        given = document.model_fields_set
+        return _change(services, document.name, document.config.like, given=given, force=force), False
     add(services, document.name, document.config)
     return shown(services, document.name), True
 
@@ -96,11 +98,11 @@ def _merged(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
 
 
 def _change(
-    services: Services, name: str, change: Callable[[ModelConfig], ModelConfig], *, force: bool
+    services: Services, name: str, change: Callable[[ModelConfig], ModelConfig], *, given: Collection[str], force: bool
 ) -> dict[str, Any]:
     while True:
         before = named(services, name)
-        after = _changed(services, before, change(before.config))
+        after = _changed(services, before, _checked(services, change(before.config), given=given))
         with services.db.transaction() as db:
             if not force:
                 _keep_possible(services, db, after)
@@ -143,7 +145,6 @@ def _keep_possible(services: Services, db: Any, model: Model) -> None:
 
 
 def _changed(services: Services, model: Model, config: ModelConfig) -> Model:
-    _check(services, config)
     facts = model.facts if config.source == model.config.source else _facts(services, config)
     revision = model.revision + (not config.makes_same_replica(model.config))
     return model.model_copy(update={"config": config, "facts": facts, "revision": revision})
@@ -219,8 +220,8 @@ def remove(services: Services, name: str) -> None:
     _forget_files(services, model.config)
 
 
-def _check(services: Services, config: ModelConfig) -> None:
-    """Refuse what no node could load."""
+def _checked(services: Services, config: ModelConfig, *, given: Collection[str]) -> ModelConfig:
+    """The configuration as nodes can load it; what none could load is refused."""
     entry = galleries.backend(services, config.backend)
     if missing := [name for name in config.needs if name not in entry.takes]:
         takes = ", ".join(entry.takes) or "none of them"
@@ -232,6 +233,7 @@ def _check(services: Services, config: ModelConfig) -> None:
         sources.parse(config.source, config.mirrors)
     for number, file in enumerate(config.files):
         check_file(services, file, () if number else config.mirrors)
+    return fitted(config, capabilities=entry.capabilities, most_slots=entry.most_slots, given=given)
 
 
 def check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:

@@ -15,8 +15,8 @@ from localai_q import names, network
 from localai_q.cluster.backends import Op
 from localai_q.cluster.memory import Memory
 from localai_q.config import load_settings
-from localai_q.errors import NotFound, StartupError
-from localai_q.services import backends, galleries, nodes, replicas
+from localai_q.errors import InvalidValue, NotFound, StartupError
+from localai_q.services import backends, galleries, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 
@@ -54,6 +54,22 @@ def naming(services: Services, *places: object, **more: object) -> Services:
     """The services of a process whose settings name these galleries."""
     text = ", ".join(map(str, places))
     return replace(services, settings=services.settings.model_copy(update={"backend_galleries": text, **more}))
+
+
+def test_a_backend_that_serves_one_at_a_time_gets_no_model_with_more_slots(services: Services, gallery: Path) -> None:
+    gallery.write_text(ENTRY.replace("capabilities", "most_slots: 1, capabilities".replace(", ", "\n  ")))
+    own = naming(services, gallery)
+    mine = {"backend": "mine", "source": "https://x.example/m.gguf", "sha256": "1" * 64}
+    add_model(own, "m", **mine)
+    assert model_named(own, "m").config.slots == 1
+    with pytest.raises(InvalidValue, match="works on 1 request"):
+        add_model(own, "n", **mine, slots=2)
+    with pytest.raises(InvalidValue, match="works on 1 request"):
+        models.edit(own, "m", {"slots": 2})
+    with pytest.raises(InvalidValue, match="does not do embedding; it does: chat"):
+        models.edit(own, "m", {"embeddings": True})
+    assert models.edit(own, "m", {"backend": "echo", "slots": 8})["slots"] == 8
+    assert models.edit(own, "m", {"backend": "mine"})["slots"] == 1
 
 
 def error_of(services: Services) -> str:
