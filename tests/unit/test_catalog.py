@@ -50,7 +50,7 @@ def test_an_entry_cannot_be_changed() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
-    with pytest.raises(NotFound, match="no backend 'vllm' in the catalogue; there are: xllamacpp, echo"):
+    with pytest.raises(NotFound, match="no backend 'vllm' in the catalogue; there are: xllamacpp, llama-cpp, echo"):
         catalog.backend("vllm")
     with pytest.raises(NotFound, match="no model 'gpt'"):
         catalog.model("gpt")
