@@ -19,6 +19,7 @@ from workers.node.archives import unpack
 
 Member = tuple[str, bytes, str, bytes]  # name, type, target, content
 
+LONG = "d/" * 4000 + "d"  # longer than a path can be
 FILE, FOLDER, LINK, HARD = tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
 
 
@@ -70,6 +71,9 @@ def test_links_within_are_made(place: Path) -> None:
         ([("a", HARD, "/etc/passwd", b"")], "'a' leads to '/etc/passwd'"),
         ([("d/a", HARD, "../a", b"")], "'d/a' leads to '../a'"),
         ([(".", LINK, "b", b"")], "'.' leads to 'b'"),
+        ([("a", LINK, "", b""), (".", LINK, "..", b"")], "'a' to '' cannot be made"),
+        ([("a", LINK, LONG, b""), (LONG, LINK, "..", b"")], "cannot be made"),
+        ([("a", HARD, "b", b""), ("b", LINK, "..", b"")], "'a' to 'b' cannot be made"),
         ([("a", FILE, "", b"")] * 4, "more than 3 files"),
         ([("a", FILE, "", bytes(60)), ("b", FILE, "", bytes(60))], "or 0 MiB"),
     ],

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 from localai_q.errors import InvalidValue, Unavailable
 
@@ -38,6 +39,14 @@ class _Member(tarfile.TarInfo):
         return found
 
 
+class _Archive(tarfile.TarFile):
+    """An archive in which a link that cannot be made is refused: `tarfile` would put a member in its place that nobody
+    has looked at."""
+
+    def _find_link_target(self, tarinfo: tarfile.TarInfo) -> NoReturn:
+        raise _Refused(f"its link {tarinfo.name!r} to {tarinfo.linkname!r} cannot be made")
+
+
 def unpack(archive: Path, folder: Path, what: str) -> None:
     """Unpack a tar archive, plain or compressed, into a folder that is made for it.
 
@@ -53,7 +62,7 @@ def unpack(archive: Path, folder: Path, what: str) -> None:
     """
     folder.mkdir(parents=True)
     try:
-        with tarfile.open(archive, tarinfo=_Member) as tar:
+        with _Archive.open(archive, tarinfo=_Member) as tar:
             tar.extractall(folder, members=_checked(tar, folder), filter="data")
     except (_Refused, tarfile.FilterError) as error:
         raise InvalidValue(f"{what}: its archive is refused: {error}") from error
