@@ -15,13 +15,16 @@ from api.web import web
 from localai_q.cluster.hardware import Hardware
 from localai_q.cluster.reports import MOST_REPLICAS, Report
 from localai_q.cluster.states import ReplicaState
+from localai_q.cluster.wheels import WheelKey
 from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, holders, nodes, quantizations, uploads
+from localai_q.names import WHEEL_HEADER
+from localai_q.services import cleaning, holders, nodes, quantizations, uploads, wheels
 
 log = logging.getLogger(__name__)
 
 routes = Blueprint("node", __name__, url_prefix="/api/node/<id:node_id>")
 
+LARGEST_WHEEL = 2 << 30  # bytes
 LARGEST_REPORT = 256 << 10  # bytes
 REFUSED = (400, 401, 403, 413)
 
@@ -112,6 +115,21 @@ def wrong(node_id: str, sha256: str, holder_id: str) -> dict[str, Any]:
     """A holder has given something else."""
     holders.blame(web().services, g.node, sha256, holder_id)
     return {}
+
+
+@routes.get("/wheels/<digest>")
+def find_wheel(node_id: str, digest: str) -> dict[str, Any]:
+    """Whether some node has compiled that wheel for others; `backend` is what it is for."""
+    return wheels.told(web().services, g.node, digest, request.args.get("backend", ""))
+
+
+@routes.put("/wheels/<digest>")
+def give_wheel(node_id: str, digest: str) -> tuple[dict[str, Any], int]:
+    """The body is a wheel that the node has compiled, `sha256` its content; a header has the key."""
+    request.max_content_length = LARGEST_WHEEL
+    key = parse(WheelKey, request.headers.get(WHEEL_HEADER, "").encode())
+    sha256, size = request.args.get("sha256", ""), request.content_length
+    return wheels.take(web().services, g.node, digest, key, sha256, request.stream, size), 201
 
 
 @routes.post("/drain")

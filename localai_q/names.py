@@ -18,6 +18,7 @@ PROBE = "localai_q.probe"  # (a new id) on replica.<rid> or node.<nid>.jobs, fro
 CONTROL_QUEUE = "control"
 
 BEGINNING_HEADER = "X-Beginning-SHA256"  # of a part of a file: the SHA-256 of the file from its start to the part's end
+WHEEL_HEADER = "X-LocalAI-Wheel"  # of a wheel that a node gives: its `cluster.wheels.WheelKey` as JSON
 
 # Channels.
 ENDS_CHANNEL = "ends"  # a node id: that node has ends to be written down

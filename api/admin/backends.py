@@ -12,7 +12,7 @@ from api.bodies import parse
 from api.web import caller, web
 from localai_q.cluster.backends import Op
 from localai_q.gallery.catalog import Name
-from localai_q.services import backends, galleries, jobs, nodes, operations
+from localai_q.services import backends, galleries, jobs, nodes, operations, wheels
 
 routes = Blueprint("backends", __name__)
 
@@ -102,6 +102,18 @@ def show_operation(operation_id: str) -> dict[str, Any]:
 def give_up(operation_id: str) -> dict[str, Any]:
     """Take back what is not done yet."""
     return backends.give_up(web().services, operation_id)
+
+
+@routes.get("/api/wheels")
+def list_wheels() -> dict[str, Any]:
+    """What builders have compiled for others."""
+    return {"wheels": wheels.listed(web().services)}
+
+
+@routes.delete("/api/wheels/<id:digest>")
+def remove_wheel(digest: str) -> dict[str, Any]:
+    wheels.remove(web().services, digest)
+    return {"id": digest, "removed": True}
 
 
 @routes.get("/api/operations")

@@ -76,6 +76,27 @@ def delete(
     _change("delete", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
 
 
+@app.command("wheels")
+def wheels(
+    delete: Annotated[str, typer.Option("--delete", help="Forget this one: its id, or the beginning of it.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Show what nodes with the label 'builder' have compiled for others."""
+    api = connect()
+    found: list[dict[str, Any]] = api.call("GET", "/api/wheels")["wheels"]
+    if delete:
+        found = [one for one in found if one["id"].startswith(delete)]
+        if len(found) != 1:
+            raise InvalidValue(f"{len(found)} wheels have an id that begins with '{delete}'")
+        api.call("DELETE", "/api/wheels/{}", found[0]["id"])
+    shown = [
+        {**one, "id": one["id"][:12], "size": f"{one['size'] / 2**20:.1f} MiB", "made": when(one["created"])}
+        for one in found
+    ]
+    rows(found if as_json else shown, ["id", "package", "version", "build", "python", "libc", "cpu", "size", "node", "made"],
+         as_json=as_json, empty="None: 'localai-q nodes label NODE builder=true' has a node give what it compiles.")  # fmt: skip
+
+
 def _change(
     op: str, name: str, node: str, everywhere: bool, selector: list[str], *, no_wait: bool, as_json: bool
 ) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -60,6 +61,17 @@ class WheelKey(BaseModel):
     def filename(self) -> str:
         """A name by which installers take the wheel: one that fits Python and platform of the key."""
         return f"{re.sub('[-_.]+', '_', self.package)}-{self.version}-{self.python}.whl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """A wheel that a node has compiled for others."""
+
+    key: WheelKey
+    sha256: str
+    size: int  # bytes
+    node: str  # the name of the one that gave it
+    created: float = 0.0  # seconds since the epoch
 
 
 def level_of(flags: Collection[str]) -> Level:

@@ -1,8 +1,10 @@
-"""The files of models on nodes: those that no model names are removed, on nodes that were away as soon as they report."""
+"""Files on nodes: those that no model names, and that are no wheels, are removed, on nodes that were away as soon as they
+report."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Set
 from typing import Any
 
 from localai_q import names
@@ -12,9 +14,10 @@ from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import NodeState
 from localai_q.errors import Conflict
+from localai_q.services import wheels as wheel_services
 from localai_q.services.jobs import submit_node_job
 from localai_q.services.wiring import Services
-from localai_q.store import jobs, models, nodes, quantizations
+from localai_q.store import jobs, models, nodes, quantizations, wheels
 from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
@@ -25,10 +28,11 @@ LOOKED_AT = 20  # cleanings of a node, to find one that was no dry run
 
 
 def tidy(services: Services) -> None:
-    """Have every node that reports remove what no model names."""
+    """Have every node that reports remove what no model names. Wheels that no backend needs count as such from now on."""
+    wheel_services.tidy(services)
     grace = services.settings.clean_grace
     with services.db.transaction() as db:
-        known, others, now = models.every(db), quantizations.files(db), clock(db)
+        known, others, now = models.every(db), _others(db), clock(db)
         found = [(node, _unnamed(node, known, others)) for node in nodes.every(db) if node.state in REACHABLE]
         due = [(node, files) for node, files in found if is_due(files, _last(db, node), grace=grace, now=now)]
     for node, files in due:
@@ -52,10 +56,15 @@ def clean(services: Services, node: Node, *, dry_run: bool) -> dict[str, Any]:
 def unnamed_on(services: Services, node: Node) -> list[str]:
     """The files, by SHA-256, that the node has told of and no model names."""
     with services.db.transaction() as db:
-        return _unnamed(node, models.every(db), quantizations.files(db))
+        return _unnamed(node, models.every(db), _others(db))
 
 
-def _unnamed(node: Node, known: list[Model], others: frozenset[str]) -> list[str]:
+def _others(db: Any) -> Set[str]:
+    """Files that are needed besides those of models."""
+    return quantizations.files(db) | wheels.contents(db)
+
+
+def _unnamed(node: Node, known: list[Model], others: Set[str]) -> list[str]:
     return unnamed(node.hardware.get("files") or (), known, others)
 
 

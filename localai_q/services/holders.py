@@ -13,7 +13,7 @@ from localai_q.cluster.states import JobState
 from localai_q.errors import NotFound
 from localai_q.services import uploads
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, quantizations, replicas
+from localai_q.store import models, nodes, quantizations, replicas, wheels
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +57,8 @@ def blame(services: Services, asker: Node, sha256: str, holder_id: str) -> None:
 
 
 def _need(db: Any, asker: Node, sha256: str) -> None:
+    if sha256 in wheels.contents(db):
+        return
     placed = {replica.model_id for replica in replicas.every(db, node_id=asker.id)}
     if any(model.id in placed and sha256 in model.config.contents for model in models.every(db)):
         return

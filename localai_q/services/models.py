@@ -20,7 +20,7 @@ from localai_q.services import galleries, jobs, snapshots, uploads, waiting
 from localai_q.services import replicas as replica_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
-from localai_q.store import marks, models, nodes, quantizations, replicas
+from localai_q.store import marks, models, nodes, quantizations, replicas, wheels
 from localai_q.store.engine import clock
 
 STORE = "store:"
@@ -254,12 +254,12 @@ def _forget_files(services: Services, config: ModelConfig) -> None:
 
 
 def forget_stored(services: Services, files: Set[str]) -> None:
-    """Delete these files of the API's store, by SHA-256, that no model and no quantization needs."""
+    """Delete these files of the API's store, by SHA-256, that no model and no quantization needs, and that are no wheels."""
     if not files:
         return
     with services.db.transaction() as db:
         needed = {file.source.removeprefix(STORE) for model in models.every(db) for file in model.config.files}
-        needed |= quantizations.files(db)
+        needed |= quantizations.files(db) | wheels.contents(db)
     for sha256 in files - needed:
         uploads.forget(services, sha256)
 

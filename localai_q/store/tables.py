@@ -179,6 +179,17 @@ quantizations = Table(  # `cluster.quantizing.Quantization`
     _created(),
 )
 
+wheels = Table(  # that nodes have compiled for others
+    "wheels",
+    metadata,
+    Column("digest", Text, primary_key=True),  # of the key
+    Column("key", JSONB, nullable=False),  # `cluster.wheels.WheelKey`
+    Column("sha256", Text, nullable=False, index=True),
+    Column("size", BigInteger, nullable=False),  # bytes
+    Column("node", Text, nullable=False),  # the name of the one that gave it, which may be gone
+    _created(),
+)
+
 api_keys = Table(
     "api_keys",
     metadata,

@@ -1,24 +1,31 @@
-"""Backends with a package that a node compiles: installed as a node does it, and what is left when that is ended."""
+"""Backends with a package that a node compiles: installed as a node does it, what is left when that is ended, and what one
+node gives to others."""
 
+import json
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from cluster_data import ready_node
+from cluster_data import api_over_http, node_named, ready_node
 from toy_backends import entry_of, member, pack
 from toy_packages import offer, package
 from waiting import wait_for
 
+from localai_q.bus import journal
+from localai_q.cluster.events import Progress
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
+from localai_q.cluster.wheels import WheelKey
+from localai_q.config import Settings
 from localai_q.errors import Cancelled
 from localai_q.gallery.catalog import BackendEntry, backend
-from localai_q.services import jobs
+from localai_q.names import new_id
+from localai_q.services import fleet, galleries, jobs, uploads, wheels
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers import versions
@@ -52,7 +59,7 @@ def make_entry(tmp_path: Path, echo: Path) -> Callable[..., BackendEntry]:
             f"import os, sys, toy_package\nassert toy_package.word() == {settings.get('word', 'nothing')!r}\n"
             f"os.chdir({str(echo)!r})\nos.execv({python!r}, [{python!r}, 'server.py', *sys.argv[1:]])\n"
         )
-        archive = pack(tmp_path / "toy.tgz", member("server.py", code.encode()), member("requirements.txt"))
+        archive = pack(tmp_path / f"{new_id()}.tgz", member("server.py", code.encode()), member("requirements.txt"))
         return entry_of(archive, compiled=(package(**settings),))
 
     return make
@@ -61,6 +68,12 @@ def make_entry(tmp_path: Path, echo: Path) -> Callable[..., BackendEntry]:
 @pytest.fixture
 def node(services: Services) -> Node:
     return ready_node(services)
+
+
+@pytest.fixture
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    galleries._read.clear()
+    return settings.model_copy(update={"backend_galleries": str(tmp_path / "gallery.yaml")})
 
 
 @pytest.fixture
@@ -155,3 +168,213 @@ def test_when_the_worker_of_jobs_is_killed_what_it_compiled_ends_and_is_removed(
     assert [path.name for path in (root / "toy").glob(".*.part")]
     assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids(mark)), 30)
     assert wait_for(lambda: versions.tidy(root) or left(root, tmp_path) == {".lock"}, 30)
+
+
+# --- from one node to others
+
+
+class Machine:
+    """A node on a machine of its own, which has compiled nothing yet."""
+
+    def __init__(self, services: Services, api: str, home: Path, *, builder: bool = False) -> None:
+        self.name, self._services, self._home = home.name, services, home
+        identity = Identity(home / "identity.json")
+        self.node = ready_node(services, self.name, secret=identity.secret())
+        if builder:
+            fleet.give_labels(services, self.name, {"builder": "true"}, keep=True)
+        self.root, self.cache = home / "backends", home / "cache"
+        spec = ChildSpec(
+            node_id=self.node.id, node_name=self.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
+            journal_max=1000, load_stall=60.0, status_fd=-1, backends=self.root, models=home / "models", api_url=api,
+            identity=identity.path,
+        )  # fmt: skip
+        self._jobs = Jobs(spec, identity, home / "run")
+
+    def begin(self, entry: BackendEntry, patch: pytest.MonkeyPatch) -> tuple[str, threading.Thread]:
+        """Have it install the backend."""
+        patch.setenv("LOCALAI_Q_WHEEL_CACHE", str(self.cache))
+        job_id = submit(self._services, self.node, entry)
+        thread = threading.Thread(target=self._jobs.run, args=(job_id,))
+        thread.start()
+        run = self._home / "run"
+        assert wait_for(lambda: list(run.glob("job-*.json")) or not thread.is_alive(), 30)  # it has its environment
+        return job_id, thread
+
+    def install(self, entry: BackendEntry, patch: pytest.MonkeyPatch) -> tuple[JobState, dict]:
+        job_id, thread = self.begin(entry, patch)
+        thread.join()
+        return result(self._services, job_id)
+
+    def has_compiled(self) -> bool:
+        return bool(list((self.cache / "blobs").glob("[0-9a-f]*")))
+
+    def module(self) -> bytes:
+        """The compiled code that its backend uses."""
+        (found,) = self.root.glob("toy/current/venv/lib/python*/site-packages/toy_package/toy.so")
+        return found.read_bytes()
+
+
+@pytest.fixture
+def api(services: Services) -> Iterator[str]:
+    with api_over_http(services) as url:
+        yield url
+
+
+@pytest.fixture
+def offered(make_entry, tmp_path: Path) -> Callable[..., BackendEntry]:
+    """Makes a backend that the gallery lists."""
+
+    def make(**settings: str) -> BackendEntry:
+        entry = make_entry(**settings)
+        (tmp_path / "gallery.yaml").write_text(json.dumps([entry.model_dump(mode="json")]))
+        return entry
+
+    return make
+
+
+def without_compilers(patch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir(exist_ok=True)
+    patch.setenv("PATH", str(tmp_path / "empty"))
+
+
+def test_a_node_without_a_compiler_takes_what_a_builder_has_compiled(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = offered(word="shared")
+    first, second = Machine(services, api, tmp_path / "n1", builder=True), Machine(services, api, tmp_path / "n2")
+    assert first.install(entry, monkeypatch)[0] is JobState.DONE
+    (wheel,) = wheels.listed(services)
+    assert (wheel["node"], wheel["package"], wheel["backends"]) == ("n1", "toy-package", ["toy"])
+    without_compilers(monkeypatch, tmp_path)
+    state, told = second.install(entry, monkeypatch)
+    assert state is JobState.DONE, told
+    assert second.module() == first.module()
+    assert not second.has_compiled()
+    assert [path.name for path in (tmp_path / "n2" / "models" / "blobs").glob("[0-9a-f]*")] == [wheel["sha256"]]
+
+
+def test_what_a_node_without_the_label_has_compiled_stays_its_own(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = offered()
+    assert Machine(services, api, tmp_path / "n1").install(entry, monkeypatch)[0] is JobState.DONE
+    assert wheels.listed(services) == []
+    without_compilers(monkeypatch, tmp_path)
+    state, error = Machine(services, api, tmp_path / "n2").install(entry, monkeypatch)
+    assert state is JobState.FAILED
+    assert "apt install g++" in error["message"]
+
+
+def test_a_builder_gives_what_its_machine_had_compiled_before(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry, node = offered(), Machine(services, api, tmp_path / "n1")
+    assert node.install(entry, monkeypatch)[0] is JobState.DONE
+    fleet.give_labels(services, "n1", {"builder": "true"}, keep=True)
+    other = Machine(services, api, tmp_path / "n3")
+    other.cache = node.cache  # another node of the same machine
+    without_compilers(monkeypatch, tmp_path)
+    assert other.install(entry, monkeypatch)[0] is JobState.DONE
+    assert wheels.listed(services) == []
+    fleet.give_labels(services, "n3", {"builder": "true"}, keep=True)
+    assert versions.remove(other.root, "toy")
+    assert other.install(entry, monkeypatch)[0] is JobState.DONE
+    assert [wheel["node"] for wheel in wheels.listed(services)] == ["n3"]
+
+
+def test_a_wheel_with_another_content_is_refused_and_compiled_instead(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = offered(word="honest")
+    assert Machine(services, api, tmp_path / "n1", builder=True).install(entry, monkeypatch)[0] is JobState.DONE
+    (wheel,) = wheels.listed(services)
+    path = uploads.path_of(services, wheel["sha256"])
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    second = Machine(services, api, tmp_path / "n2")
+    assert second.install(entry, monkeypatch)[0] is JobState.DONE
+    assert second.has_compiled()
+    assert not list((tmp_path / "n2" / "models" / "blobs").glob("[0-9a-f]*"))
+    without_compilers(monkeypatch, tmp_path)
+    state, error = Machine(services, api, tmp_path / "n3").install(entry, monkeypatch)
+    assert state is JobState.FAILED
+    assert "no C++ compiler" in error["message"]
+    assert "what node n1 has compiled cannot be had" in error["message"]
+    assert "another content than expected" in error["message"]
+
+
+def test_a_wheel_that_does_not_work_is_not_switched_to(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a builder gives is what it says, but it lies: the code says another word."""
+    entry = offered(word="right")
+    first = Machine(services, api, tmp_path / "n1", builder=True)
+    assert first.install(entry, monkeypatch)[0] is JobState.DONE
+    (wheel,) = wheels.listed(services)
+    wrong = Machine(services, api, tmp_path / "n4").install(offered(word="wrong"), monkeypatch)
+    assert wrong[0] is JobState.DONE
+    (made,) = (tmp_path / "n4" / "cache" / "blobs").glob("[0-9a-f]*")
+    offered(word="right")
+    galleries._read.clear()
+    wheels.remove(services, wheel["id"])
+    key = WheelKey.model_validate({name: wheel[name] for name in WheelKey.model_fields})
+    with made.open("rb") as file:
+        wheels.take(services, node_named(services, "n1"), key.digest, key, made.name, file, made.stat().st_size)
+    second = Machine(services, api, tmp_path / "n2")
+    state, error = second.install(entry, monkeypatch)
+    assert state is JobState.FAILED
+    assert "does not start on this machine" in error["message"]
+    assert "AssertionError" in error["message"]
+    assert versions.current(second.root, "toy") is None
+
+
+def test_a_node_waits_for_the_builder_that_compiles_the_same(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, count = tmp_path / "mark", tmp_path / "count"
+    entry = offered(hang=str(mark), count=str(count))
+    first = Machine(services, api, tmp_path / "n1", builder=True)
+    second = Machine(services, api, tmp_path / "n2")
+    one, working = first.begin(entry, monkeypatch)
+    assert wait_for(lambda: len(pids(mark)) == 2, 60)
+    two, waiting = second.begin(entry, monkeypatch)
+
+    def last() -> Progress | None:
+        return journal.latest(services.redis, [two]).get(two)
+
+    assert wait_for(lambda: isinstance(last(), Progress) and last().stage == "waiting", 60)
+    assert last().note == "node n1 compiles it (50 %)"
+    psutil.Process(pids(mark)[1]).kill()  # then the builder goes on
+    working.join()
+    waiting.join()
+    assert [result(services, job_id)[0] for job_id in (one, two)] == [JobState.DONE] * 2
+    assert count.read_text() == "1"
+    assert second.module() == first.module()
+
+
+def test_a_node_compiles_by_itself_when_the_builder_fails(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "mark"
+    entry = offered(hang=str(mark))
+    first, second = Machine(services, api, tmp_path / "n1", builder=True), Machine(services, api, tmp_path / "n2")
+    one, working = first.begin(entry, monkeypatch)
+    assert wait_for(lambda: len(pids(mark)) == 2, 60)
+    before = pids(mark)
+    _, waiting = second.begin(entry, monkeypatch)
+    with services.db.transaction() as db:
+        job = job_rows.by_id(db, one)
+    jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    working.join()
+    jobs.apply_ends(services)
+    assert wait_for(lambda: len(pids(mark)) == 2 and pids(mark) != before, 60)
+    psutil.Process(pids(mark)[1]).kill()
+    waiting.join()
+    assert second.has_compiled()
+
+
+def test_while_the_api_is_away_a_node_compiles_by_itself(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = Machine(services, "http://127.0.0.1:9", tmp_path / "n1", builder=True)
+    assert node.install(offered(), monkeypatch)[0] is JobState.DONE
+    assert node.has_compiled()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import ssl
 import time
@@ -14,7 +15,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from localai_q import __version__
+from localai_q.cluster.wheels import WheelKey
 from localai_q.errors import Conflict, Forbidden, LocalAIError, NotFound, StartupError, Unavailable
+from localai_q.names import WHEEL_HEADER
 from workers.identity import Identity
 from workers.node.installer import certificates
 
@@ -62,12 +65,15 @@ class NodeApi:
 
     def give(self, quantization_id: str, sha256: str, path: Path, sent: Callable[[int], object]) -> None:
         """Send what was made for a quantization. `sent` is told of the bytes that are on their way."""
-        url = f"/api/node/{self._id}/quantizations/{quantization_id}/result/{sha256}"
-        headers = {**_bearer(self._identity.secret()), "Content-Length": str(path.stat().st_size)}
-        with _errors(), path.open("rb") as file:
-            response = self._http.put(url, content=_told(file, sent), headers=headers, timeout=SENDING)
-        if not response.is_success:
-            _raise(response)
+        self._send(f"quantizations/{quantization_id}/result/{sha256}", path, sent)
+
+    def wheel(self, digest: str, backend: str) -> dict[str, Any]:
+        """Who has compiled a wheel, as `localai_q.services.wheels.told` tells it."""
+        return self._call("GET", f"wheels/{digest}?backend={backend}")
+
+    def give_wheel(self, key: WheelKey, sha256: str, path: Path, sent: Callable[[int], object]) -> None:
+        """Give a wheel to all; `Forbidden` if no admin has labelled this node for that."""
+        self._send(f"wheels/{key.digest}?sha256={sha256}", path, sent, **{WHEEL_HEADER: json.dumps(key.model_dump())})
 
     def announce_secret(self, secret_hash: str) -> None:
         """Say what the next secret will be; from now on both count, until the next one is used."""
@@ -88,6 +94,14 @@ class NodeApi:
             if (newer := self._identity.secret()) == secret:
                 raise
             return self._ask(method, path, body, newer)  # the other was withdrawn on the way
+
+    def _send(self, path: str, file: Path, sent: Callable[[int], object], **headers: str) -> None:
+        headers |= {**_bearer(self._identity.secret()), "Content-Length": str(file.stat().st_size)}
+        with _errors(), file.open("rb") as content:
+            url = f"/api/node/{self._id}/{path}"
+            response = self._http.put(url, content=_told(content, sent), headers=headers, timeout=SENDING)
+        if not response.is_success:
+            _raise(response)
 
     def _ask(self, method: str, path: str, body: dict[str, Any] | None, secret: str) -> dict[str, Any]:
         with _errors():

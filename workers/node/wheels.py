@@ -1,7 +1,8 @@
 """Wheels of packages that come as source only: where one comes from. Owns the machine's folder of what was compiled on it.
 
-That folder (`LOCALAI_Q_WHEEL_CACHE`) is shared by all nodes of the machine. A wheel lies in it by its content; what it is
-of is noted beside it. How one is compiled is left to `workers.node.compiling`.
+A node takes what this machine has compiled, else what a builder of the cluster has, else it compiles. The machine's folder
+(`LOCALAI_Q_WHEEL_CACHE`) is shared by all of its nodes. A wheel lies in it by its content; what it is of is noted beside
+it. How one is compiled is left to `workers.node.compiling`.
 
 `python -m workers.node.wheels` has all wheels ready that this version's own backends need on this machine's processor.
 """
@@ -13,8 +14,10 @@ import platform
 import re
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from packaging import tags
 
@@ -28,29 +31,43 @@ from localai_q.gallery.catalog import CompiledPackage, catalog
 from workers.node import hardware
 from workers.node.compiling import STAGE, compile_wheel
 from workers.node.downloads import Report, hash_file
+from workers.node.fetcher import Wanted, fetch
 from workers.node.sources import Access
 from workers.node.store import Store
 
 log = logging.getLogger(__name__)
 
+ASK_AGAIN = 2.0  # seconds, while another node compiles
 KEPT = 90 * 24 * 3600.0  # seconds for which a wheel is kept that nobody asks for
 CPUINFO = Path("/proc/cpuinfo")
 
 
 class Wheels:
-    """The wheels that a node can have."""
+    """The wheels that a node can have for a backend.
 
-    def __init__(self, access: Access, *, cpus: int, progress: Callable[[Progress], None]) -> None:
+    Args:
+        access: what it has to fetch with; where that knows no API, only this machine is asked.
+        models: the folder of the node's files.
+        backend: its name.
+        cpus: how many compilers may run at once.
+        progress: told of what is done.
+    """
+
+    def __init__(
+        self, access: Access, models: Path, backend: str, *, cpus: int, progress: Callable[[Progress], None]
+    ) -> None:
         self._access = access
+        self._models = models
+        self._backend = backend
         self._cpus = cpus
         self._progress = progress
         self._kept = Store(access.settings.wheel_cache)
 
     def bring(self, package: CompiledPackage, build: Build, folder: Path, what: str) -> Path:
-        """A wheel of the package for this machine, in a folder that is made for it; compiled, if there is none yet.
+        """A wheel of the package for this machine: one that it has, or that another node has made, or a new one.
 
         Args:
-            folder: its name; what else is in it afterwards is of no use.
+            folder: where to lay it; made if it is not there. What else is in it afterwards is of no use.
             what: the beginning of an error.
 
         Raises:
@@ -58,16 +75,65 @@ class Wheels:
         """
         key = key_of(package, build)
         folder.mkdir(parents=True, exist_ok=True)
-        place = folder / key.filename
+        with self._kept.alone(key.digest, self._progress) as tell:
+            found = self._find(key, Report(tell))
+        told = self._told(key, wait=not found)  # without the lock: a builder of this machine may need it
+        failure = ""
+        if not found and told.get("wheel"):
+            try:
+                found = self._fetched(told["wheel"])
+            except LocalAIError as error:
+                failure = f" (what node {told['wheel']['node']} has compiled cannot be had: {error.message})"
+                log.warning("%s%s", key.filename, failure)
+        try:
+            found = found or self._made(package, build, key, folder / key.digest, what)
+        except LocalAIError as error:
+            raise type(error)(error.message + failure) from error
+        if told.get("builder") and not told.get("wheel"):
+            self._give(key, found)
+        return shutil.copyfile(found, folder / key.filename)
+
+    def _told(self, key: WheelKey, *, wait: bool) -> dict[str, Any]:
+        """What the API says of the wheel; nothing if it does not. With `wait`, once nobody else is making it."""
+        began = time.monotonic()
+        while self._access.peers:
+            try:
+                told = self._access.peers.wheel(key.digest, self._backend)
+            except LocalAIError as error:
+                log.warning("the cluster cannot be asked for %s: %s", key.filename, error.message)
+                return {}
+            if not (wait and told["awaited"]):
+                return told
+            other = told["awaited"]
+            note = f"node {other['node']} compiles it ({other['percentage']:g} %)"
+            passed = int(time.monotonic() - began)
+            self._progress(Progress(stage="waiting", done=passed, unit="seconds", note=note))
+            time.sleep(ASK_AGAIN)
+        return {}
+
+    def _fetched(self, wheel: dict[str, Any]) -> Path:
+        """What another node has made: the file of this content, or none."""
+        wanted = Wanted(source=f"store:{wheel['sha256']}", sha256=wheel["sha256"], size=wheel["size"])
+        return fetch(wanted, self._models, self._access, self._progress)
+
+    def _made(self, package: CompiledPackage, build: Build, key: WheelKey, folder: Path, what: str) -> Path:
         with self._kept.alone(key.digest, self._progress) as tell:
             report = Report(tell)
-            found = self._find(key, report)
-            if not found:
-                made = compile_wheel(package, build, folder / key.digest, self._access, cpus=self._cpus, what=what,
-                                     progress=tell)  # fmt: skip
-                found = self._keep(key, made, report)
-            shutil.copyfile(found, place)
-        return place
+            if found := self._find(key, report):  # another node of this machine was faster
+                return found
+            made = compile_wheel(package, build, folder, self._access, cpus=self._cpus, what=what, progress=tell)
+            return self._keep(key, made, report)
+
+    def _give(self, key: WheelKey, wheel: Path) -> None:
+        """Let others have it; that this fails is no failure of what this node does."""
+        assert self._access.peers is not None
+        size, report = wheel.stat().st_size, Report(self._progress)
+        try:
+            self._access.peers.give_wheel(
+                key, wheel.name, wheel, lambda sent: report("giving", sent, size, key.filename)
+            )
+        except LocalAIError as error:
+            log.warning("%s cannot be given to other nodes: %s", key.filename, error.message)
 
     def _find(self, key: WheelKey, report: Report) -> Path | None:
         """The wheel, if this machine has compiled it and it is as it was."""
@@ -125,8 +191,9 @@ def _old(found: list[Blob]) -> list[Blob]:
 def prepare(cfg: Settings) -> None:
     """Have all wheels ready that this version's own backends need without a GPU, and log how far that is."""
     cpus = hardware.read(cfg.wheel_cache, lambda total: total).get("cpus", 1)
-    wheels = Wheels(Access(cfg, "", "", ""), cpus=cpus, progress=_Said())
+    said = _Said()
     for entry in catalog().backends:
+        wheels = Wheels(Access(cfg, "", "", ""), cfg.wheel_cache, entry.name, cpus=cpus, progress=said)
         for package in entry.builds["cpu"].compiled if "cpu" in entry.builds else ():
             folder = cfg.wheel_cache / f".{package.name}.making"
             shutil.rmtree(folder, ignore_errors=True)
