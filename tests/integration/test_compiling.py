@@ -46,7 +46,7 @@ def bring(tmp_path: Path, cache: Path) -> Bring:
     def run(progress: Callable[[Progress], None] = lambda _: None, **settings: str) -> Path:
         cfg = load_settings(wheel_cache=cache, disk_spare=0)
         folder = tmp_path / f"into-{new_id()}"
-        made = Wheels(Access(cfg, "", "", ""), tmp_path / "models", "toy", cpus=2, progress=progress)
+        made = Wheels(Access(cfg, "", "", ""), cpus=2, progress=progress)
         return made.bring(package(**settings), "cpu", folder, "cannot install backend toy")
 
     return run

@@ -78,7 +78,7 @@ def _installed_by(order: JobOrder, report: Report, *, force: bool) -> dict[str, 
         return fetch(wanted, spec.backends / entry.name / ARCHIVE, access, report)
 
     found = devices(spec)
-    wheels = Wheels(access, spec.models, entry.name, cpus=found.get("cpus", 1), progress=report)
+    wheels = Wheels(access, cpus=found.get("cpus", 1), progress=report, models=spec.models, backend=entry.name)
     kit = Kit(hardware=found, indexes=settings().backend_indexes, fetch=bring, wheel=wheels.bring)
     install_backend(entry, spec.backends, report, kit, force=force)
     return _present(spec, entry)

@@ -10,6 +10,7 @@ it. How one is compiled is left to `workers.node.compiling`.
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import re
 import shutil
@@ -39,6 +40,7 @@ log = logging.getLogger(__name__)
 
 ASK_AGAIN = 2.0  # seconds, while another node compiles
 KEPT = 90 * 24 * 3600.0  # seconds for which a wheel is kept that nobody asks for
+NOWHERE = Path(os.devnull)
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -47,15 +49,16 @@ class Wheels:
 
     Args:
         access: what it has to fetch with; where that knows no API, only this machine is asked.
-        models: the folder of the node's files.
-        backend: its name.
         cpus: how many compilers may run at once.
         progress: told of what is done.
+        models: the folder of the node's files, for what comes from other nodes.
+        backend: its name, for the API.
     """
 
     def __init__(
-        self, access: Access, models: Path, backend: str, *, cpus: int, progress: Callable[[Progress], None]
-    ) -> None:
+        self, access: Access, *, cpus: int, progress: Callable[[Progress], None], models: Path = NOWHERE,
+        backend: str = "",
+    ) -> None:  # fmt: skip
         self._access = access
         self._models = models
         self._backend = backend
@@ -191,14 +194,14 @@ def _old(found: list[Blob]) -> list[Blob]:
 def prepare(cfg: Settings) -> None:
     """Have all wheels ready that this version's own backends need without a GPU, and log how far that is."""
     cpus = hardware.read(cfg.wheel_cache, lambda total: total).get("cpus", 1)
-    said = _Said()
-    for entry in catalog().backends:
-        wheels = Wheels(Access(cfg, "", "", ""), cfg.wheel_cache, entry.name, cpus=cpus, progress=said)
-        for package in entry.builds["cpu"].compiled if "cpu" in entry.builds else ():
-            folder = cfg.wheel_cache / f".{package.name}.making"
-            shutil.rmtree(folder, ignore_errors=True)
+    said, folder = _Said(), cfg.wheel_cache / ".making"
+    wheels = Wheels(Access(cfg, "", "", ""), cpus=cpus, progress=said)
+    builds = [(entry.name, entry.builds["cpu"]) for entry in catalog().backends if "cpu" in entry.builds]
+    with Store(cfg.wheel_cache).alone("making", said):  # another one may work in that folder
+        for name, package in [(name, package) for name, build in builds for package in build.compiled]:
             try:
-                wheels.bring(package, "cpu", folder, f"backend {entry.name}")
+                shutil.rmtree(folder, ignore_errors=True)
+                wheels.bring(package, "cpu", folder, f"backend {name}")
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
 
