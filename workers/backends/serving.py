@@ -261,7 +261,7 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def one_of(known: Mapping[str, Any]) -> Callable[[str], Any]:
-    """A reader of one of these names; an empty name is not shown to whoever gives another."""
+    """A reader of one of these names; an empty one is known and not listed."""
 
     def read(name: str) -> Any:
         if name.lower() not in known:
@@ -284,6 +284,15 @@ def existing_file(field: str, path: str) -> Path:
     if not Path(path).is_file():
         raise LoadFailure(f"{field} names the file {path}, which does not exist")
     return Path(path)
+
+
+def adapters_of(options: backend_pb2.ModelOptions) -> list[tuple[str, float]]:
+    """The LoRA adapters of a load: their files and scales; LoadFailure if one is missing."""
+    scales = list(options.LoraScales) or [1.0] * len(options.LoraAdapters)
+    if len(scales) != len(options.LoraAdapters):
+        raise LoadFailure(f"there are {len(options.LoraAdapters)} LoraAdapters and {len(scales)} LoraScales")
+    paths = [str(existing_file("LoraAdapters", path)) for path in options.LoraAdapters]
+    return list(zip(paths, scales, strict=True))
 
 
 def physical_cores() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ from sampling import PARAMETERS, Sampler, Settings, read_settings
 from serving import (
     LoadFailure,
     Refusal,
+    adapters_of,
     existing_file,
     known_value,
     one_of,
@@ -291,20 +293,23 @@ def load(options: backend_pb2.ModelOptions) -> OneSequence:
     found = parse_options(options.Options, OPTIONS)
     if found.get("parallel", 1) > 1:
         raise LoadFailure("llama-cpp works on one request at a time: the option parallel (slots) can only be 1")
-    if options.Reranking or options.MMProj:
-        raise LoadFailure("llama-cpp neither ranks documents nor sees images: use the backend xllamacpp")
+    if options.Reranking or options.MMProj or options.DraftModel:
+        raise LoadFailure(
+            "llama-cpp neither ranks documents nor sees images, and takes no DraftModel: use the backend xllamacpp"
+        )
+    adapters = adapters_of(options)
     header = header_of(options.ModelFile)
     mode = "embedding" if options.Embeddings else "chat"
     params = _params(options, mode, found, header)
-    model = Model(options.ModelFile, found.get("gpu_layers", options.NGPULayers or None))
-    try:
+    with ExitStack() as undo:
+        model = Model(options.ModelFile, found.get("gpu_layers", options.NGPULayers or None))
+        undo.callback(model.close)
         template = _template(model, found)
         context = Context(model, params)
-        size = options.ContextSize if options.ContextSize > 0 else DEFAULT_CONTEXT
-        return OneSequence(model, context, mode=mode, context_size=size, template=template)
-    except BaseException:
-        model.close()
-        raise
+        undo.callback(context.close)
+        context.adapt(adapters)
+        undo.pop_all()
+    return OneSequence(model, context, mode=mode, context_size=params.n_ctx, template=template)
 
 
 def _params(options: backend_pb2.ModelOptions, mode: str, found: Mapping[str, Any], header: Mapping[str, Any]) -> Any:

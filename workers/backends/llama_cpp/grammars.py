@@ -63,7 +63,7 @@ def _converted(schema: Any) -> str:
     except RecursionError as error:
         raise _refuse("the JSON schema goes too deep to be enforced") from error
     except Exception as error:
-        raise _refuse(f"this JSON schema cannot be enforced: {error or type(error).__name__}") from error
+        raise _refuse(f"this JSON schema cannot be enforced ({type(error).__name__}: {error})") from error
 
 
 def _check_repeats(schema: Any) -> None:

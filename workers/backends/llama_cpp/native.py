@@ -129,6 +129,18 @@ class Context:
         """How embeddings are pooled, as llama.cpp numbers it."""
         return c.llama_pooling_type(self._pointer)
 
+    def adapt(self, adapters: Sequence[tuple[str, float]]) -> None:
+        """Let LoRA adapters, files and their scales, change what the model says. They go with the model."""
+        loaded = []
+        for path, _ in adapters:
+            loaded.append(c.llama_adapter_lora_init(self._model.pointer, path.encode()))
+            if not loaded[-1]:
+                raise LoadFailure(f"llama.cpp cannot use the adapter {path}{what_it_said()}")
+        scales = (ctypes.c_float * len(adapters))(*(scale for _, scale in adapters))
+        array = (c.llama_adapter_lora_p_ctypes * len(adapters))(*loaded)
+        if c.llama_set_adapters_lora(self._pointer, array, len(adapters), scales) != 0:
+            raise LoadFailure(f"llama.cpp cannot use these LoraAdapters together{what_it_said()}")
+
     def read(self, prompt: Sequence[int], *, reuse: bool, after_batch: Callable[[int, int], bool]) -> int:
         """Have the model read a prompt, except for the beginning that it has read last.
 

@@ -21,6 +21,7 @@ from gguf_header import header_of
 from serving import (
     LoadFailure,
     Refusal,
+    adapters_of,
     existing_file,
     known_value,
     one_of,
@@ -194,22 +195,16 @@ def _params(options: backend_pb2.ModelOptions, found: dict[str, Any]) -> Any:
     if options.DraftModel:
         params.speculative.draft.mparams.path = str(existing_file("DraftModel", options.DraftModel))
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
-    _set_adapters(params, options)
+    params.lora_adapters = [_adapter(path, scale) for path, scale in adapters_of(options)]
     if "chat_template" in found:
         params.chat_template = existing_file("chat_template", found["chat_template"]).read_text(encoding="utf-8")
     return params
 
 
-def _set_adapters(params: Any, options: backend_pb2.ModelOptions) -> None:
-    scales = list(options.LoraScales) or [1.0] * len(options.LoraAdapters)
-    if len(scales) != len(options.LoraAdapters):
-        raise LoadFailure(f"there are {len(options.LoraAdapters)} LoraAdapters and {len(scales)} LoraScales")
-    found = []
-    for path, scale in zip(options.LoraAdapters, scales, strict=True):
-        adapter = xllamacpp.CommonAdapterLoraInfo()
-        adapter.path, adapter.scale = str(existing_file("LoraAdapters", path)), scale
-        found.append(adapter)
-    params.lora_adapters = found
+def _adapter(path: str, scale: float) -> Any:
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = path, scale
+    return adapter
 
 
 def _set_batch(params: Any, options: backend_pb2.ModelOptions) -> None:
