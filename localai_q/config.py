@@ -104,12 +104,15 @@ class Settings(BaseSettings):
     )
     # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them.
     backend_galleries: str = Field("", validation_alias="LOCALAI_Q_BACKEND_GALLERIES")
+    auto_upgrade: bool = Field(False, validation_alias="LOCALAI_AUTO_UPGRADE_BACKENDS")  # by control, every six hours
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
     # Where a node gives its models to other nodes, and by what they reach that. Empty: as it reaches the API itself.
     files_address: str = Field("", validation_alias="LOCALAI_HTTP_ADDR")
     advertised_files_address: str = Field("", validation_alias="LOCALAI_ADVERTISE_HTTP_ADDR")
     shared_models: bool = Field(False, validation_alias="LOCALAI_DISTRIBUTED_SHARED_MODELS")
+    # Folders of a node, besides that of its models, that models may be imported from, with colons between them.
+    import_folders: str = Field("", validation_alias="LOCALAI_Q_IMPORT_FOLDERS")
     # Where a node gets models from.
     allow_private_sources: bool = Field(False, validation_alias="LOCALAI_Q_ALLOW_PRIVATE_SOURCES")
     hf_endpoint: str = Field("https://huggingface.co", validation_alias="HF_ENDPOINT")
@@ -159,6 +162,18 @@ class Settings(BaseSettings):
             if not re.match(r"/|https?://[^\s/?#@]", place):
                 raise ValueError("needs whole paths or https://… URLs, with spaces or commas between them")
         return value
+
+    @field_validator("import_folders")
+    @classmethod
+    def _are_folders(cls, value: str) -> str:
+        if any(not place.startswith("/") for place in value.split(":") if place):
+            raise ValueError("needs whole paths of folders, with colons between them")
+        return value
+
+    @property
+    def import_places(self) -> tuple[Path, ...]:
+        """The folders that models may be imported from, one by one."""
+        return tuple(Path(place) for place in self.import_folders.split(":") if place)
 
     @property
     def gallery_places(self) -> tuple[str, ...]:

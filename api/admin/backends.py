@@ -74,6 +74,18 @@ def list_galleries() -> list[dict[str, Any]]:
     return galleries.shown(web().services)
 
 
+@routes.get("/backends/upgrades")
+def list_upgrades() -> dict[str, Any]:
+    """By name, the backends of which some node has another version than the one that is to be had."""
+    return backends.upgrades(web().services)
+
+
+@routes.post("/backends/upgrades/check")
+def check_upgrades() -> dict[str, Any]:
+    """The same after the galleries were read anew, as it is done every six hours."""
+    return backends.check_upgrades(web().services)
+
+
 @routes.post("/backends/apply")
 def apply() -> tuple[dict[str, Any], int]:
     """Install on every node that can run it; those that are away install it when they are back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from flask import Blueprint, Response, request
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,11 +22,14 @@ from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.cluster.states import JobState
 from localai_q.documents import checked
 from localai_q.errors import Conflict, InvalidValue
-from localai_q.services import cleaning, fleet, jobs, keys, models, nodes, scheduling, uploads
+from localai_q.services import cleaning, fleet, imports, jobs, keys, models, nodes, scheduling, uploads
 
 routes = Blueprint("admin", __name__)
 
 MOST_LISTED = 1000
+MOST_IMPORTED = 500
+
+PlaceOnNode = Annotated[str, Field(pattern=r"^/[^\x00-\x1f\x7f]*$", max_length=1000)]
 
 JobKind = Literal[(*GENERATIONS, *NODE_JOBS)]  # type: ignore[valid-type]
 
@@ -45,6 +48,22 @@ class Slots(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     value: int = Field(ge=1, le=MOST_SLOTS)
+
+
+class Scan(BaseModel):
+    """Where a node is to look for files."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    folder: PlaceOnNode | Literal[""] = ""  # empty: all folders that its setting names
+
+
+class Import(BaseModel):
+    """Files of a node."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    files: list[PlaceOnNode] = Field(min_length=1, max_length=MOST_IMPORTED)
 
 
 class Prune(BaseModel):
@@ -192,6 +211,20 @@ def remove_slots(node: str) -> dict[str, Any]:
 def clean_node(node: str) -> tuple[dict[str, Any], int]:
     """With `dry_run=true` nothing is removed."""
     return cleaning.clean(web().services, nodes.named(web().services, node), dry_run=_flag("dry_run")), 202
+
+
+@routes.post("/api/nodes/<node>/files/scan")
+def scan_files(node: str) -> tuple[dict[str, Any], int]:
+    """The result of the job lists the GGUF files of a folder that the node's own setting allows."""
+    folder = parse(Scan, request.get_data()).folder
+    return {"job": imports.scan(web().services, nodes.named(web().services, node), folder)}, 202
+
+
+@routes.post("/api/nodes/<node>/files/import")
+def import_files(node: str) -> tuple[dict[str, Any], int]:
+    """The result of the job says what each file is; models can be made of them then."""
+    files = parse(Import, request.get_data()).files
+    return {"job": imports.bring(web().services, nodes.named(web().services, node), files)}, 202
 
 
 @routes.get("/api/jobs")

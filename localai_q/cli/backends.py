@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Annotated, Any
 
@@ -65,6 +66,26 @@ def upgrade(
 ) -> None:  # fmt: skip
     """Make a backend anew where it is, of the newest there is. What runs keeps its version until it ends."""
     _change("upgrade", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
+
+
+@app.command("upgrades")
+def list_upgrades(
+    check: Annotated[bool, typer.Option("--check", help="Read the galleries anew first.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show which node has another version of a backend than the one that is to be had: 'upgrade NAME --all' makes it."""
+    api = connect()
+    found = api.call("POST", "/backends/upgrades/check") if check else api.call("GET", "/backends/upgrades")
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    shown = [
+        {"name": name, "node": node["node_name"], "installed": node["version"], "available": told["available_version"],
+         "upgradable": node["upgradable"]}
+        for name, told in found.items()
+        for node in told["node_drift"]
+    ]  # fmt: skip
+    rows(shown, ["name", "node", "installed", "available", "upgradable"], as_json=False, empty="Nothing to upgrade.")
 
 
 @app.command("delete")

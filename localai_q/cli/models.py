@@ -15,7 +15,9 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from localai_q.cli import importing
 from localai_q.cli.client import Api, connect
+from localai_q.cli.jobs import need_done, wait
 from localai_q.cli.show import AsJson, rows, when
 from localai_q.cli.uploads import blocks, send
 from localai_q.cluster.models import ModelConfig
@@ -202,6 +204,42 @@ def show_model(
     print(
         json.dumps(record, indent=2) if as_json else yaml.safe_dump(record, sort_keys=False, allow_unicode=True), end=""
     )
+
+
+@app.command("import-folder")
+def import_folder(
+    node: Annotated[str, typer.Argument(help="The node's name.")],
+    folder: Annotated[str, typer.Argument(help="A folder of it; without one, all that its setting names.")] = "",
+    everything: Annotated[bool, typer.Option("--all", help="Add a model for each file that can be one.")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Add one for this file, by its name or path; repeatable.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help="Their engine.")] = "xllamacpp",
+    as_json: AsJson = False,
+) -> None:
+    """List the GGUF files of a node, or add models for them; other nodes have them from that one.
+
+    A node shows the folders that LOCALAI_Q_IMPORT_FOLDERS names there, and that of its models.
+
+    Examples:
+
+        localai-q models import-folder attic
+
+        localai-q models import-folder attic /srv/models --all
+
+        localai-q models import-folder attic --only tiny.Q4_K_M.gguf
+    """
+    api = connect()
+    job = api.call("POST", "/api/nodes/{}/files/scan", node, json={"folder": folder})["job"]
+    files = need_done(wait(api, job, quiet=True))["result"]["files"]
+    chosen = importing.choose(files, everything=everything, only=only or [])
+    if not chosen:
+        shown = files if as_json else [importing.shown(file) for file in files]
+        rows(shown, ["path", "size", "architecture", "context", "refused"], as_json=as_json,
+             empty="No GGUF files. LOCALAI_Q_IMPORT_FOLDERS says on the node where it may look.")  # fmt: skip
+        return
+    rows(importing.add(api, node, chosen, backend, quiet=as_json), ["name", "path", "sha256", "error"], as_json=as_json,
+         empty="")  # fmt: skip
 
 
 @app.command("remove")

@@ -156,6 +156,16 @@ def _not_for(
     return ""
 
 
+def outdated(name: str, version: str, nodes: Sequence[Node]) -> list[tuple[Node, Installed]]:
+    """The nodes that have a backend in another version than the one that is to be had, with what they have."""
+    return [
+        (node, found)
+        for node in nodes
+        for found in installed_on(node)
+        if found.name == name and found.version != version
+    ]
+
+
 def drifts(found: Collection[Installed]) -> bool:
     """Whether nodes of the same kind have different versions of a backend."""
     return any(len({(other.version, other.digest) for other in found if other.build == one.build}) > 1 for one in found)

@@ -6,10 +6,12 @@ import hashlib
 from collections.abc import Sequence
 from ipaddress import ip_address
 
+from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import NodeState
 
 MOST_HOLDERS = 8
+CHECKED = 3600.0  # seconds for which a file that was found sound is not read again for somebody's word
 GIVING = (NodeState.READY, NodeState.DRAINING, NodeState.DRAINED)
 
 
@@ -37,6 +39,13 @@ def holders_of(sha256: str, known: Sequence[Node], asker: Node, called: str) -> 
             found.append((_host(told) != own, int(node.hardware.get("transfers") or 0), turn, node, address))
     found.sort(key=lambda each: each[:3])
     return [(node, address) for *_, node, address in found[:MOST_HOLDERS]]
+
+
+def is_to_check(sha256: str, checks: Sequence[Job], *, now: float) -> bool:
+    """Whether a node is to read a file again that it is said to have wrong, given its checks, the newest first."""
+    last = next((job for job in checks if job.subject == sha256), None)
+    sound = last is not None and (last.result or {}).get("found") == sha256
+    return not sound or last is None or last.ended is None or now > last.ended + CHECKED
 
 
 def address_for(told: str, called: str) -> str:

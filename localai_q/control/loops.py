@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 LEAD = 10.0  # seconds for which a lead is taken; it is renewed every third of that, and the beat of a sound loop noted
 GAP = 0.05  # seconds between two turns of a loop, however often it is woken
 KEPT_DAYS = 30  # of ended jobs
+UPGRADES_EVERY = 6 * 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ def make_loops() -> list[Loop]:
         Loop("health", 2.0, nodes.watch_health, threading.Event()),
         Loop("backends", 1.0, backends.fulfil, threading.Event()),
         Loop("quantizations", 1.0, quantizations.advance, threading.Event()),
+        Loop("upgrades", UPGRADES_EVERY, backends.check_upgrades, threading.Event()),
         Loop("files", 30.0, cleaning.tidy, threading.Event()),
         Loop("prune", 3600.0, prune, threading.Event()),
     ]

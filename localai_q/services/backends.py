@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from localai_q import names
+from localai_q import __version__, names
 from localai_q.cluster.backends import (
     MOST_ATTEMPTS,
     REACHABLE,
@@ -20,6 +20,7 @@ from localai_q.cluster.backends import (
     has,
     installed_on,
     next_step,
+    outdated,
     pause,
     targets,
 )
@@ -82,6 +83,53 @@ def available(services: Services) -> list[dict[str, Any]]:
          "nodes": [node.name for node in known if has(node, entry.name)]}
         for entry in galleries.backends(services)
     ]  # fmt: skip
+
+
+def upgrades(services: Services) -> dict[str, dict[str, Any]]:
+    """The backends of which some node has another version than the one that is to be had, in LocalAI's form, by name.
+
+    What comes with this version is upgraded on a node that runs this version: `upgradable`.
+    """
+    with services.db.transaction() as db:
+        known = nodes.every(db)
+    found = {entry.name: (entry.version, outdated(entry.name, entry.version, known))
+             for entry in galleries.backends(services)}  # fmt: skip
+    return {name: _upgrade(services, name, *told) for name, told in sorted(found.items()) if told[1]}
+
+
+def _upgrade(services: Services, name: str, version: str, where: list[tuple[Node, Installed]]) -> dict[str, Any]:
+    of_gallery = galleries.record(services, name) is not None
+    return {
+        "backend_name": name,
+        "installed_version": ", ".join(sorted({found.version for _, found in where})),
+        "available_version": version,
+        "node_drift": [
+            {"node_id": node.id, "node_name": node.name, "version": found.version, "digest": found.digest,
+             "upgradable": node.approved and (of_gallery or node.version == __version__)}
+            for node, found in where
+        ],
+    }  # fmt: skip
+
+
+def check_upgrades(services: Services) -> dict[str, dict[str, Any]]:
+    """Read the galleries anew, say which upgrades there are, and make them where a setting says so."""
+    galleries.read_anew(services)
+    found = upgrades(services)
+    for name, told in found.items():
+        there = [f"{node['node_name']} ({node['version']})" for node in told["node_drift"]]
+        log.info("backend %s %s is to be had: %s", name, told["available_version"], ", ".join(there))
+        if services.settings.auto_upgrade:
+            _upgrade_where_nothing_is_wanted(services, told)
+    return found
+
+
+def _upgrade_where_nothing_is_wanted(services: Services, told: dict[str, Any]) -> None:
+    name = told["backend_name"]
+    with services.db.transaction() as db:
+        wanted = {wish.node_id for wish in backends.every(db, states=(WishState.OPEN,)) if wish.backend == name}
+    due = [node["node_id"] for node in told["node_drift"] if node["upgradable"] and node["node_id"] not in wanted]
+    if due:
+        change_everywhere(services, Op.UPGRADE, name, only=due)
 
 
 def change(services: Services, node: Node, op: Op, name: str) -> str:

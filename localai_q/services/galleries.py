@@ -49,6 +49,11 @@ class Gallery:
         elif not self._reading.locked():
             threading.Thread(target=self._look, args=(settings,), name="gallery", daemon=True).start()
 
+    def look_now(self, settings: Settings) -> None:
+        """Read it, due or not."""
+        self._due = 0.0
+        self._look(settings)
+
     def _look(self, settings: Settings) -> None:
         with self._reading:
             if time.monotonic() < self._due:
@@ -82,6 +87,12 @@ def backend(services: Services, name: str) -> BackendEntry:
 def look(services: Services) -> None:
     """Wait until each gallery was read once, so that `gpu_backends` knows of all."""
     _galleries(services)
+
+
+def read_anew(services: Services) -> None:
+    """Wait until each gallery was read, however fresh it is."""
+    for gallery in _galleries(services, wait=False):
+        gallery.look_now(services.settings)
 
 
 def gpu_backends(services: Services) -> frozenset[str]:

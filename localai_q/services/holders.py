@@ -6,16 +6,22 @@ import logging
 import time
 from typing import Any
 
+from localai_q import names
 from localai_q.cluster import tickets
-from localai_q.cluster.holders import holders_of
+from localai_q.cluster.holders import holders_of, is_to_check
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import NotFound
 from localai_q.services import uploads
+from localai_q.services.jobs import submit_node_job
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, quantizations, replicas, wheels
+from localai_q.store import jobs, models, nodes, quantizations, replicas, wheels
+from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
+
+CHECK = "check_file"
+LOOKED_AT = 20  # checks of a node, to find the last of a file
 
 
 def find(services: Services, asker: Node, sha256: str, *, called: str) -> dict[str, Any]:
@@ -52,8 +58,19 @@ def blame(services: Services, asker: Node, sha256: str, holder_id: str) -> None:
         holder = nodes.by_id(db, holder_id)
     if holder is None:
         raise NotFound(f"There is no node '{holder_id}'.")
-    log.warning("node %s got wrong bytes of %s from node %s: its disk may be failing; remove the file there",
+    log.warning("node %s got wrong bytes of %s from node %s, which is to check its file: its disk may be failing",
                 asker.name, sha256, holder.name, extra={"action": "holder"})  # fmt: skip
+    _have_checked(services, holder, sha256)
+
+
+def _have_checked(services: Services, holder: Node, sha256: str) -> None:
+    """Have a node read its file, and remove it if it is wrong; unless it was found sound a moment ago."""
+    with services.db.transaction() as db:
+        line, now = names.node_jobs_queue(holder.id), clock(db)
+        last = jobs.newest(db, kind=CHECK, line=line, limit=LOOKED_AT)
+    if is_to_check(sha256, last, now=now):
+        request = {"kind": CHECK, "sha256": sha256, "name": sha256}
+        submit_node_job(services, kind=CHECK, node_id=holder.id, model_id=None, request=request)
 
 
 def _need(db: Any, asker: Node, sha256: str) -> None:

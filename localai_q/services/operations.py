@@ -18,7 +18,8 @@ from localai_q.store.keys import ApiKey
 Record = dict[str, Any]
 
 TASKS = {"install_backend": "installation", "upgrade_backend": "upgrade", "delete_backend": "deletion",
-         "fetch_model": "staging", "clean_models": "deletion", "quantize": "quantization"}  # fmt: skip
+         "fetch_model": "staging", "clean_models": "deletion", "check_file": "check", "scan_files": "scan",
+         "import_files": "installation", "quantize": "quantization"}  # fmt: skip
 OUTCOMES = {"done": "completed", "failed": "failed", "cancelled": "cancelled"}
 MOST_OPEN = 1000
 

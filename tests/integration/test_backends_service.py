@@ -1,18 +1,22 @@
 """Backends on nodes as an admin changes them: on one node now, on many when they are there, and what becomes of that."""
 
+from dataclasses import replace
+
 import pytest
 from cluster_data import SECRET, claim, join, node_named, ready_node
 
-from localai_q import names
+from localai_q import __version__, names
 from localai_q.cluster.backends import MOST_ATTEMPTS, Op, WishState
 from localai_q.cluster.events import End
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, NotFound
+from localai_q.gallery import catalog
 from localai_q.services import backends, jobs, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import backends as wish_rows
 from localai_q.store import jobs as job_rows
+from localai_q.store import nodes as node_rows
 
 ECHO = {"name": "echo", "version": "1", "digest": "a" * 64, "build": "cpu", "installed_at": 1.0}
 
@@ -104,6 +108,35 @@ def test_what_is_installed_and_that_versions_differ_is_shown(services: Services)
     available = {entry["name"]: entry["nodes"] for entry in backends.available(services)}
     assert available["echo"] == ["n1", "n2"]
     assert available["xllamacpp"] == []
+
+
+def test_what_a_node_has_of_another_version_is_to_be_upgraded(services: Services) -> None:
+    one, two, old = (ready_node(services, name) for name in ("n1", "n2", "old"))
+    for node, version in ((one, __version__), (two, __version__), (old, "0.0")):
+        with services.db.transaction() as db:
+            node_rows.heard_of(db, node.id, hardware=None, version=version)
+    available = catalog.backend("echo").version
+    reports(services, one, {**ECHO, "version": available})
+    assert backends.upgrades(services) == {}
+    for node in (two, old):
+        reports(services, node, {**ECHO, "version": "0.1"})
+    (told,) = backends.upgrades(services).values()
+    assert (told["backend_name"], told["installed_version"], told["available_version"]) == ("echo", "0.1", available)
+    assert [(node["node_name"], node["upgradable"]) for node in told["node_drift"]] == [("n2", True), ("old", False)]
+
+
+@pytest.mark.parametrize("auto", [True, False])
+def test_what_is_to_be_upgraded_is_by_itself_only_where_a_setting_says_so(services: Services, auto: bool) -> None:
+    nodes_of = [ready_node(services, name) for name in ("n1", "n2")]
+    for node in nodes_of:
+        with services.db.transaction() as db:
+            node_rows.heard_of(db, node.id, hardware=None, version=__version__)
+        reports(services, node, {**ECHO, "version": "0.1"})
+    backends.change_everywhere(services, Op.DELETE, "echo", only=["n2"])
+    settings = services.settings.model_copy(update={"auto_upgrade": auto})
+    assert set(backends.check_upgrades(replace(services, settings=settings))) == {"echo"}
+    ops = {wish.node_id: wish.op for wish in wishes(services)}
+    assert ops == {nodes_of[1].id: Op.DELETE} | ({nodes_of[0].id: Op.UPGRADE} if auto else {})
 
 
 def test_a_request_reaches_all_nodes_and_those_that_were_away_when_they_return(services: Services) -> None:

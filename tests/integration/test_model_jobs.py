@@ -2,24 +2,32 @@
 
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from cluster_data import api_over_http, ready_node
+from cluster_data import add_model, api_over_http, model_named, ready_node
 from file_server import FileServer, Remote, serve
+from gguf_files import gguf
+from holding import Running, holder
 
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
+from localai_q.config import load_settings
 from localai_q.errors import Cancelled, Paused, to_record
-from localai_q.services import jobs, keys, nodes
+from localai_q.services import jobs, keys, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
 from workers.identity import Identity
+from workers.node.api import NodeApi
+from workers.node.fetcher import Wanted, fetch
 from workers.node.jobs import Jobs
+from workers.node.sources import Access
 
 CONTENT = os.urandom(2 << 20)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -164,3 +172,120 @@ def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_or_paused_g
     worker.run(job_id)
     assert result(services, job_id)[0] is JobState.DONE
     assert server.ranges()[1].startswith("bytes=")
+
+
+@contextmanager
+def holding_for(services: Services, node: Node, tmp_path: Path) -> Iterator[Running]:
+    """The node gives its files to others, and has said which it has."""
+    shutil.copy(tmp_path / "identity.json", tmp_path / "models" / "identity.json")
+    with holder(tmp_path / "models", node.id) as running:
+        told = {"files": running.store.files(), "files_address": running.address}
+        nodes.heartbeat(services, node, hardware=told)
+        yield running
+
+
+def asking(services: Services, url: str, tmp_path: Path, model: str) -> Access:
+    """Another node, which is to run a model."""
+    identity = Identity(tmp_path / "other.json")
+    node = ready_node(services, "n2", identity.secret())
+    nodes.heartbeat(services, node, hardware={"ram_total": 10**9, "ram_available": 10**9, "files": []})
+    replicas.place(services, model_named(services, model), node.id)
+    cfg = load_settings(allow_private_sources=True, disk_spare=0)
+    return Access(cfg, url, node.id, identity.secret(), peers=NodeApi(url, node.id, identity))
+
+
+def test_a_holder_that_gave_a_wrong_byte_mends_itself(
+    services: Services, node: Node, worker: Jobs, url: str, server: FileServer, tmp_path: Path
+) -> None:
+    origin = server.put("/m", Remote(CONTENT))
+    job_id = submit(services, node, "fetch_model", source=origin, sha256=DIGEST)
+    worker.run(job_id)
+    assert result(services, job_id)[0] is JobState.DONE
+    add_model(services, source=origin, sha256=DIGEST, size=len(CONTENT), memory=1000)
+    asker = asking(services, url, tmp_path, "m")
+    blob = tmp_path / "models" / "blobs" / DIGEST
+    with blob.open("r+b") as file:
+        file.seek(1000)
+        byte = file.read(1)
+        file.seek(1000)
+        file.write(bytes([byte[0] ^ 1]))
+    with holding_for(services, node, tmp_path):
+        wanted = Wanted(source=origin, sha256=DIGEST)
+        assert fetch(wanted, tmp_path / "mine", asker, lambda _: None).read_bytes() == CONTENT
+    assert len(server.seen) == 2
+    (check,) = jobs.listed(services, states=["open"], kinds=["check_file"], limit=9)
+    assert (check["node"], check["subject"]) == ("n1", DIGEST)
+    worker.run(check["id"])
+    state, told = result(services, check["id"])
+    assert (state, told["removed"]) == (JobState.DONE, True)
+    assert told["found"] not in (None, DIGEST)
+    assert not blob.exists()
+    again = submit(services, node, "fetch_model", source=origin, sha256=DIGEST)
+    worker.run(again)
+    assert result(services, again)[0] is JobState.DONE
+    assert blob.read_bytes() == CONTENT
+
+
+def test_a_sound_file_stays_and_is_not_read_again_for_every_complaint(
+    services: Services, node: Node, worker: Jobs, url: str, server: FileServer, tmp_path: Path
+) -> None:
+    origin = server.put("/m", Remote(CONTENT))
+    worker.run(submit(services, node, "fetch_model", source=origin, sha256=DIGEST))
+    add_model(services, source=origin, sha256=DIGEST, size=len(CONTENT), memory=1000)
+    asker = asking(services, url, tmp_path, "m")
+    beginnings = tmp_path / "models" / "blobs" / f".{DIGEST}.beginnings"
+    beginnings.write_bytes(b"x" * 32)
+
+    def checks() -> list[str]:
+        asker.peers.blame(DIGEST, node.id)
+        return [job["id"] for job in jobs.listed(services, states=["open"], kinds=["check_file"], limit=9)]
+
+    (check,) = checks()
+    assert checks() == [check]
+    worker.run(check)
+    assert result(services, check) == (JobState.DONE, {"sha256": DIGEST, "found": DIGEST, "removed": False})
+    assert beginnings.read_bytes() == b""
+    assert checks() == []
+    gone = submit(services, node, "check_file", sha256="0" * 64)
+    worker.run(gone)
+    assert result(services, gone)[1] == {"sha256": "0" * 64, "found": None, "removed": False}
+
+
+def test_files_of_a_folder_are_listed_imported_and_given_to_other_nodes(
+    services: Services, node: Node, worker: Jobs, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, content = tmp_path / "shelf", gguf()
+    sha256 = hashlib.sha256(content).hexdigest()
+    folder.mkdir()
+    good, cut = folder / "good.gguf", folder / "cut.gguf"
+    good.write_bytes(content)
+    cut.write_bytes(content[:99])
+    (tmp_path / "secret.gguf").write_bytes(content)
+    refused = submit(services, node, "scan_files", folder=str(folder))
+    worker.run(refused)
+    assert result(services, refused)[1]["error"] == "Forbidden"
+    monkeypatch.setenv("LOCALAI_Q_IMPORT_FOLDERS", str(folder))
+    listing = submit(services, node, "scan_files", folder="")
+    worker.run(listing)
+    told = result(services, listing)[1]
+    assert told["folders"] == [str(folder), str(tmp_path / "models")]
+    assert [(file["path"], bool(file["refused"])) for file in told["files"]] == [(str(cut), True), (str(good), False)]
+    paths = [str(path) for path in (good, cut, tmp_path / "secret.gguf", good)]
+    bringing = submit(services, node, "import_files", files=paths)
+    worker.run(bringing)
+    state, told = result(services, bringing)
+    assert state is JobState.DONE
+    first, damaged, outside, again = told["files"]
+    assert (first["sha256"], first["size"], first["facts"]["architecture"]) == (sha256, len(content), "llama")
+    assert again == first
+    assert "ends within its header" in damaged["refused"]
+    assert "LOCALAI_Q_IMPORT_FOLDERS" in outside["refused"]
+    blobs = [name for name in everything(tmp_path) if not name.startswith(".")]
+    assert blobs == [sha256]
+
+    add_model(services, source=f"file:{good}", sha256=sha256, size=len(content), memory=1000)
+    asker = asking(services, url, tmp_path, "m")
+    good.unlink()  # the other node has no such file, and need not have it
+    with holding_for(services, node, tmp_path):
+        wanted = Wanted(source=f"file:{good}", sha256=sha256, size=len(content))
+        assert fetch(wanted, tmp_path / "mine", asker, lambda _: None).read_bytes() == content

@@ -392,6 +392,58 @@ def working(web: Web, node: Node, *arguments: str, end: End) -> tuple[int, str, 
     return said[0]
 
 
+def test_what_is_to_be_upgraded_is_shown_by_the_command_line(web: Web, attic: Node) -> None:
+    assert web.cli("backends", "upgrades")[:2] == (0, "Nothing to upgrade.\n")
+    told = {"name": "echo", "version": "0.1", "digest": "a" * 64, "build": "cpu", "installed_at": 1.5}
+    nodes.heartbeat(web.services, attic, hardware={"backends": [told]})
+    assert " 0.1 " in web.cli("backends", "upgrades", "--check")[1]
+    found = json.loads(web.cli("backends", "upgrades", "--json")[1])
+    assert found["echo"]["node_drift"][0]["node_name"] == "attic"
+
+
+def test_models_are_imported_from_a_folder_of_a_node_by_the_command_line(web: Web, attic: Node) -> None:
+    line, sha256 = names.node_jobs_queue(attic.id), "c" * 64
+    listed = [{"path": "/srv/tiny.gguf", "size": 9, "facts": None, "refused": None},
+              {"path": "/srv/big-00001-of-00002.gguf", "size": 9, "facts": None, "refused": "two files"}]  # fmt: skip
+
+    def run(*arguments: str, ends: list[dict]) -> tuple[int, str, str]:
+        said: list[tuple[int, str, str]] = []
+        thread = threading.Thread(target=lambda: said.append(web.cli("models", "import-folder", "attic", *arguments)))
+        thread.start()
+        for end in ends:
+            (job_id,) = wait_for(lambda: web.services.leases.waiting(line), 30)
+            lease = claim(web.services, job_id, line, attic.id)
+            asked.append(lease.request)
+            web.services.leases.finish(lease, lease.last_index + 1, End(state="done", result=end), node_id=attic.id)
+            jobs.apply_ends(web.services)
+        nodes.heartbeat(web.services, attic, hardware={"files": [sha256]})
+        thread.join(60)
+        return said[0]
+
+    asked: list[dict] = []
+    code, out, err = run(ends=[{"files": listed}])
+    assert (code, "/srv/tiny.gguf" in out, "two files" in out) == (0, True, True), err
+    assert "tiny" not in web.models()
+    brought = [{"path": "/srv/tiny.gguf", "sha256": sha256, "size": 9, "facts": None, "refused": None}]
+    for arguments in (("/srv", "--all"), ("/srv", "--only", "tiny.gguf")):
+        code, out, err = run(*arguments, ends=[{"files": listed}, {"files": brought}])
+        assert asked[-2]["folder"] == "/srv"
+        assert asked[-1]["files"] == ["/srv/tiny.gguf"]
+        if arguments[1] == "--all":
+            assert (code, "tiny" in web.models()) == (0, True), err
+    assert (code, "no model was added" in err) == (1, True)
+    model = next(each for each in web.http.get("/api/models").json()["models"] if each["name"] == "tiny")
+    assert (model["source"], model["sha256"], model["size"]) == ("file:/srv/tiny.gguf", sha256, 9)
+    code, _, err = run("--only", "big-00001-of-00002.gguf", ends=[{"files": listed}])
+    assert (code, "two files" in err) == (1, True)
+    web.cli("models", "remove", "tiny")
+    for path, body in (("scan", {"folder": "srv"}), ("scan", {"x": 1}), ("import", {"files": []}),
+                       ("import", {"files": ["/a\n"]}), ("import", {"files": ["a"]})):  # fmt: skip
+        assert web.http.post(f"/api/nodes/attic/files/{path}", json=body).status_code == 400
+    nodes.deregister(web.services, attic)
+    assert web.http.post("/api/nodes/attic/files/scan", json={}).status_code == 409
+
+
 INSTALLED = End(state="done", result={"name": "echo"})
 NO_NETWORK = End(state="failed", error={"error": "Unavailable", "message": "no network"})
 

@@ -12,7 +12,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,10 @@ from localai_q.processes import kill_session, watch_parent
 from workers import versions
 from workers.child import ChildSpec
 from workers.identity import Identity
-from workers.node import hardware, quantizer
+from workers.node import hardware, imports, quantizer
 from workers.node.api import NodeApi
+from workers.node.downloads import Report as Reading
+from workers.node.downloads import hash_file
 from workers.node.fetcher import Wanted, discard, fetch, wanted_of
 from workers.node.installer import Kit, install_backend, is_installed
 from workers.node.sources import Access
@@ -161,6 +163,41 @@ def quantize(order: JobOrder, report: Report) -> dict[str, Any]:
     return quantizer.quantize(order.request, spec.models, spec.backends, Access.of(settings(), spec), report)
 
 
+def check_file(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Read a file that another node had wrong bytes of; remove it if it is wrong. The result says what was found."""
+    store, sha256 = Store(order.spec.models), str(order.request["sha256"])
+    path = store.find(sha256)
+    if path is None:
+        return {"sha256": sha256, "found": None, "removed": False}
+    with store.alone(sha256, report) as tell, path.open("rb") as file:
+        digest = hash_file(file, path.stat().st_size, Reading(tell))
+        return {"sha256": sha256, "found": digest.sha256, "removed": store.mend(sha256, digest)}
+
+
+def scan_files(order: JobOrder, report: Report) -> dict[str, Any]:
+    """List the GGUF files of a folder that this node's setting allows."""
+    return imports.listed(str(order.request.get("folder") or ""), import_folders(order.spec))
+
+
+def import_files(order: JobOrder, report: Report) -> dict[str, Any]:
+    """Bring files of such folders into the store; the result says of each what it is, or why it was refused."""
+    spec, folders = order.spec, import_folders(order.spec)
+    access = replace(Access.of(settings(), spec), peers=None)
+    found: list[dict[str, Any]] = []
+    for path in map(str, order.request["files"]):
+        try:
+            wanted = Wanted(source=f"file:{imports.importable(path, folders)}")
+            found.append({"path": path, **described(fetch(wanted, spec.models, access, report), ()), "refused": None})
+        except LocalAIError as error:
+            found.append({"path": path, "refused": error.message})
+    return {"files": found}
+
+
+def import_folders(spec: ChildSpec) -> list[Path]:
+    """The folders that files may be imported from."""
+    return [*settings().import_places, spec.models]
+
+
 def described(own: Path, further: Sequence[Path]) -> dict[str, Any]:
     """Fetched files as the result of their job: what they are, and what the model's own says of its memory."""
     content, *others = ({"sha256": path.name, "size": path.stat().st_size} for path in (own, *further))
@@ -183,6 +220,9 @@ KINDS: dict[str, Callable[[JobOrder, Report], dict[str, Any]]] = {
     "fetch_model": fetch_model,
     "clean_models": clean_models,
     "quantize": quantize,
+    "check_file": check_file,
+    "scan_files": scan_files,
+    "import_files": import_files,
 }
 
 
@@ -206,6 +246,12 @@ def discard_fetched(spec: ChildSpec, request: dict[str, Any]) -> None:
         discard(wanted, spec.models)
 
 
+def discard_imported(spec: ChildSpec, request: dict[str, Any]) -> None:
+    """Remove what an import has left that was cancelled."""
+    for path in map(str, request["files"]):
+        discard(Wanted(source=f"file:{os.path.realpath(path)}"), spec.models)
+
+
 PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {
     "install_backend": installed,
     "fetch_model": fetched,
@@ -217,6 +263,7 @@ DISCARD: dict[str, Callable[[ChildSpec, dict[str, Any]], None]] = {
     "upgrade_backend": lambda spec, request: versions.tidy(spec.backends),
     "fetch_model": discard_fetched,
     "quantize": lambda spec, request: quantizer.discard(request, spec.models),
+    "import_files": discard_imported,
 }
 
 

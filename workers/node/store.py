@@ -25,7 +25,7 @@ from localai_q.cluster.disk import SPARE, Blob, spare
 from localai_q.cluster.events import Progress
 from localai_q.config import sync
 from localai_q.errors import Unavailable
-from workers.node.digests import PIECE
+from workers.node.digests import PIECE, Digest
 
 WATCH = 0.5  # seconds between two looks at how far somebody else is with the same file
 CLOCK = 0.1  # seconds by which times of files may be behind
@@ -153,6 +153,15 @@ class Store:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.part(key_of(source), "source").write_text(sha256)
 
+    def mend(self, sha256: str, digest: Digest) -> bool:
+        """Remove a file that is not what its name says, as its digest was found now; by who is alone with it. Whether it
+        was removed. Of a sound one, the beginnings are noted anew."""
+        if digest.sha256 == sha256:
+            self._beginnings(sha256).write_bytes(b"".join(digest.beginnings))
+            return False
+        self._forget(sha256)
+        return True
+
     def discard(self, key: str) -> None:
         """Remove what a fetch that was cancelled has left, unless another goes on with it."""
         with suppress(OSError), self._at_once(key):
@@ -205,11 +214,14 @@ class Store:
         with suppress(OSError), self._at_once(sha256):
             if self._asked_for(sha256) > began - CLOCK:
                 return False
-            (self.folder / sha256).unlink()
-            self._used(sha256).unlink(missing_ok=True)
-            self._beginnings(sha256).unlink(missing_ok=True)
+            self._forget(sha256)
             return True
         return False
+
+    def _forget(self, sha256: str) -> None:
+        (self.folder / sha256).unlink()
+        self._used(sha256).unlink(missing_ok=True)
+        self._beginnings(sha256).unlink(missing_ok=True)
 
     def _remove_parts(self, key: str) -> None:
         for path in self.folder.glob(f".{key}.*part*"):

@@ -1,0 +1,115 @@
+"""A node looks for files where its own setting allows it, and nowhere else."""
+
+import os
+from pathlib import Path
+
+import pytest
+from gguf_files import gguf
+
+from localai_q.cli import importing
+from localai_q.config import load_settings
+from localai_q.errors import Forbidden, InvalidValue, StartupError
+from workers.node import imports
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What may be looked at; `outside` beside it may not."""
+    for name in ("in/below", "outside"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "in" / "one.gguf").write_bytes(gguf())
+    (tmp_path / "in" / "below" / "two.GGUF").write_bytes(gguf())
+    (tmp_path / "in" / "notes.txt").write_text("x")
+    (tmp_path / "outside" / "secret.gguf").write_bytes(gguf())
+    return tmp_path / "in"
+
+
+def names(told: dict) -> dict[str, str | None]:
+    return {Path(file["path"]).name: file["refused"] for file in told["files"]}
+
+
+def test_gguf_files_are_listed_with_what_their_headers_say(folder: Path) -> None:
+    told = imports.listed("", [folder])
+    assert told["folders"] == [str(folder)]
+    assert names(told) == {"one.gguf": None, "two.GGUF": None}
+    first = next(file for file in told["files"] if file["path"].endswith("one.gguf"))
+    assert (first["facts"]["architecture"], first["size"]) == ("llama", len(gguf()))
+    assert names(imports.listed(str(folder / "below"), [folder])) == {"two.GGUF": None}
+    assert imports.listed("", []) == {"folders": [], "files": [], "left_out": 0}
+
+
+def test_what_is_outside_is_refused_however_it_is_named(folder: Path) -> None:
+    outside = folder.parent / "outside"
+    (folder / "link").symlink_to(outside)
+    (folder / "stolen.gguf").symlink_to(outside / "secret.gguf")
+    (folder / "again.gguf").symlink_to(folder / "one.gguf")
+    for path in (outside, f"{folder}/../outside", folder / "link", "/", f"{folder}side"):
+        with pytest.raises(Forbidden, match="LOCALAI_Q_IMPORT_FOLDERS"):
+            imports.listed(str(path), [folder])
+        with pytest.raises(Forbidden):
+            imports.importable(f"{path}/secret.gguf", [folder])
+    with pytest.raises(Forbidden):
+        imports.importable(str(folder / "stolen.gguf"), [folder])
+    assert set(names(imports.listed("", [folder]))) == {"one.gguf", "two.GGUF", "again.gguf"}
+    assert imports.importable(str(folder / "again.gguf"), [folder]) == folder / "one.gguf"
+
+
+def test_a_model_in_several_files_is_listed_once_and_refused(folder: Path) -> None:
+    for number in (1, 2, 3):
+        (folder / f"big-0000{number}-of-00003.gguf").write_bytes(gguf())
+    told = names(imports.listed("", [folder]))
+    assert "one of 3 files" in told["big-00001-of-00003.gguf"]
+    assert len(told) == 3
+    with pytest.raises(InvalidValue, match="llama-gguf-split --merge"):
+        imports.importable(str(folder / "big-00002-of-00003.gguf"), [folder])
+
+
+def test_what_is_damaged_or_not_there_says_so(folder: Path) -> None:
+    (folder / "cut.gguf").write_bytes(gguf()[:100])
+    assert "ends within its header" in names(imports.listed("", [folder]))["cut.gguf"]
+    for path in ("cut.gguf", "nowhere.gguf", "below"):
+        with pytest.raises(InvalidValue):
+            imports.importable(str(folder / path), [folder])
+    with pytest.raises(InvalidValue, match="no folder"):
+        imports.listed(str(folder / "nowhere"), [folder])
+
+
+def test_lists_and_walks_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(imports, "MOST_FILES", 1)
+    told = imports.listed("", [folder])
+    assert (len(told["files"]), told["left_out"]) == (1, 1)
+    monkeypatch.setattr(imports, "MOST_FILES", 9)
+    monkeypatch.setattr(imports, "DEEPEST", 0)
+    assert set(names(imports.listed("", [folder]))) == {"one.gguf"}
+    monkeypatch.setattr(imports, "MOST_ENTRIES", 0)
+    for number in range(9):
+        os.makedirs(folder / f"more{number}" / "x")
+    assert len(names(imports.listed("", [folder]))) == 1
+
+
+def test_a_name_that_cannot_be_shown_is_left_out(folder: Path) -> None:
+    (folder / "bad\x1b.gguf").write_bytes(gguf())
+    os.rename(folder / "one.gguf", os.fsencode(folder) + b"/\xff.gguf")
+    assert set(names(imports.listed("", [folder]))) == {"two.GGUF"}
+
+
+def test_the_setting_names_whole_paths() -> None:
+    assert load_settings(import_folders="/a:/b c").import_places == (Path("/a"), Path("/b c"))
+    assert load_settings().import_places == ()
+    with pytest.raises(StartupError, match="LOCALAI_Q_IMPORT_FOLDERS"):
+        load_settings(import_folders="/a:b")
+
+
+def test_files_are_chosen_by_name_or_path_and_models_called_after_them() -> None:
+    files = [{"path": path, "refused": "damaged" if "bad" in path else None}
+             for path in ("/a/x.gguf", "/b/x.gguf", "/a/y.gguf", "/a/bad.gguf")]  # fmt: skip
+    assert [file["path"] for file in importing.choose(files, everything=True, only=())] == [
+        "/a/x.gguf", "/b/x.gguf", "/a/y.gguf",
+    ]  # fmt: skip
+    assert importing.choose(files, everything=False, only=["y.gguf", "/b/x.gguf"]) == [files[2], files[1]]
+    for only in ("x.gguf", "z.gguf", "bad.gguf"):
+        with pytest.raises(InvalidValue):
+            importing.choose(files, everything=False, only=[only])
+    assert [importing.name_of(f"/a/{name}") for name in ("Tiny (v2).Q4.gguf", "..gguf", "é.gguf")] == [
+        "Tiny-v2-.Q4", "model", "model",
+    ]  # fmt: skip
