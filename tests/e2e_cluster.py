@@ -5,6 +5,7 @@ Nothing here stands in for a real part: gunicorn, Celery, Postgres, Valkey, gRPC
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -227,3 +228,44 @@ class Cluster:
             return self.http.post("/v1/chat/completions", json=body).status_code == 200
 
         until(answers, timeout, f"an answer of {model}")
+
+
+class Joiner:
+    """`celery -A localai_q worker` with the two settings that `up` prints, as on another machine."""
+
+    def __init__(self, home: Path, name: str, **settings: str) -> None:
+        self.home = home
+        self.name = name
+        self.output = home / "output"
+        home.mkdir(parents=True, exist_ok=True)
+        environment = clean_environment(LOCALAI_Q_HOME=str(home), LOCALAI_NODE_NAME=name, **settings)
+        with self.output.open("ab") as file:
+            self.process = subprocess.Popen(
+                [str(BIN / "celery"), "-A", "localai_q", "worker"],
+                env=environment, cwd=home, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
+            )  # fmt: skip
+
+    def log(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def kill(self) -> None:
+        kill_all(self.home)
+        self.process.kill()
+        self.process.wait()
+
+    def term(self) -> None:
+        """Ask it to leave; fails unless it and all its processes end."""
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(20)
+        left = list(processes_of(self.home).values())
+        assert not left, left
+
+
+def printed_settings(cluster: Cluster) -> dict[str, str]:
+    """The two settings of the line with which another machine joins."""
+    line = next(line.strip() for line in cluster.output().splitlines() if "celery -A localai_q worker" in line)
+    settings = re.fullmatch(
+        r"(LOCALAI_REGISTER_TO=\S+) (LOCALAI_REGISTRATION_TOKEN=\S+) \S*celery -A localai_q worker", line
+    )
+    assert settings, line
+    return dict(setting.split("=", 1) for setting in settings.groups())

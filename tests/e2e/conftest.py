@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from e2e_cluster import Cluster, folder_of_homes, until
+from e2e_cluster import Cluster, Joiner, folder_of_homes, until
 
 
 @pytest.fixture(scope="session")
@@ -56,6 +56,20 @@ def start_cluster(homes: Path) -> Iterator[Callable[..., Cluster]]:
     yield start
     for own in made:
         own.kill()
+
+
+@pytest.fixture
+def join(homes: Path) -> Iterator[Callable[..., Joiner]]:
+    """Makes nodes; whatever the test leaves running is killed."""
+    made: list[Joiner] = []
+
+    def start(name: str, **settings: str) -> Joiner:
+        made.append(Joiner(homes / f"node-{name}", name, **settings))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.kill()
 
 
 @pytest.fixture
