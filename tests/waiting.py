@@ -1,4 +1,7 @@
-"""Waiting for what another process or thread will do."""
+"""Waiting for what another process or thread will do.
+
+How long that takes says nothing about the code where a machine is crowded: limits are there to end a test that has failed.
+"""
 
 import time
 from collections.abc import Callable
@@ -6,8 +9,10 @@ from typing import TypeVar
 
 Answer = TypeVar("Answer")
 
+LIMIT = 60.0  # seconds
 
-def wait_for(condition: Callable[[], Answer], seconds: float = 10.0, every: float = 0.01) -> Answer:
+
+def wait_for(condition: Callable[[], Answer], seconds: float = LIMIT, every: float = 0.01) -> Answer:
     """What `condition` returns once that is true; its last answer after so many seconds."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()) and time.monotonic() < deadline:

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from gguf_files import lora
+from waiting import LIMIT, wait_for
 
 from localai_q.config import load_settings
 from localai_q.gallery import catalog
@@ -50,16 +52,20 @@ class Running:
         )
         self.channel = grpc.insecure_channel(self.address, OPTIONS)
         self.stub = backend_pb2_grpc.BackendStub(self.channel)
-        grpc.channel_ready_future(self.channel).result(20)
+        grpc.channel_ready_future(self.channel).result(LIMIT)
 
     def load(self, **options: Any) -> pb.Result:
-        return self.stub.LoadModel(pb.ModelOptions(**options), timeout=60)
+        return self.stub.LoadModel(pb.ModelOptions(**options), timeout=LIMIT)
 
     def status(self) -> pb.StatusResponse:
-        return self.stub.Status(pb.HealthMessage(), timeout=5)
+        return self.stub.Status(pb.HealthMessage(), timeout=LIMIT)
 
-    def stream(self, timeout: float = 30, **body: Any) -> Any:
+    def stream(self, timeout: float = LIMIT, **body: Any) -> Any:
         return self.stub.PredictStream(chat(**body), timeout=timeout)
+
+    def worked(self) -> float:
+        """Seconds of a processor that the process has used."""
+        return sum(psutil.Process(self.process.pid).cpu_times()[:2])
 
     def close(self) -> None:
         self.channel.close()
@@ -88,14 +94,6 @@ def refused(code: grpc.StatusCode, call: Callable[[], Any]) -> str:
         call()
     assert caught.value.code() == code, caught.value.details()
     return str(caught.value.details())
-
-
-def wait_for(true: Callable[[], bool], seconds: float) -> float:
-    start = time.monotonic()
-    while not true():
-        assert time.monotonic() - start < seconds
-        time.sleep(0.01)
-    return time.monotonic() - start
 
 
 def alive(pid: int) -> bool:
@@ -142,7 +140,7 @@ def own_echo(folders: dict[str, Path]) -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def llama(folders: dict[str, Path], weights: Path) -> Iterator[Running]:
     with closing(Running(folders["xllamacpp"])) as running:
-        result = running.load(Model="smol", ModelFile=str(weights), ContextSize=1024, Threads=2, Options=["parallel:2"])
+        result = running.load(Model="smol", ModelFile=str(weights), ContextSize=1024, Threads=1, Options=["parallel:2"])
         assert result.success, result.message
         yield running
 
@@ -165,13 +163,11 @@ def test_only_the_owner_can_open_the_socket(echo: Running) -> None:
     assert stat.S_IMODE(echo.socket.stat().st_mode) == 0o600
 
 
-def test_a_backend_stops_quickly_on_sigterm_even_amid_a_stream(own_echo: Running) -> None:
-    stream = own_echo.stream(content="[[echo tokens=1000 delay_ms=20]]")
+def test_a_backend_stops_on_sigterm_without_waiting_for_its_streams(own_echo: Running) -> None:
+    stream = own_echo.stream(content="[[echo tokens=9 delay_ms=600000]]")
     next(stream)
-    start = time.monotonic()
     own_echo.process.send_signal(signal.SIGTERM)
-    assert own_echo.process.wait(5) == 0
-    assert time.monotonic() - start < 2
+    assert own_echo.process.wait(LIMIT) == 0
 
 
 def test_a_backend_that_works_on_more_than_64_requests_answers_its_health_check(folders: dict[str, Path]) -> None:
@@ -180,7 +176,7 @@ def test_a_backend_that_works_on_more_than_64_requests_answers_its_health_check(
         streams = [running.stream(content="[[echo tokens=9 delay_ms=60000]]") for _ in range(70)]
         for stream in streams:
             next(stream)
-        assert running.stub.Health(pb.HealthMessage(), timeout=5).message == b"OK"
+        assert running.stub.Health(pb.HealthMessage(), timeout=LIMIT).message == b"OK"
         assert running.status().slots_busy == 70
 
 
@@ -194,11 +190,11 @@ def test_a_backend_dies_with_its_parent(folders: dict[str, Path]) -> None:
     )
     assert parent.stdout is not None
     child = int(parent.stdout.readline())
-    wait_for(socket.exists, 10)
+    assert wait_for(socket.exists)
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    wait_for(lambda: not alive(child), 3)
+    assert wait_for(lambda: not alive(child))
     shutil.rmtree(socket.parent)
 
 
@@ -246,14 +242,14 @@ def test_echo_continues_an_answer_that_was_cut(echo: Running) -> None:
     assert text_of(echo.stream(messages=messages)) == " 3 4 5"
 
 
-def test_echo_keeps_the_pace_that_it_was_told(echo: Running) -> None:
+def test_echo_is_no_faster_than_it_was_told(echo: Running) -> None:
     start = time.monotonic()
     stream = echo.stream(content="[[echo tokens=4 delay_ms=50 first_ms=200]]")
     next(stream)
     first = time.monotonic() - start
     list(stream)
-    assert 0.2 <= first < 0.35
-    assert 0.35 <= time.monotonic() - start < 0.6
+    assert first >= 0.2
+    assert time.monotonic() - start >= 0.35
 
 
 def test_echo_refuses_an_unknown_directive(echo: Running) -> None:
@@ -269,18 +265,19 @@ def test_echo_fails_when_told(echo: Running) -> None:
 
 def test_echo_exits_when_told(own_echo: Running) -> None:
     refused(grpc.StatusCode.UNAVAILABLE, lambda: list(own_echo.stream(content="[[echo tokens=9 exit_after=3]]")))
-    assert own_echo.process.wait(5) == 3
+    assert own_echo.process.wait(LIMIT) == 3
     assert own_echo.process.stderr is not None
     assert b"echo was told to exit" in own_echo.process.stderr.read()
 
 
 def test_echo_answers_nobody_once_it_is_wedged(own_echo: Running) -> None:
-    stream = own_echo.stream(content="[[echo tokens=9 wedge_after=1]]", timeout=1)
+    stream = own_echo.stream(content="[[echo tokens=9 wedge_after=1]]")
     assert next(stream).message == b"0"
     health = pb.HealthMessage()
-    refused(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: own_echo.stub.Health(health, timeout=0.3))
-    refused(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: next(stream))
+    refused(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: own_echo.stub.Health(health, timeout=0.5))
     assert own_echo.process.poll() is None
+    own_echo.process.kill()
+    refused(grpc.StatusCode.UNAVAILABLE, lambda: next(stream))
 
 
 def test_echo_sends_garbage_when_told(echo: Running) -> None:
@@ -290,20 +287,23 @@ def test_echo_sends_garbage_when_told(echo: Running) -> None:
     assert replies[-1].finish_reason == "stop"
 
 
-def test_a_cancelled_echo_stops_at_once(echo: Running) -> None:
-    stream = echo.stream(content="[[echo tokens=9 delay_ms=60000]]")
+def test_a_cancelled_echo_stops_amid_a_pause(echo: Running) -> None:
+    stream = echo.stream(content="[[echo tokens=9 delay_ms=600000]]")
     next(stream)
     assert echo.status().slots_busy == 1
     stream.cancel()
-    assert wait_for(lambda: echo.status().slots_busy == 0, 1) < 0.2
+    assert wait_for(lambda: echo.status().slots_busy == 0)
 
 
 def test_echo_lets_requests_beyond_its_slots_wait(echo: Running) -> None:
-    streams = [echo.stream(content="[[echo tokens=2 first_ms=150]]") for _ in range(3)]
-    start = time.monotonic()
-    for stream in streams:
-        list(stream)
-    assert time.monotonic() - start >= 0.28
+    busy = [echo.stream(content="[[echo tokens=9 delay_ms=600000]]") for _ in range(2)]
+    for stream in busy:
+        next(stream)
+    refused(grpc.StatusCode.DEADLINE_EXCEEDED, lambda: next(echo.stream(content="hello", timeout=0.5)))
+    waiting = echo.stream(content="hello")
+    busy[0].cancel()
+    assert text_of(waiting) == "hello"
+    busy[1].cancel()
 
 
 def test_echo_refuses_a_prompt_beyond_its_context(echo: Running) -> None:
@@ -344,7 +344,7 @@ def test_echo_fails_its_load_when_told(own_echo: Running) -> None:
     result = own_echo.load(Model="m", Options=["load_fail:out of luck: really", "load_ms:200"])
     assert (result.success, result.message) == (False, "out of luck: really")
     refused(grpc.StatusCode.UNAVAILABLE, lambda: own_echo.load(Model="m", Options=["load_exit:4"]))
-    assert own_echo.process.wait(5) == 4
+    assert own_echo.process.wait(LIMIT) == 4
 
 
 @pytest.mark.parametrize("name", ["echo", "llama"])
@@ -470,26 +470,31 @@ def test_a_request_that_makes_no_sense_is_refused(llama: Running, ask: pb.Predic
     assert refused(grpc.StatusCode.INVALID_ARGUMENT, lambda: list(llama.stub.PredictStream(ask)))
 
 
-def test_a_cancelled_stream_frees_its_slot_at_once(llama: Running) -> None:
+def test_a_cancelled_stream_frees_its_slot_and_costs_nothing_more(llama: Running) -> None:
+    before = llama.worked()
+    list(llama.stream(content="Tell a story.", max_tokens=60, ignore_eos=True))
+    short = llama.worked() - before
     stream = llama.stream(content="Tell a long story.", max_tokens=900, ignore_eos=True)
     next(stream)
     assert (llama.status().slots_busy, llama.status().state) == (1, pb.StatusResponse.BUSY)
+    before = llama.worked()
     stream.cancel()
-    wait_for(lambda: llama.status().slots_busy == 0, 2)
+    assert wait_for(lambda: llama.status().slots_busy == 0)
+    assert llama.worked() - before < short, "the engine went on with an answer that nobody waits for"
 
 
 def test_a_request_can_be_cancelled_before_its_first_token(llama: Running) -> None:
     long = chat("fox " * 980, max_tokens=1, cache_prompt=False)
-    start = time.monotonic()
+    before = llama.worked()
     llama.stub.Predict(long)
-    whole = time.monotonic() - start
+    whole = llama.worked() - before
     stream = llama.stub.PredictStream(long)
-    wait_for(lambda: llama.status().slots_busy == 1, 2)
-    start = time.monotonic()
+    assert wait_for(lambda: llama.status().slots_busy == 1)
+    before = llama.worked()
     stream.cancel()
-    wait_for(lambda: llama.status().slots_busy == 0, 3)
+    assert wait_for(lambda: llama.status().slots_busy == 0)
     llama.stub.Predict(chat("hi", max_tokens=1))
-    assert time.monotonic() - start < whole / 2, "the engine went on with a prompt that nobody waits for"
+    assert llama.worked() - before < whole / 2, "the engine went on with a prompt that nobody waits for"
 
 
 def test_two_streams_are_served_at_once(llama: Running) -> None:
@@ -520,12 +525,12 @@ def test_free_ends_requests_gives_the_memory_back_and_a_load_works_again(
 ) -> None:
     with closing(Running(folders["xllamacpp"])) as running:
         before = running.status().memory.total
-        options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 2}
+        options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 1}
         assert running.load(**options).success
         loaded = running.status().memory.total
         stream = running.stream(content="Tell a story", ignore_eos=True)
         next(stream)
-        assert running.stub.Free(pb.HealthMessage(), timeout=10).success
+        assert running.stub.Free(pb.HealthMessage(), timeout=LIMIT).success
         refused(grpc.StatusCode.CANCELLED, lambda: list(stream))
         freed = running.status().memory.total
         assert freed - before < (loaded - before) * 0.35, (before >> 20, loaded >> 20, freed >> 20)
@@ -541,10 +546,8 @@ def test_free_ends_requests_gives_the_memory_back_and_a_load_works_again(
             assert not result.success
             assert says in result.message
         assert running.stub.Health(pb.HealthMessage()).message == b"OK"
-        start = time.monotonic()
         running.process.send_signal(signal.SIGTERM)
-        assert running.process.wait(5) == 0
-        assert time.monotonic() - start < 2
+        assert running.process.wait(LIMIT) == 0
 
 
 def test_adapters_a_draft_and_a_template_of_ones_own_change_what_is_answered(
@@ -554,7 +557,7 @@ def test_adapters_a_draft_and_a_template_of_ones_own_change_what_is_answered(
     adapter.write_bytes(lora(30, 576))
     damaged.write_bytes(b"GGUF" + bytes(100))
     template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}, B, C,")
-    options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 2}
+    options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 1}
     own_template = {"Options": [f"chat_template:{template}"]}
     with closing(Running(folders["xllamacpp"])) as running:
 

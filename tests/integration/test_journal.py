@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import redis
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q import names
 from localai_q.bus import journal, presence
@@ -18,6 +18,7 @@ from localai_q.errors import GenerationFailed, Unavailable
 
 LINE = names.model_queue("m1")
 DONE = End(state="done")
+NEVER = 3600.0  # seconds
 
 
 @pytest.fixture
@@ -83,19 +84,21 @@ def follow_in_background(reader: Reader, **options) -> tuple[threading.Thread, l
     return thread, found
 
 
-def test_a_reader_gets_every_entry_live_and_stops_at_the_end(leases: Leases, listener: Listener) -> None:
+def test_a_reader_gets_every_entry_live_and_stops_at_the_end(
+    leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "SILENCE", NEVER)
+    monkeypatch.setattr(listener, "attach", lambda *_: [])  # the log says nothing: all is announced
     writer = Writer(leases, listener.watcher)
     reader = listener.open(writer.job_id)
     thread, found = follow_in_background(reader, fresh=True)
-    started = time.monotonic()
-    writer.write(300)
+    writer.write(200)
     writer.end()
-    thread.join(10)
-    assert texts(found) == numbers(1, 300)
-    assert [entry.index for entry in found] == list(range(1, 302))
+    thread.join(LIMIT)
+    assert texts(found) == numbers(1, 200)
+    assert [entry.index for entry in found] == list(range(1, 202))
     assert found[-1].event == DONE
     assert found[0].id == "1-1"
-    assert time.monotonic() - started < journal.SILENCE  # they were announced; nobody waited for a silence
     reader.close()
     assert listener.open_readers == 0
 
@@ -110,7 +113,7 @@ def test_two_jobs_and_two_readers_of_one_job_do_not_get_into_each_others_way(
         writer.write(count)
         writer.end()
     for thread, _ in running:
-        thread.join(10)
+        thread.join(LIMIT)
     assert [texts(found) for _, found in running] == [numbers(1, 20), numbers(1, 20), numbers(1, 30)]
     readers[0].close()
     assert listener.open_readers == 2
@@ -122,7 +125,7 @@ def test_a_reader_that_comes_late_gets_what_it_missed_from_the_log(leases: Lease
     thread, found = follow_in_background(listener.open(writer.job_id))
     writer.write(5)
     writer.end()
-    thread.join(10)
+    thread.join(LIMIT)
     assert texts(found) == numbers(1, 15)
 
 
@@ -135,15 +138,14 @@ def test_a_reader_that_comes_after_the_end_gets_everything(leases: Leases, liste
 
 def test_a_long_log_is_read_page_by_page(leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "PAGE", 4)
+    monkeypatch.setattr(Reader, "_in_silence", lambda _: pytest.fail("a page waited for a silence"))
     writer = Writer(leases, listener.watcher)
     writer.write(8)
     leases.release(writer.lease)
     writer.claim()
     writer.write(9)
     writer.end()
-    started = time.monotonic()
     assert texts(followed(listener.open(writer.job_id))) == numbers(1, 17)
-    assert time.monotonic() - started < journal.SILENCE / 2
 
 
 def test_an_entry_is_found_by_its_place(leases: Leases, redis_client: redis.Redis) -> None:
@@ -167,8 +169,9 @@ def test_who_attaches_hears_of_what_comes_and_who_detaches_last_learns_what_beco
     assert listener.detach(job_id) is None, "another process still waits"
     assert leases.live([job_id])[job_id].left is None
     redis_client.hset(names.job_key(job_id), "watch", listener.watcher)
+    before = presence.now(redis_client)
     assert listener.detach(job_id) is Keep.NOT
-    assert leases.live([job_id])[job_id].left == pytest.approx(presence.now(redis_client), abs=2)
+    assert before - 0.001 <= leases.live([job_id])[job_id].left <= presence.now(redis_client)
     listener.attach(job_id, (0, 0))
     assert leases.live([job_id])[job_id].left is None
     writer.end()
@@ -182,7 +185,7 @@ def test_a_reader_of_a_job_that_nobody_announces_to_it_finds_its_entries(leases:
     thread, found = follow_in_background(listener.open(writer.job_id))
     writer.write(5)
     writer.end()
-    thread.join(5)
+    thread.join(LIMIT)
     assert texts(found) == numbers(1, 5)
 
 
@@ -195,11 +198,12 @@ def test_announcements_that_are_lost_are_read_from_the_log_once(
     cut = 0
     for _ in range(6):
         writer.write(20, every=0.002)
+        assert wait_for(lambda: redis_client.pubsub_numsub(f"web:{listener.watcher}")[0][1] == 1)
         cut += redis_client.execute_command("CLIENT", "KILL", "TYPE", "pubsub", "SKIPME", "yes")
         writer.write(20, every=0.002)
     writer.end()
-    thread.join(10)
-    assert cut >= 3
+    thread.join(LIMIT)
+    assert cut >= 6
     assert texts(found) == numbers(1, 240)
     assert [entry.index for entry in found] == list(range(1, 242))
 
@@ -212,7 +216,7 @@ def test_a_reader_that_lost_the_last_announcement_still_sees_the_end(leases: Lea
     assert wait_for(lambda: len(found) == 0 and writer.index == 4)
     real, listener._deliver = listener._deliver, lambda _: None  # the connection is up and says nothing
     writer.end()
-    thread.join(5 * journal.SILENCE)
+    thread.join(LIMIT)
     listener._deliver = real
     assert [entry.index for entry in found] == [1, 2, 3, 4]
 
@@ -226,7 +230,7 @@ def test_a_reader_that_is_slow_loses_nothing_when_its_queue_overflows(
     thread, found = follow_in_background(reader, each=lambda: time.sleep(0.003))
     writer.write(200)
     writer.end()
-    thread.join(10)
+    thread.join(LIMIT)
     assert texts(found) == numbers(1, 200)
     assert [entry.index for entry in found] == list(range(1, 202))
 
@@ -241,7 +245,7 @@ def test_a_second_attempt_goes_on_counting_and_its_marker_is_no_entry(
     writer.claim()
     writer.write(2)
     writer.end()
-    thread.join(10)
+    thread.join(LIMIT)
     assert [entry.id for entry in found] == ["1-1", "1-2", "1-3", "2-4", "2-5", "2-6"]
 
 
@@ -332,18 +336,19 @@ def test_a_reader_can_begin_behind_a_place(leases: Leases, listener: Listener) -
     assert [entry.id for entry in listener.open(writer.job_id).entries(after=(1, 2)) if entry] == ["1-3", "1-4"]
 
 
-def test_silence_is_told_as_such_and_a_reader_can_be_woken(leases: Leases, listener: Listener) -> None:
-    writer = Writer(leases, listener.watcher)
-    reader = listener.open(writer.job_id)
+def test_silence_is_told_as_such_and_a_reader_can_be_woken(
+    leases: Leases, listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(listener, "_recheck_all", lambda: None)
+    reader = listener.open(Writer(leases, listener.watcher).job_id)
     entries = reader.entries(fresh=True)
+    monkeypatch.setattr(journal, "SILENCE", NEVER)
     reader.wake()
-    waits = []
-    for _ in range(3):
-        started = time.monotonic()
-        assert next(entries) is None
-        waits.append(time.monotonic() - started)
-    assert waits[0] < 0.5 * journal.SILENCE
-    assert waits[2] >= journal.SILENCE  # the second may have been the news that announcements can be heard now
+    assert next(entries) is None
+    monkeypatch.setattr(journal, "SILENCE", 0.2)
+    started = time.monotonic()
+    assert next(entries) is None
+    assert time.monotonic() - started >= journal.SILENCE
 
 
 def test_the_longer_the_silence_the_rarer_the_looks_into_the_log(
@@ -393,7 +398,7 @@ def test_a_web_process_shows_that_it_is_there_from_its_first_moment_and_goes_on_
 ) -> None:
     monkeypatch.setattr(presence, "REFRESHED", 0.05)
     key = names.web_alive_key(Listener(redis_client).watcher)
-    assert redis_client.pttl(key) > 0.9 * 1000 * presence.LIVES
-    time.sleep(0.1)
-    redis_client.delete(key)
-    assert wait_for(lambda: redis_client.exists(key), 2.0)
+    assert 0 < redis_client.pttl(key) <= 1000 * presence.LIVES
+    for _ in range(3):  # once it may be what a listener says when it begins to listen
+        redis_client.delete(key)
+        assert wait_for(lambda: redis_client.exists(key))
