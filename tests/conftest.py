@@ -122,7 +122,7 @@ def settings(database_url: str, valkey: Valkey, tmp_path: Path) -> Settings:
         database_url=database_url,
         redis_url=valkey.url,
         registration_token=SECRET_TOKEN,
-        lease=1.0,
+        lease=30.0,
         max_waiting=20,
     )
 

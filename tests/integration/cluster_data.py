@@ -10,7 +10,7 @@ from werkzeug.serving import make_server
 
 from api.app import create_app
 from localai_q import names
-from localai_q.bus import users
+from localai_q.bus import presence, users
 from localai_q.bus.leases import Lease
 from localai_q.cluster.models import Facts, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
@@ -97,6 +97,6 @@ def expire(services: Services, job_id: str, line: str) -> None:
     assert services.redis.zadd(names.leases_key(line), {job_id: 1}, xx=True, ch=True)
 
 
-def watched(services: Services) -> None:
-    """Let leases have been judged for long without a break."""
-    services.redis.set(names.WATCHED_SINCE, 0, px=60_000)
+def watched(services: Services, seconds: float = 3600.0) -> None:
+    """Let leases have been judged for so long without a break."""
+    services.redis.set(names.WATCHED_SINCE, presence.now(services.redis) - seconds, px=60_000)

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from cluster_data import ready_node
 from toy_backends import entry_of, pack, run_script
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from api.app import create_app
 from localai_q.cluster.nodes import Node
@@ -114,11 +114,11 @@ def test_a_cancelled_install_leaves_no_file_and_no_process(
     job_id = submit(services, node, kind, entry_of(pack(tmp_path / "a.tgz", script)))
     working = threading.Thread(target=worker.run, args=(job_id,))
     working.start()
-    assert wait_for(lambda: mark.exists() and mark.read_text().strip(), 30)
+    assert wait_for(lambda: mark.exists() and mark.read_text().strip())
     with services.db.transaction() as db:
         job = job_rows.by_id(db, job_id)
     jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
-    working.join(30)
+    working.join(LIMIT)
     assert result(services, job_id)[0] is JobState.CANCELLED
     assert wait_for(lambda: not psutil.pid_exists(int(mark.read_text())))
     assert [path.name for path in (root / "toy").iterdir()] == [".lock"]

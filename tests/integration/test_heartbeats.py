@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q.config import load_settings
 from localai_q.errors import Forbidden
@@ -79,11 +79,11 @@ def test_a_heartbeat_survives_every_answer_and_heeds_the_one_that_ends_it(
     node = Node(cfg, {"id": "n1", "name": "n1", "heartbeat": 0.01}, Identity(tmp_path / "identity.json"))
     beats = threading.Thread(target=node._heartbeats, daemon=True)
     beats.start()
-    assert wait_for(lambda: len(handler.seen) > len(ANSWERS) + 3, 20)
+    assert wait_for(lambda: len(handler.seen) > len(ANSWERS) + 3)
     assert killed == []
     assert all(told["hardware"]["cpus"] > 0 for told in handler.seen)
     handler.last = (403, OWN_403)
-    beats.join(5)
+    beats.join(LIMIT)
     assert not beats.is_alive()
     assert killed == [signal.SIGTERM]
     assert [record.message for record in caplog.records if "was removed" in record.message] == [

@@ -6,12 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 from pathlib import Path
 
 import pytest
 from file_server import FileServer, Remote, serve
+from waiting import wait_for
 
 from localai_q.cluster.events import Progress
 from localai_q.errors import Unavailable
@@ -146,9 +146,7 @@ def test_a_killed_install_takes_its_children_along_and_the_next_one_cleans_up(tm
     )
     arguments = [sys.executable, "-c", code, str(sources), str(tmp_path), entry.model_dump_json()]
     with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 20
-        while not list(tmp_path.glob("toy/.*.part/venv/bin/python")) and time.monotonic() < deadline:
-            time.sleep(0.02)
+        assert wait_for(lambda: list(tmp_path.glob("toy/.*.part/venv/bin/python")))
         os.killpg(process.pid, signal.SIGKILL)
     assert [path.name for path in (tmp_path / "toy").glob(".*.part")]
     shutil.copy2(SOURCES / "echo" / "server.py", sources / "toy")

@@ -1,10 +1,10 @@
 """Keys are stored as hashes, stop working soon after they are revoked, and an admin cannot lock everybody out."""
 
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
+from waiting import wait_for
 
 from localai_q.errors import BadKey, Conflict, InvalidValue, NotFound, Unauthenticated
 from localai_q.services import keys
@@ -60,11 +60,8 @@ def test_a_revoked_key_stops_at_once_where_it_is_new_and_soon_where_it_was_used(
     used = Authenticator(services)
     assert works(used, key)
     keys.revoke(services, made.id)
-    revoked = time.monotonic()
     assert not works(Authenticator(services), key)
-    while works(used, key):
-        assert time.monotonic() - revoked < 0.5
-        time.sleep(0.01)
+    assert wait_for(lambda: not works(used, key))
     assert not works(used, key)
 
 

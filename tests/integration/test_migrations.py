@@ -7,6 +7,7 @@ import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
+from waiting import LIMIT
 
 from localai_q.errors import StartupError
 from localai_q.store import migrate
@@ -49,7 +50,7 @@ def test_processes_that_migrate_at_once_all_succeed(empty_url: str) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(LIMIT)
     assert failures == []
     assert differences(empty_url) == []
 

@@ -14,6 +14,7 @@ from cluster_data import add_model, api_over_http, model_named, ready_node
 from file_server import FileServer, Remote, serve
 from gguf_files import gguf
 from holding import Running, holder
+from waiting import LIMIT, wait_for
 
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
@@ -147,10 +148,7 @@ def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_or_paused_g
     working = threading.Thread(target=worker.run, args=(job_id,))
     working.start()
     part = tmp_path / "models" / "blobs" / f".{DIGEST}.part"
-    deadline = time.monotonic() + 30
-    while not (part.exists() and part.stat().st_size) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert part.stat().st_size
+    assert wait_for(lambda: part.exists() and part.stat().st_size)
     _, admin = keys.create(services, name="a", role="admin")
     asker = keys.Authenticator(services).authenticate(f"Bearer {admin}")
     if how == "cancelled":
@@ -159,7 +157,7 @@ def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_or_paused_g
         jobs.pause(services, job_id, asker)
     else:
         worker.claims.cancel_all("drain")
-    working.join(30)
+    working.join(LIMIT)
     assert not working.is_alive()
     if how == "cancelled":
         assert result(services, job_id) == (JobState.CANCELLED, to_record(Cancelled()))

@@ -114,7 +114,7 @@ def test_a_node_does_its_own_work(services: Services, node: Node) -> None:
     assert services.leases.ends([node.id])[node.id].keys() == {"j1", "j2"}
     with client.pubsub() as pubsub:
         pubsub.subscribe(names.cancel_channel(node.id))
-        assert pubsub.get_message(timeout=1)["type"] == "subscribe"
+        assert pubsub.get_message(timeout=60)["type"] == "subscribe"
     assert client.lpush(names.dead_letters(line), "x") == 1
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from cluster_data import SECRET, add_model, claim, join, node_named, ready_node, reported
 from sqlalchemy import text
+from waiting import listening
 
 from localai_q import names
 from localai_q.bus import presence
@@ -202,11 +203,9 @@ class TestReports:
     def test_a_report_wakes_control(self, services: Services) -> None:
         node = ready_node(services)
         found = place(services, "n1", add_model(services))
-        with services.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
-            pubsub.subscribe(names.WAKE_CHANNEL)
-            pubsub.get_message(timeout=1)
+        with listening(services.redis, names.WAKE_CHANNEL) as heard:
             nodes.report_replica(services, node, found.id, ReplicaState.FAILED, "x")
-            assert pubsub.get_message(timeout=1)["data"] == node.id
+            assert heard() == [(names.WAKE_CHANNEL, node.id)]
 
 
 class TestHealth:

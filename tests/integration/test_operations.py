@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 from cluster_data import add_model, api_over_http, claim, ready_node
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from api import events as api_events
 from localai_q import names
@@ -133,7 +133,7 @@ def test_what_has_ended_is_history_the_newest_first(services: Services, node: No
 
 
 def events(http: httpx.Client, job_id: str, **headers: str) -> list[dict]:
-    text = http.get(f"/api/jobs/{job_id}/events", headers=headers, timeout=20).raise_for_status().text
+    text = http.get(f"/api/jobs/{job_id}/events", headers=headers, timeout=LIMIT).raise_for_status().text
     return [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line.startswith("data: ")]
 
 
@@ -147,7 +147,7 @@ def test_the_progress_and_the_end_of_a_job_are_events(services: Services, node: 
     steps = [Progress(stage="downloading", done=done, total=2, unit="bytes") for done in (1, 2)]
     services.leases.append([(lease, lease.last_index + 1, steps)])
     services.leases.finish(lease, lease.last_index + 3, End(state=JobState.DONE, result={"size": 2}), node_id=node.id)
-    reading.join(15)
+    reading.join(LIMIT)
     assert [(one["type"], one.get("done")) for one in seen] == [("progress", 1), ("progress", 2), ("end", None)]
     assert seen[-1] == {"type": "end", "state": "done", "error": None, "result": {"size": 2}}
     jobs.apply_ends(services)

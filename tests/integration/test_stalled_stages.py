@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -104,25 +105,32 @@ def ended(services: Services, job_id: str) -> tuple[JobState, str]:
     return found.state, str((found.error or {}).get("message", ""))
 
 
+def lines_of_children() -> list[list[str]]:
+    """The command lines of this process's children that run."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            found.append(child.cmdline())
+    return found
+
+
 def test_a_download_that_stands_still_is_ended_and_says_at_which_byte(
     services: Services, node: Node, source: Source, tmp_path: Path
 ) -> None:
-    source.pause = 60.0
-    began = time.monotonic()
+    source.pause = 600.0
     job_id = fetch(services, node)
     worker(services, node, tmp_path, source).run(job_id)
     state, reason = ended(services, job_id)
     assert (state, reason) == (
         JobState.FAILED, f"stalled at downloading {HALF} of {len(CONTENT)} bytes: nothing moved for 3 s"
     )  # fmt: skip
-    assert time.monotonic() - began < 15.0
-    assert not [child for child in psutil.Process().children() if "workers.node.job_child" in child.cmdline()]
+    assert not [line for line in lines_of_children() if "workers.node.job_child" in line]
 
 
 def test_a_download_that_is_slow_but_moves_goes_on(
     services: Services, node: Node, source: Source, tmp_path: Path
 ) -> None:
-    source.pause, source.pauses = 1.0, 6
+    source.pause, source.pauses = 0.4, 8
     job_id = fetch(services, node)
     worker(services, node, tmp_path, source).run(job_id)
     assert ended(services, job_id)[0] is JobState.DONE
@@ -157,7 +165,7 @@ def test_a_stage_that_is_busy_for_ever_is_ended_too(
 ) -> None:
     monkeypatch.setattr(stalls, "LONGEST", 3.0)
     monkeypatch.setattr(Watch, "_moved", lambda _: True)
-    source.pause = 60.0
+    source.pause = 600.0
     job_id = fetch(services, node)
     worker(services, node, tmp_path, source).run(job_id)
     assert ended(services, job_id) == (

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from waiting import LIMIT, wait_for
 
 from localai_q import ports
 
@@ -28,7 +29,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
 
 
 def fails_with(environment: dict[str, str], *arguments: str) -> str:
-    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1, done.stderr
     return done.stderr
@@ -80,11 +81,8 @@ def start(environment: dict[str, str], procfile: Path) -> subprocess.Popen[str]:
 
 def wait_ready(environment: dict[str, str], up: subprocess.Popen[str]) -> dict[str, object]:
     ready = Path(environment["LOCALAI_Q_HOME"]) / "ready.json"
-    deadline = time.monotonic() + 30
-    while not ready.exists():
-        assert up.poll() is None, up.communicate()
-        assert time.monotonic() < deadline, "not ready"
-        time.sleep(0.05)
+    assert wait_for(lambda: ready.exists() or up.poll() is not None), "not ready"
+    assert up.poll() is None, up.communicate()
     assert ready.stat().st_mode & 0o777 == 0o600
     return json.loads(ready.read_text())
 
@@ -106,27 +104,23 @@ def test_a_cluster_comes_up_and_goes(environment: dict[str, str], tmp_path: Path
 
     children = psutil.Process(up.pid).children(recursive=True)
     assert {child.name() for child in children} >= {"postgres", "valkey-server", "python"}
-    began = time.monotonic()
     up.send_signal(signal.SIGINT)
-    out, err = up.communicate(timeout=10)
+    out, err = up.communicate(timeout=LIMIT)
     assert up.returncode == 0
-    assert time.monotonic() - began < 10.0
-    assert not psutil.wait_procs(children, timeout=1)[1]
+    assert not psutil.wait_procs(children, timeout=LIMIT)[1]
     assert not (home / "ready.json").exists()
     assert "fetching tiny on n1: downloading" in err
     assert f"$(cat {home / 'admin.key'})" in out
     assert (home / "logs" / "node-2.log").read_text() == "False\n"
 
     state = (home / "state.json").read_text()
-    began = time.monotonic()
     up = start(environment, procfile)
     assert wait_ready(environment, up)["node_ids"] == facts["node_ids"]
-    assert time.monotonic() - began < 8.0
     assert (home / "state.json").read_text() == state
     children = psutil.Process(up.pid).children(recursive=True)
     up.kill()
     up.communicate()
-    assert not psutil.wait_procs(children, timeout=5)[1]
+    assert not psutil.wait_procs(children, timeout=LIMIT)[1]
 
 
 def test_a_key_that_is_not_accepted_is_said_once_and_a_new_one_makes_the_cluster_ready(
@@ -153,4 +147,4 @@ def test_a_key_that_is_not_accepted_is_said_once_and_a_new_one_makes_the_cluster
         "logs": 0o700, "files": 0o700, "worker": 0o700,
     }  # fmt: skip
     up.send_signal(signal.SIGINT)
-    assert "reset-admin" not in up.communicate(timeout=10)[1]
+    assert "reset-admin" not in up.communicate(timeout=LIMIT)[1]

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from cluster_data import add_model, claim, model_named, ready_node
 from prometheus_client.parser import text_string_to_metric_families
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q import names, ports
 from localai_q.bus.connection import client
@@ -47,7 +47,9 @@ class Web:
         self.home, self.log = home, home / "web.log"
         self.start()
         key = (home / "admin.key").read_text().strip()
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, trust_env=False)
+        self.http = httpx.Client(
+            base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=LIMIT, trust_env=False
+        )
         self.services: Services = connect(
             load_settings(home=home, database_url=database_url, redis_url=redis_url, registration_token=TOKEN)
         )
@@ -55,7 +57,7 @@ class Web:
     def start(self) -> None:
         argv = [str(BIN / "gunicorn"), "--config", "python:api.gunicorn_conf", "api.wsgi:app"]
         self.process = spawn(argv, env=self.environment, log=self.log, cwd=ROOT)
-        assert wait_for(lambda: (self.home / "admin.key").exists() and self.answers(), 60), tail(self.log)
+        assert wait_for(lambda: (self.home / "admin.key").exists() and self.answers()), tail(self.log)
 
     def answers(self) -> bool:
         try:
@@ -84,7 +86,11 @@ def web(make_database: Callable[..., str], valkey: Valkey, tmp_path_factory: pyt
 
 
 def values(web: Web, name: str) -> list[float]:
-    text = httpx.get(f"{web.url}/metrics", headers=web.http.headers, trust_env=False).raise_for_status().text
+    text = (
+        httpx.get(f"{web.url}/metrics", headers=web.http.headers, timeout=LIMIT, trust_env=False)
+        .raise_for_status()
+        .text
+    )
     families = text_string_to_metric_families(text)
     return [sample.value for family in families for sample in family.samples if sample.name == name]
 
@@ -92,7 +98,7 @@ def values(web: Web, name: str) -> list[float]:
 def test_counters_of_two_web_processes_are_shown_as_one(web: Web) -> None:
     before = sum(values(web, "localai_requests_total"))
     for _ in range(40):  # each over a connection of its own, so that both workers get some
-        assert httpx.get(f"{web.url}/healthz", trust_env=False).is_success
+        assert httpx.get(f"{web.url}/healthz", timeout=LIMIT, trust_env=False).is_success
     counts = {sum(values(web, "localai_requests_total")) - before for _ in range(6)}
     assert counts == {41, 42, 43, 44, 45, 46}
     assert len(list((web.log.parent / "run" / "metrics").glob("counter_*.db"))) == 2
@@ -157,11 +163,18 @@ def test_a_model_name_has_no_line_end(web: Web) -> None:
 def test_a_node_is_told_of_redis_by_the_host_that_it_called(web: Web, header: str, host: str) -> None:
     name = names.new_id()
     body = {"name": name, "token": TOKEN, "secret_hash": "0" * 64}
-    assert httpx.post(f"{web.url}/api/node/register", json=body, trust_env=False).json()["state"] == "pending"
+    assert (
+        httpx.post(f"{web.url}/api/node/register", json=body, timeout=LIMIT, trust_env=False).json()["state"]
+        == "pending"
+    )
     web.http.post(f"/api/nodes/{name}/approve").raise_for_status()
-    answer = httpx.post(f"{web.url}/api/node/register", json=body, headers={"Host": header}, trust_env=False)
+    answer = httpx.post(
+        f"{web.url}/api/node/register", json=body, headers={"Host": header}, timeout=LIMIT, trust_env=False
+    )
     assert f"@{host}:" in answer.json()["redis_url"]
-    broken = httpx.post(f"{web.url}/api/node/register", json=body, headers={"Host": "[::1"}, trust_env=False)
+    broken = httpx.post(
+        f"{web.url}/api/node/register", json=body, headers={"Host": "[::1"}, timeout=LIMIT, trust_env=False
+    )
     assert broken.status_code == 400
 
 
@@ -172,7 +185,7 @@ def test_a_stream_that_is_claimed_late_names_its_node_all_the_same(web: Web) -> 
 
     def ask() -> None:
         body = {"model": "slow", "messages": [{"role": "user", "content": "x"}], "stream": True}
-        with web.http.stream("POST", "/v1/chat/completions", json=body, timeout=30) as response:
+        with web.http.stream("POST", "/v1/chat/completions", json=body) as response:
             seen.update({name.lower(): value for name, value in response.headers.items()})
             seen["text"] = response.read().decode()
 
@@ -182,10 +195,10 @@ def test_a_stream_that_is_claimed_late_names_its_node_all_the_same(web: Web) -> 
     time.sleep(3.0)  # more than headers wait for a first event otherwise
     assert not seen
     lease = claim(web.services, web.services.leases.waiting(line)[0], line, node.id)
-    assert wait_for(lambda: bool(seen), 5), "the headers wait for more than the claim"
+    assert wait_for(lambda: bool(seen)), "the headers wait for more than the claim"
     web.services.leases.append([(lease, lease.last_index + 1, [Delta(text="hi")])])
     web.services.leases.finish(lease, lease.last_index + 2, End(state="done"), node_id=node.id)
-    asking.join(10)
+    asking.join(LIMIT)
     assert seen["x-localai-node"] == "late"
     assert values(web, "localai_time_to_first_token_seconds_count") == [1.0]
     assert wait_for(lambda: values(web, "localai_generation_seconds_count")) == [1.0]
@@ -338,7 +351,9 @@ def test_what_comes_after_a_change_bears_its_revision_in_every_web_process(web: 
     body = {"model": "moving", "messages": [{"role": "user", "content": "x"}], "background": True}
 
     def ask(_: int) -> str:
-        answer = httpx.post(f"{web.url}/v1/chat/completions", json=body, headers=web.http.headers, trust_env=False)
+        answer = httpx.post(
+            f"{web.url}/v1/chat/completions", json=body, headers=web.http.headers, timeout=LIMIT, trust_env=False
+        )
         return web.services.redis.hget(names.job_key(answer.raise_for_status().json()["id"]), "revision")
 
     for revision in range(2, 7):
@@ -381,7 +396,7 @@ def working(web: Web, node: Node, *arguments: str, end: End) -> tuple[int, str, 
         backends.fulfil(web.services)
         return web.services.leases.waiting(line)
 
-    (job_id,) = wait_for(waiting, 30)
+    (job_id,) = wait_for(waiting)
     lease = claim(web.services, job_id, line, node.id)
     web.services.leases.append([(lease, lease.last_index + 1, [Progress(stage="installing", done=1, total=2)])])
     web.services.leases.finish(lease, lease.last_index + 2, end, node_id=node.id)

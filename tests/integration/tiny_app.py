@@ -1,8 +1,8 @@
-"""A Celery worker with the configuration of ours and two tasks that leave timestamps in Redis.
+"""A Celery worker with the configuration of ours and tasks that leave marks in Redis.
 
 Run as `celery -A tiny_app worker`. TINY_HOOK=0 leaves the wake hook out, TINY_SAFE=0 the checked transport,
-TINY_EVENTS=0 the task events, which wake the worker's loop, too. TINY_PROBE=<silence>,<patience> watches whether it takes
-tasks.
+TINY_EVENTS=0 the task events, which wake the worker's loop, too. TINY_CLOCK=0 keeps the loop from waking because time has
+passed. TINY_PROBE=<silence>,<patience> watches whether it takes tasks, and counts what it takes for that.
 """
 
 import os
@@ -46,6 +46,19 @@ if os.environ.get("TINY_PROBE"):
         consumer = sender
         probe.start(lambda reason: store.set("deaf", reason))
 
+    @signals.task_postrun.connect
+    def count(task, **_: object) -> None:
+        store.incr(f"done:{task.name}")
+
+
+if os.environ.get("TINY_CLOCK") == "0":
+
+    @signals.worker_ready.connect
+    def stop_clock(sender, **_: object) -> None:
+        hub, poll = sender.hub, sender.hub.poller.poll
+        hub.timer.clear()
+        hub.poller.poll = lambda timeout: poll(timeout if hub.timer.queue else 3600)
+
 
 @app.task(name="tiny.deafen")
 def deafen(how: str) -> None:
@@ -57,12 +70,13 @@ def deafen(how: str) -> None:
 
 @app.task(name="tiny.work")
 def work(number: str) -> None:
-    """Fifty milliseconds of work, with marks of its begin and its end."""
-    begun = time.time()
-    store.sadd("running", number)
+    """Fifty milliseconds of work, with marks of its begin and its end, and of what had begun and ended by then."""
+    pipe = store.pipeline(transaction=True)
+    pipe.sadd("running", number).llen("tiny").llen("ended")
+    _, waiting, ended = pipe.execute()
+    store.rpush("seen", f"{waiting} {ended}")
     time.sleep(0.05)
-    store.srem("running", number)
-    store.rpush("spans", f"{begun} {time.time()} {os.getpid()}")
+    store.pipeline(transaction=True).srem("running", number).rpush("ended", number).execute()
 
 
 @app.task(name="tiny.mark")

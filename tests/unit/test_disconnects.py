@@ -4,6 +4,7 @@ import gevent
 import pytest
 from gevent import socket
 from gevent.event import Event
+from waiting import LIMIT
 
 from api import disconnects
 
@@ -23,5 +24,5 @@ def test_a_client_that_goes_is_noticed_and_one_that_stays_is_not(monkeypatch: py
         gevent.sleep(0.2)
         assert not gone.is_set()
         client.close()
-        assert gone.wait(2)
+        assert gone.wait(LIMIT)
         end()

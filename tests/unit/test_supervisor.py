@@ -3,12 +3,13 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
+from waiting import LIMIT, wait_for
 
+from localai_q import supervisor as module
 from localai_q.cli.home import locked
 from localai_q.errors import StartupError
 from localai_q.supervisor import (
@@ -33,13 +34,11 @@ STUBBORN = (
 )
 
 
-def wait_for(condition, seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever is asked to end has all the time that a crowded machine takes for it."""
+    for name in ("STAGGER", "APP_GRACE", "STORE_GRACE", "STOP_LIMIT"):
+        monkeypatch.setattr(module, name, LIMIT)
 
 
 def python(name: str, logs: Path, code: str, *arguments: str, rank: int = 0) -> Spec:
@@ -100,6 +99,7 @@ def test_a_killed_process_comes_back(tmp_path: Path) -> None:
     supervisor.kill()
 
 
+@pytest.mark.usefixtures("patient")
 def test_stops_in_order_stores_last(tmp_path: Path) -> None:
     supervisor = Supervisor(lambda _: None)
     order = tmp_path / "order"
@@ -111,29 +111,31 @@ def test_stops_in_order_stores_last(tmp_path: Path) -> None:
     assert order.read_text().split() == ["node", "web", "control", "valkey", "postgres"]
 
 
-def test_stops_within_ten_seconds_what_ignores_it(tmp_path: Path) -> None:
+def test_what_ignores_a_stop_is_killed_when_its_grace_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert module.APP_GRACE + 2 * module.STORE_GRACE <= module.STOP_LIMIT < 10.0
+    for name, seconds in (("STAGGER", 0.1), ("APP_GRACE", 0.3), ("STORE_GRACE", 0.1), ("STOP_LIMIT", 0.5)):
+        monkeypatch.setattr(module, name, seconds)
     supervisor = Supervisor(lambda _: None)
     ranks = {"node": 0, "web": 1, "control": 2, "valkey": STORES, "postgres": STORES + 1}
     for name, rank in ranks.items():
         supervisor.add(python(name, tmp_path, STUBBORN, rank=rank))
         assert wait_for(lambda name=name: "up" in (tmp_path / f"{name}.log").read_text())
     pids = [supervisor.pid(name) for name in ranks]
-    began = time.monotonic()
     supervisor.stop()
-    assert time.monotonic() - began < 10.0
     assert not any(psutil.pid_exists(pid) for pid in pids if pid)
 
 
+@pytest.mark.usefixtures("patient")
 def test_a_kill_cuts_a_stop_short(tmp_path: Path) -> None:
     supervisor = Supervisor(lambda _: None)
     supervisor.add(python("web", tmp_path, STUBBORN))
     assert wait_for(lambda: "up" in (tmp_path / "web.log").read_text())
     supervisor.begin_stop()
     assert not supervisor.wait_stopped(0.3)
-    began = time.monotonic()
+    pid = supervisor.pid("web")
     supervisor.kill()
-    assert time.monotonic() - began < 1.5
-    assert supervisor.wait_stopped(1.0)
+    assert not psutil.pid_exists(pid)
+    assert supervisor.wait_stopped(LIMIT)
 
 
 def test_what_cannot_start_is_told_to_its_owner(tmp_path: Path) -> None:
