@@ -524,10 +524,13 @@ class TestLosses:
         jobs = [self.begun(bench) for _ in range(4)]
         expected = "earlier first " + "".join(f"{n} " for n in range(300))
 
+        lost = threading.Event()
+
         def produce(held: Held) -> None:
             for n in range(300):
                 held.emit(Delta(text=f"{n} "))
                 time.sleep(0.002)
+            assert lost.wait(LIMIT)  # what has ended nobody restores
             held.finish(DONE)
 
         threads = [threading.Thread(target=produce, args=(held,)) for held in jobs]
@@ -536,6 +539,7 @@ class TestLosses:
         for _ in range(5):
             time.sleep(0.1)
             bench.client.flushall()
+        lost.set()
         for thread in threads:
             thread.join(LIMIT)
         assert [bench.text(held) for held in jobs] == [expected] * 4
