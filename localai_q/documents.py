@@ -37,6 +37,10 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
 
 
 _Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+# Numbers as JSON writes them, of which YAML takes those without a point for text.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"-?[0-9]+(?:\.[0-9]+)?[eE][+-]?[0-9]+$"), [*"-0123456789"]
+)
 
 
 def read_yaml(text: str | bytes) -> list[Any]:

@@ -165,6 +165,7 @@ class TestYaml:
         assert read_yaml("a: 1\n---\n---\n- b\n") == [{"a": 1}, ["b"]]
         assert read_yaml(b'{"a": [1, "\\u00e9"]}') == [{"a": [1, "é"]}]
         assert read_yaml("") == []
+        assert read_yaml('{"a": 1e-05, "b": -2E+3, "c": 1.5e3}') == [{"a": 1e-05, "b": -2000.0, "c": 1500.0}]
 
     def test_aliases_and_merged_keys_are_read(self) -> None:
         assert read_yaml("- &a {x: 1, y: 2}\n- {<<: *a, y: 3}\n") == [[{"x": 1, "y": 2}, {"x": 1, "y": 3}]]
