@@ -550,42 +550,56 @@ def test_free_ends_requests_gives_the_memory_back_and_a_load_works_again(
         assert running.process.wait(LIMIT) == 0
 
 
-def test_adapters_a_draft_and_a_template_of_ones_own_change_what_is_answered(
+def loads(running: Running, weights: Path, **more: Any) -> pb.Result:
+    return running.load(Model="m", ModelFile=str(weights), ContextSize=256, Threads=1, **more)
+
+
+def said(running: Running, weights: Path, **more: Any) -> str:
+    result = loads(running, weights, **more)
+    assert result.success, result.message
+    return text_of(running.stream(timeout=120, content="A", max_tokens=4, temperature=0))
+
+
+def test_an_adapter_changes_what_is_said_and_a_draft_does_not(
     folders: dict[str, Path], weights: Path, tmp_path: Path
 ) -> None:
-    adapter, damaged, template = tmp_path / "a.gguf", tmp_path / "damaged", tmp_path / "t.jinja"
+    adapter = tmp_path / "a.gguf"
     adapter.write_bytes(lora(30, 576))
-    damaged.write_bytes(b"GGUF" + bytes(100))
-    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}, B, C,")
-    options = {"Model": "m", "ModelFile": str(weights), "ContextSize": 512, "Threads": 1}
-    own_template = {"Options": [f"chat_template:{template}"]}
     with closing(Running(folders["xllamacpp"])) as running:
+        plain = said(running, weights)
+        assert said(running, weights, LoraAdapters=[str(adapter)]) != plain
+        assert said(running, weights, LoraAdapters=[str(adapter)], LoraScales=[0.0], DraftModel=str(weights)) == plain
+        assert "which does not exist" in loads(running, weights, LoraAdapters=["/nowhere"]).message
+        assert "2 LoraScales" in loads(running, weights, LoraAdapters=[str(adapter)], LoraScales=[1, 2]).message
 
-        def said(**more: Any) -> str:
-            result = running.load(**options, **more)
-            assert result.success, result.message
-            return text_of(running.stream(timeout=300, content="A", max_tokens=4, temperature=0))
 
-        plain = said()
-        assert said(LoraAdapters=[str(adapter)], LoraScales=[0.0]) == plain
-        assert said(LoraAdapters=[str(adapter)]) != plain
-        assert said(DraftModel=str(weights)) == plain
-        assert said(**own_template).strip().startswith("D")
-        template.write_text("{{ raise_exception('never') if messages | length > 2 else messages[0].content }}")
-        assert said(**own_template)
+@pytest.mark.parametrize("field", ["MMProj", "DraftModel", "LoraAdapters"])
+def test_a_damaged_file_beside_the_model_is_named(
+    folders: dict[str, Path], weights: Path, tmp_path: Path, field: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.write_bytes(b"GGUF" + bytes(100))
+    with closing(Running(folders["xllamacpp"])) as running:
+        value = [str(damaged)] if field == "LoraAdapters" else str(damaged)
+        result = loads(running, weights, **{field: value})
+        assert (result.success, str(damaged) in result.message) == (False, True)
+
+
+def test_a_chat_template_of_ones_own(folders: dict[str, Path], weights: Path, tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    options = {"Options": [f"chat_template:{template}"]}
+    with closing(Running(folders["xllamacpp"])) as running:
+        template.write_text(
+            "{{ raise_exception('never') if messages | length > 2 else messages[0].content ~ ', B, C,' }}"
+        )
+        assert said(running, weights, **options).strip().startswith("D")
         messages = [{"role": role, "content": "A"} for role in ("user", "assistant", "user")]
         says = refused(
             grpc.StatusCode.INVALID_ARGUMENT, lambda: list(running.stub.PredictStream(chat(messages=messages)))
         )
         assert "never" in says
-        for field in ({"MMProj": str(damaged)}, {"DraftModel": str(damaged)}, {"LoraAdapters": [str(damaged)]}):
-            result = running.load(**options, **field)
-            assert (result.success, str(damaged) in result.message) == (False, True)
-        assert "which does not exist" in running.load(**options, LoraAdapters=["/nowhere"]).message
-        assert "2 LoraScales" in running.load(**options, LoraAdapters=[str(adapter)], LoraScales=[1, 2]).message
         template.write_text("{% for")
-        assert "because of the chat template" in running.load(**options, **own_template).message
-        assert said() == plain
+        assert "because of the chat template" in loads(running, weights, **options).message
 
 
 def check_embeddings(running: Running) -> None:
