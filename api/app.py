@@ -8,7 +8,7 @@ from flask import Flask, Response, g, request
 from werkzeug.routing import BaseConverter
 
 from api import errors, jobs, loads, node, public
-from api.admin import backends, quantization
+from api.admin import backends, models, quantization
 from api.admin import routes as admin
 from api.auth import guard
 from api.bodies import Request
@@ -36,7 +36,7 @@ def create_app(settings: Settings) -> Flask:
     app.url_map.converters["id"] = Id
     app.extensions["localai_q"] = make_web(settings)
     openai = (blueprint("openai_v1", "/v1"), blueprint("openai", None))
-    admins = (admin.routes, backends.routes, quantization.routes)
+    admins = (admin.routes, backends.routes, models.routes, quantization.routes)
     for routes in (public.routes, node.routes, jobs.routes, loads.routes, *admins, *openai):
         app.register_blueprint(routes)
     errors.register(app)

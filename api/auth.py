@@ -45,6 +45,7 @@ GUARDS: dict[str, Callable[[], None]] = {
     "admin": admin_key,
     "backends": admin_key,
     "quantization": admin_key,
+    "models": admin_key,
     "node": node_secret,
 }
 

@@ -32,6 +32,16 @@ from localai_q.errors import StartupError
 ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 
+def _named_places(value: str) -> dict[str, str]:
+    """Places by their names, those without one by their number."""
+    if not value.lstrip().startswith("["):
+        return {str(number): place for number, place in enumerate(re.split(r"[\s,]+", value.strip()), 1) if place}
+    try:
+        return {str(each["name"]): str(each["url"]) for each in json.loads(value)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError('needs the form [{"name": "mine", "url": "https://HOST/index.yaml"}]') from error
+
+
 class Settings(BaseSettings):
     """Every setting, with its default. Times are seconds, sizes bytes, unless the name says otherwise."""
 
@@ -104,6 +114,8 @@ class Settings(BaseSettings):
     )
     # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them.
     backend_galleries: str = Field("", validation_alias="LOCALAI_Q_BACKEND_GALLERIES")
+    # The same of models, or in LocalAI's form: [{"name": "mine", "url": "https://HOST/index.yaml"}].
+    galleries: str = Field("", validation_alias="LOCALAI_GALLERIES")
     auto_upgrade: bool = Field(False, validation_alias="LOCALAI_AUTO_UPGRADE_BACKENDS")  # by control, every six hours
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
     child_spec: Path | None = Field(None, validation_alias="LOCALAI_Q_CHILD_SPEC")  # set by a node for its children
@@ -174,6 +186,18 @@ class Settings(BaseSettings):
     def import_places(self) -> tuple[Path, ...]:
         """The folders that models may be imported from, one by one."""
         return tuple(Path(place) for place in self.import_folders.split(":") if place)
+
+    @field_validator("galleries")
+    @classmethod
+    def _are_galleries(cls, value: str) -> str:
+        if not all(re.match(r"/|https?://[^\s/?#@]|github:", place) for place in _named_places(value).values()):
+            raise ValueError("needs whole paths or https://… URLs")
+        return value
+
+    @property
+    def model_galleries(self) -> dict[str, str]:
+        """The galleries of models: where they are, by their names."""
+        return _named_places(self.galleries)
 
     @property
     def gallery_places(self) -> tuple[str, ...]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,16 +19,18 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from localai_q.cli import importing
 from localai_q.cli.client import Api, connect
-from localai_q.cli.jobs import need_done, wait
+from localai_q.cli.jobs import POLL, need_done, wait
 from localai_q.cli.show import AsJson, rows, when
 from localai_q.cli.uploads import blocks, send
+from localai_q.cli.watch import display
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
-from localai_q.errors import InvalidValue, NotFound
+from localai_q.errors import InvalidValue, NotFound, Unavailable
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
 GGUF = b"GGUF"
+FULL = 100.0  # percent
 
 
 @app.command("list")
@@ -184,6 +188,81 @@ def apply_models(
         query = {"force": "true"} if force else {}
         shown = api.call("PUT", "/api/models/{}", name, json=document, params=query)
         print(f"{name} is at revision {shown['revision']}.")
+
+
+@app.command("import")
+def import_model(
+    what: Annotated[
+        str, typer.Argument(help="A YAML file of LocalAI's, - for what comes in, or where a model's file is.")
+    ],
+    name: Annotated[str, typer.Option(help="Another name for what a URI names.")] = "",
+) -> None:
+    """Add models from LocalAI's YAML, or one by its URI. What of a document does not hold here is said.
+
+    Examples:
+
+        localai-q models import gpt-4.yaml
+
+        localai-q models import huggingface://owner/repo/tiny.Q4_K_M.gguf
+    """
+    api = connect()
+    if re.match(r"[a-z0-9]+:", what):
+        body = {"uri": what, **({"name": name} if name else {})}
+        found = [api.call("POST", "/models/import-uri", json=body)]
+    elif name:
+        raise InvalidValue("--name goes with a URI; a document has its own name")
+    else:
+        found = api.call("POST", "/models/import", content=_text(Path(what)))["models"]
+    for model in found:
+        _say_added(model)
+
+
+@app.command("available")
+def available(as_json: AsJson = False) -> None:
+    """Show the models that can be installed by name."""
+    listed: Any = connect().call("GET", "/models/available")
+    shown = (
+        listed
+        if as_json
+        else [{**each, "gallery": each["gallery"]["name"], "tags": ", ".join(each["tags"])} for each in listed]
+    )
+    rows(shown, ["name", "gallery", "license", "tags", "installed", "description"], as_json=as_json, empty="No models.")
+
+
+@app.command("install")
+def install_model(
+    wanted: Annotated[str, typer.Argument(metavar="NAME", help="As 'models available' shows it, or GALLERY@NAME.")],
+    name: Annotated[str, typer.Option(help="Another name for it here.")] = "",
+    no_preload: Annotated[bool, typer.Option("--no-preload", help="Fetch its file when somebody asks for it.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="Return at once.")] = False,
+) -> None:
+    """Add a model of a gallery, and have its file fetched by a node that has room for it.
+
+    Ends with 0 when it is there, and with 1 when it could not be fetched.
+    """
+    api = connect()
+    body = {"id": wanted, "name": name, "preload": not no_preload}
+    made = api.call("POST", "/models/apply", json=body)
+    _say_added(made)
+    if not (no_wait or no_preload):
+        _follow_install(api, made["uuid"])
+
+
+def _follow_install(api: Api, uuid: str) -> None:
+    """Show an install until its files are there, or a try has failed."""
+    with display() as shown:
+        while not (now := api.call("GET", "/models/jobs/{}", uuid))["processed"] and not now["error"]:
+            shown.show([api.call("GET", "/api/jobs/{}", now["job"])] if now["job"] else [])
+            time.sleep(POLL)
+    if now["progress"] < FULL:
+        raise Unavailable(f"{now['gallery_element_name']}: {now['error'] or now['message']}")
+    print(f"{now['gallery_element_name']} is there.")
+
+
+def _say_added(model: dict[str, Any]) -> None:
+    print(f"Added {model['name']}. Try: localai-q chat --model {model['name']}")
+    for warning in model["warnings"]:
+        print(f"  {warning}")
 
 
 @app.command("show")

@@ -26,7 +26,7 @@ MOST_ADAPTERS = 8
 AROUND_REPLICAS = frozenset({
     "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned", "concurrency_groups", "selector",
     "route_policy", "min_prefix_match", "balance_abs_threshold", "balance_rel_threshold", "mirrors",
-    "parameters", "system_prompt", "disabled", "origin",
+    "parameters", "system_prompt", "disabled", "preload", "origin",
 })  # fmt: skip
 NOT_FOR_ALL = ("chat_template", "mmproj", "draft_model", "loras")  # fields that not every backend takes
 
@@ -89,6 +89,7 @@ class ModelConfig(BaseModel):
     parameters: Parameters = Field(default_factory=Parameters)  # of requests that do not say them
     system_prompt: str = Field("", max_length=LARGEST_TEXT)  # of chats that have none
     disabled: bool = False  # no request is accepted, and nothing is loaded
+    preload: bool = False  # its files are on a node before anybody asks
     spread_all: bool = False  # one replica on every ready node, before anybody asks; there may be any number of them
     min_replicas: int = Field(0, ge=0, le=1000)  # that are loaded although nobody asks
     max_replicas: int = Field(1, ge=1, le=1000)

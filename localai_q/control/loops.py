@@ -12,7 +12,7 @@ import redis
 
 from localai_q import names
 from localai_q.errors import Unavailable
-from localai_q.services import backends, cleaning, jobs, node_users, nodes, quantizations, replicas
+from localai_q.services import backends, cleaning, installs, jobs, node_users, nodes, quantizations, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import leaders
 
@@ -54,6 +54,7 @@ def make_loops() -> list[Loop]:
         Loop("backends", 1.0, backends.fulfil, threading.Event()),
         Loop("quantizations", 1.0, quantizations.advance, threading.Event()),
         Loop("upgrades", UPGRADES_EVERY, backends.check_upgrades, threading.Event()),
+        Loop("preloads", 2.0, installs.preload, threading.Event()),
         Loop("files", 30.0, cleaning.tidy, threading.Event()),
         Loop("prune", 3600.0, prune, threading.Event()),
     ]

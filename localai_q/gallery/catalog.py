@@ -1,5 +1,5 @@
 """The catalogue: which backends and models can be installed by name. Owns the shape of `backends.yaml` and
-`models.yaml`.
+`models.yaml`, and of galleries.
 
 It leaves making an entry into files to the nodes (`workers.node.installer`, `workers.node.fetcher`), and what a cluster
 has installed to `localai_q.store`.
@@ -11,7 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-import yaml
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 from pydantic import (
@@ -26,19 +25,28 @@ from pydantic import (
 )
 
 from localai_q.cluster.builds import Build
-from localai_q.cluster.sources import parse
+from localai_q.cluster.models import Document, ModelName
+from localai_q.cluster.sources import TELLS_SHA256, parse
+from localai_q.cluster.sources import Source as AnySource
 from localai_q.cluster.wheels import Level
+from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, NotFound, StartupError
 
+MOST_MODELS = 10_000  # of one gallery
+FOREIGN = {"url", "urls", "files", "overrides", "config_file"}  # fields of an entry in LocalAI's form
 MOST_REQUIREMENTS = 200
 MOST_COMPILED = 8
 
 
-def _source(text: str) -> str:
+def _parsed_source(text: str) -> AnySource:
     try:
-        parse(text)
+        return parse(text)
     except InvalidValue as error:
         raise ValueError(error.message) from error
+
+
+def _source(text: str) -> str:
+    _parsed_source(text)
     return text
 
 
@@ -136,25 +144,41 @@ class BackendEntry(BaseModel):
         return self
 
 
-class ModelEntry(BaseModel):
-    """A model that can be installed."""
+class ModelEntry(Document):
+    """A model that can be installed: a document of it, and what people want to know before."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: Name
-    backend: Name
-    source: Source
-    sha256: Digest
-    size: int = Field(gt=0)  # bytes
-    license: str = Field(min_length=1)
     description: str = ""
-    context_size: int = Field(gt=0)  # tokens that one request may use
-    slots: int = Field(1, ge=1, le=256)  # requests that one copy serves at once
-    spread_all: bool = False  # one copy on every node, rather than as many as are asked for
-    embeddings: bool = False
-    reranking: bool = False
-    options: tuple[str, ...] = ()  # "key:value", as the backend's README lists them
+    license: str = Field("", max_length=100)
+    tags: tuple[str, ...] = Field((), max_length=32)
     default: bool = False
+
+    @model_validator(mode="after")
+    def _can_be_had(self) -> Self:
+        for file in self.files:
+            if not isinstance(_parsed_source(file.source), TELLS_SHA256) and not file.sha256:
+                raise ValueError(f"{file.source} needs its sha256: it does not tell it itself")
+        return self
+
+    @property
+    def document(self) -> Document:
+        """It without what is only said of it."""
+        given = self.model_fields_set & Document.model_fields.keys()
+        return Document.model_validate({name: getattr(self, name) for name in given})
+
+
+class ForeignEntry(BaseModel):
+    """A model of a gallery in LocalAI's form. What it says of icons and the like is nobody's business here."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    name: ModelName
+    description: str = ""
+    license: str = ""
+    tags: tuple[str, ...] = ()
+    url: str = ""  # of the document that it is made of
+    config_file: dict[str, Any] = Field(default_factory=dict)  # that document itself
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    files: tuple[dict[str, Any], ...] = ()
 
 
 class Catalog(BaseModel):
@@ -249,6 +273,30 @@ def read_gallery(text: str, place: str) -> tuple[BackendEntry, ...]:
     return entries
 
 
+def read_models(text: str, place: str) -> tuple[ModelEntry | ForeignEntry, ...]:
+    """The models that a gallery lists, in the form of `models.yaml` or in LocalAI's.
+
+    Raises:
+        InvalidValue: it says something impossible; the message names where.
+    """
+    try:
+        found: Any = next(iter(read_yaml(text)), [])
+    except InvalidValue as error:
+        raise InvalidValue(f"cannot read the gallery {place}: {error.message}") from error
+    if not isinstance(found, list) or len(found) > MOST_MODELS:
+        raise InvalidValue(f"the gallery {place} is no list of {MOST_MODELS} models at most")
+    entries: list[ModelEntry | ForeignEntry] = []
+    for number, content in enumerate(found):
+        kind = ForeignEntry if isinstance(content, dict) and FOREIGN & content.keys() else ModelEntry
+        try:
+            entries.append(kind.model_validate(content))
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = _place(found, (number, *problem["loc"]))
+            raise InvalidValue(f"the gallery {place} is wrong at {where}: {problem['msg']}") from error
+    return tuple(entries)
+
+
 def _entries(path: Path, kind: type[_Entry]) -> tuple[_Entry, ...]:
     try:
         text = path.read_text(encoding="utf-8")
@@ -259,10 +307,10 @@ def _entries(path: Path, kind: type[_Entry]) -> tuple[_Entry, ...]:
 
 def _parsed(text: str, place: str, kind: type[_Entry]) -> tuple[_Entry, ...]:
     try:
-        found: Any = yaml.safe_load(text)
+        found: Any = next(iter(read_yaml(text)), None)
         return TypeAdapter(tuple[kind, ...]).validate_python(found)  # type: ignore[valid-type]
-    except (yaml.YAMLError, RecursionError) as error:
-        raise StartupError(f"cannot read the catalogue {place}: {' '.join(str(error).split())}") from error
+    except InvalidValue as error:
+        raise StartupError(f"cannot read the catalogue {place}: {error.message}") from error
     except ValidationError as error:
         problem = error.errors()[0]
         where = _place(found, problem["loc"])

@@ -1,4 +1,4 @@
-"""The backends that can be installed: those that this version comes with, and those of the galleries that settings name.
+"""What can be installed by name: what this version comes with, and what is in the galleries that settings name.
 
 A gallery is read anew after `FRESH` seconds, in the background, by each process for itself. What was read stays if that
 fails. Addresses that sources of models may not lead to are refused here, too.
@@ -7,35 +7,41 @@ fails. Addresses that sources of models may not lead to are refused here, too.
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import httpx
 
 from localai_q.config import Settings
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.gallery import catalog
-from localai_q.gallery.catalog import BackendEntry
+from localai_q.gallery.catalog import BackendEntry, ForeignEntry, ModelEntry
 from localai_q.network import Network
 from localai_q.services.wiring import Services
 
 log = logging.getLogger(__name__)
 
+GITHUB = re.compile(r"github:(?://)?([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)")  # LocalAI's word for a file there
 FRESH = 60.0  # seconds
 LARGEST = 4 << 20  # bytes
 
+AnyModel = ModelEntry | ForeignEntry
+Entry = TypeVar("Entry")
+
 _lock = threading.Lock()
-_read: dict[str, Gallery] = {}
 
 
-class Gallery:
+class Gallery(Generic[Entry]):
     """What one gallery has said last."""
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, read: Callable[[str, str], tuple[Entry, ...]]) -> None:
         self.place = place
-        self.entries: tuple[BackendEntry, ...] = ()
+        self.entries: tuple[Entry, ...] = ()
+        self._read = read
         self.error = ""
         self._due = 0.0
         self._reading = threading.Lock()
@@ -59,12 +65,16 @@ class Gallery:
             if time.monotonic() < self._due:
                 return
             try:
-                self.entries, self.error = catalog.read_gallery(_text(self.place, settings), self.place), ""
+                self.entries, self.error = self._read(read_text(self.place, settings), self.place), ""
             except LocalAIError as error:
                 if error.message != self.error:
                     log.warning("gallery %s: %s", self.place, error.message)
                 self.error = error.message
             self._due = time.monotonic() + FRESH
+
+
+_of_backends: dict[str, Gallery[BackendEntry]] = {}
+_of_models: dict[str, Gallery[AnyModel]] = {}
 
 
 def backends(services: Services) -> list[BackendEntry]:
@@ -114,21 +124,69 @@ def shown(services: Services) -> list[dict[str, Any]]:
     ]
 
 
-def _galleries(services: Services, *, wait: bool = True) -> list[Gallery]:
+OWN = "builtin"  # what the models of this version are listed under
+
+
+def models(services: Services) -> list[tuple[str, AnyModel]]:
+    """Every model that can be installed, after the name of its gallery; those of this version first."""
+    own: list[tuple[str, AnyModel]] = [(OWN, entry) for entry in catalog.catalog().models]
+    return own + [(name, entry) for name, gallery in _model_galleries(services) for entry in gallery.entries]
+
+
+def model(services: Services, wanted: str) -> AnyModel:
+    """The model of that name, or of `gallery@name`.
+
+    Raises:
+        NotFound: there is none.
+    """
+    gallery, _, name = wanted.rpartition("@")
+    for where, entry in models(services):
+        if entry.name == name and gallery in ("", where):
+            return entry
+    raise NotFound(f"There is no model '{wanted}' in the galleries. 'localai-q models available' shows them.")
+
+
+def shown_models(services: Services) -> list[dict[str, Any]]:
+    """Each gallery of models: its name, where it is, how many it lists, and why it could not be read the last time."""
+    return [
+        {"name": name, "url": gallery.place, "models": len(gallery.entries), "error": gallery.error or None}
+        for name, gallery in _model_galleries(services)
+    ]
+
+
+def _model_galleries(services: Services) -> list[tuple[str, Gallery[AnyModel]]]:
+    named = services.settings.model_galleries
     with _lock:
-        found = [_read.setdefault(place, Gallery(place)) for place in services.settings.gallery_places]
+        found = [(name, _of_models.setdefault(url, Gallery(url, catalog.read_models))) for name, url in named.items()]
+    for _, gallery in found:
+        gallery.look(services.settings)
+    return found
+
+
+def _galleries(services: Services, *, wait: bool = True) -> list[Gallery[BackendEntry]]:
+    places = services.settings.gallery_places
+    with _lock:
+        found = [_of_backends.setdefault(place, Gallery(place, catalog.read_gallery)) for place in places]
     for gallery in found:
         gallery.look(services.settings, wait=wait)
     return found
 
 
-def _entries(found: list[Gallery]) -> list[BackendEntry]:
+def _entries(found: list[Gallery[BackendEntry]]) -> list[BackendEntry]:
     """This version's own backends, and those of galleries."""
     listed = {entry.name: entry for gallery in reversed(found) for entry in gallery.entries}
     return [*catalog.catalog().backends, *listed.values()]
 
 
-def _text(place: str, settings: Settings) -> str:
+def read_text(place: str, settings: Settings) -> str:
+    """What stands at a path or a URL, within the bounds that sources of models have.
+
+    Raises:
+        InvalidValue: it is no text, too long, or where nobody may be led.
+        Unavailable: it cannot be read.
+    """
+    github = GITHUB.fullmatch(place)
+    place = f"https://raw.githubusercontent.com/{github[1]}/{github[3]}/{github[2]}" if github else place
     try:
         return (_from_file(Path(place)) if place.startswith("/") else _from_web(place, settings)).decode()
     except UnicodeDecodeError as error:

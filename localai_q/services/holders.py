@@ -77,6 +77,7 @@ def _need(db: Any, asker: Node, sha256: str) -> None:
     if sha256 in wheels.contents(db):
         return
     placed = {replica.model_id for replica in replicas.every(db, node_id=asker.id)}
+    placed |= {str(job.model_id) for job in jobs.open_in(db, names.node_jobs_queue(asker.id))}
     if any(model.id in placed and sha256 in model.config.contents for model in models.every(db)):
         return
     if any(one.node_id == asker.id and sha256 in one.files for one in quantizations.every(db, states=[JobState.OPEN])):

@@ -32,12 +32,9 @@ def ensure_default(services: Services) -> None:
     if services.settings.no_model:
         return
     entry = catalog.default_model()
-    config = ModelConfig(backend=entry.backend, source=entry.source, sha256=entry.sha256, size=entry.size,
-                         context_size=entry.context_size, slots=entry.slots, spread_all=entry.spread_all,
-                         embeddings=entry.embeddings, rerank=entry.reranking, options=entry.options)  # fmt: skip
     with services.db.transaction() as db:
         if marks.first_time(db, DEFAULT_MODEL) and not models.every(db):
-            models.add(db, entry.name, config, is_default=True)
+            models.add(db, entry.name, entry.config, is_default=True)
 
 
 def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
@@ -49,14 +46,22 @@ def add(services: Services, name: str, config: ModelConfig) -> dict[str, Any]:
         InvalidValue: it names a file that was not uploaded or is damaged, or no file for a backend that needs one; or its
             backend cannot serve it so.
     """
-    config = _checked(services, config, given=config.model_fields_set)
-    facts = _facts(services, config)
+    return add_all(services, {name: config})[0]
+
+
+def add_all(services: Services, configs: Mapping[str, ModelConfig]) -> list[dict[str, Any]]:
+    """Register several models, or none of them. Raises: as `add`."""
+    made = {name: _checked(services, config, given=config.model_fields_set) for name, config in configs.items()}
+    facts = {name: _facts(services, config) for name, config in made.items()}
+    added = []
     with services.db.transaction() as db:
-        model = models.add(db, name, config, facts=facts)
-    if model is None:
-        raise Conflict(f"There is a model '{name}' already. Remove it first: localai-q models remove {name}")
-    services.redis.publish(names.WAKE_CHANNEL, model.id)
-    return {"id": model.id, "name": model.name}
+        for name, config in made.items():
+            model = models.add(db, name, config, facts=facts[name])
+            if model is None:
+                raise Conflict(f"There is a model '{name}' already. Remove it first: localai-q models remove {name}")
+            added.append({"id": model.id, "name": model.name})
+    services.redis.publish(names.WAKE_CHANNEL, added[0]["id"])
+    return added
 
 
 def edit(services: Services, name: str, changes: Mapping[str, Any], *, force: bool = False) -> dict[str, Any]:

@@ -233,12 +233,20 @@ def advance(services: Services) -> None:
         if model:
             job = stages[replica.id]
             if job and replica.revision == model.revision:
-                model = _learned(services, model, job)
+                model = learned(services, model, job)
             step = next_step(replica, job, has_file=bool(model.config.source), now=now)
             _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
 
 
-def _learned(services: Services, model: Model, job: Job) -> Model:
+def fetch_request(model: Model) -> dict[str, Any]:
+    """What a node is asked that is to fetch the files of a model."""
+    config = model.config
+    further = [file.model_dump(include=set(File.model_fields)) for file in config.further]
+    return {"kind": "fetch_model", "source": config.source, "mirrors": list(config.mirrors), "sha256": config.sha256,
+            "size": config.size, "name": model.name, "further": further}  # fmt: skip
+
+
+def learned(services: Services, model: Model, job: Job) -> Model:
     """The model with what a node has read in its file, and with its SHA-256 where only the source knew that."""
     told = job.result or {}
     record = told.get("facts")
@@ -266,11 +274,7 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
             request = request_for(Op.INSTALL, name, galleries.record(services, name))
             _start_stage(services, replica, ReplicaState.INSTALLING, "install_backend", model.id, request)
         case Step.FETCH:
-            config = model.config
-            request = {"kind": "fetch_model", "source": config.source, "mirrors": list(config.mirrors),
-                       "sha256": config.sha256, "size": config.size, "name": model.name,
-                       "further": [file.model_dump(include=set(File.model_fields)) for file in config.further]}  # fmt: skip
-            _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, request)
+            _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, fetch_request(model))
         case Step.LOAD:
             node_users.extend(services, replica.node_id)
             _load(services, replica, model)

@@ -111,6 +111,13 @@ def newest(db: Connection, *, kind: str, line: str, limit: int) -> list[Job]:
     return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
 
 
+def of_model(db: Connection, *, kind: str, model_id: str, source: str, limit: int) -> list[Job]:
+    """Jobs of a kind for a model that was had from this source, the newest first, without their requests."""
+    query = select(*LISTED).where(jobs.c.kind == kind, jobs.c.model_id == model_id)
+    query = query.where(jobs.c.request["source"].astext == source)
+    return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
+
+
 def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> str | None:
     """Write a job's end, once, and return its kind; None if it has an end already. What a person has asked is erased."""
     target = JobState(end.state)

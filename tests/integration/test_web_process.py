@@ -546,3 +546,64 @@ def test_models_are_written_down_and_read_again_by_the_command_line(web: Web, tm
     assert {model["id"] for model in web.http.get("/v1/models").json()["data"]}.isdisjoint({"parrot"})
     for name in ("parrot", "a/b:c"):
         assert web.cli("models", "remove", name)[0] == 0
+
+
+def test_localais_paths_of_models(web: Web, tmp_path: Path) -> None:
+    def post(path: str, **more: object) -> httpx.Response:
+        return web.http.post(path, **more)
+
+    made = post("/models/apply", json={"id": "builtin@qwen3-0.6b", "name": "q/1"}).json()
+    job = web.http.get(made["status"]).json()
+    assert (job["gallery_element_name"], job["processed"], job["deletion"]) == ("q/1", False, False)
+    assert web.http.get("/models/jobs").json() == {made["uuid"]: job}
+    assert web.http.get("/models/jobs/nope1").status_code == 404
+    assert web.http.put("/models/toggle-state/q/1/disable").json()["disabled"] is True
+    assert web.http.put("/models/toggle-pinned/q/1/pin").json()["pinned"] is True
+    assert web.http.put("/models/toggle-pinned/q/1/up").status_code == 400
+    assert web.http.get("/api/models/vram-estimate/q/1").status_code == 409
+    assert post("/models/reload").json()["success"] is True
+    taken = post(
+        "/models/import", content=b"name: th\nbackend: echo\nf16: true\n", headers={"Content-Type": "text/yaml"}
+    )
+    assert (taken.status_code, taken.json()["models"][0]["warnings"]) == (
+        201,
+        ["f16 is left out: the engine decides that"],
+    )
+    assert post("/models/edit/th", content=b"backend: echo\nthreads: 2\n").json()["revision"] == 2
+    assert post("/models/import-uri", json={"uri": "ollama://x"}).json()["name"] == "x"
+    assert (
+        post("/api/models/install/smollm2-360m-instruct", json={"preload": False}).json()["name"]
+        == "smollm2-360m-instruct"
+    )
+    for path, body in (("/models/apply", {"id": "nope"}), ("/models/import-uri", {}), ("/models/apply", {"x": 1})):
+        assert post(path, json=body).status_code in (400, 404)
+    key = web.http.post("/api/keys", json={"name": "u", "role": "user"}).json()["key"]
+    as_user = {"Authorization": f"Bearer {key}"}
+    assert web.http.get("/models/available", headers=as_user).status_code == 403
+    assert web.http.get("/models", headers=as_user).status_code == 200
+    assert web.http.get("/models/galleries").json() == []
+    for path in (
+        "/models/delete/q/1",
+        "/models/delete/th",
+        "/api/models/delete/x",
+        "/models/delete/smollm2-360m-instruct",
+    ):
+        assert post(path).json()["processed"] is True
+    assert web.http.get(made["status"]).status_code == 404
+
+
+def test_models_are_imported_and_installed_by_the_command_line(web: Web, tmp_path: Path) -> None:
+    assert "qwen3-0.6b" in web.cli("models", "available")[1]
+    code, out, err = web.cli("models", "install", "qwen3-0.6b", "--no-wait")
+    assert (code, "Added qwen3-0.6b" in out) == (0, True), err
+    assert "installed" in json.dumps(json.loads(web.cli("models", "available", "--json")[1])[0])
+    file = tmp_path / "their.yaml"
+    file.write_text("name: their\nbackend: echo\nmmap: true\n")
+    code, out, err = web.cli("models", "import", str(file))
+    assert (code, "mmap is left out" in out) == (0, True), err
+    file.write_text("name: their2\nbackend: vllm\n")
+    code, _, err = web.cli("models", "import", str(file))
+    assert (code, "'vllm' is none of" in err) == (1, True)
+    assert web.cli("models", "import", "ollama://tiny", "--name", "t")[0] == 0
+    for name in ("qwen3-0.6b", "their", "t"):
+        assert web.cli("models", "remove", name)[0] == 0

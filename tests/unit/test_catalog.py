@@ -67,7 +67,8 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
         ("a: b", MODELS, "must be a list of entries"),
         ("{", MODELS, "cannot read the catalogue"),
         (BACKENDS, MODELS.replace("backend: one", "backend: two"), "'tiny' names the unknown backend 'two'"),
-        (BACKENDS, MODELS.replace("pypi:", "ftp://x/"), "wrong at 'tiny', source"),
+        (BACKENDS, MODELS.replace("pypi:", "ftp://x/"), "wrong at 'tiny'.*is no source of a model's file"),
+        (BACKENDS, MODELS.replace("sha256:", "#"), "needs its sha256: it does not tell it itself"),
         (BACKENDS, MODELS.replace("0000", "zz"), "wrong at 'tiny', sha256"),
     ],
 )

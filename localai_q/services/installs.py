@@ -1,0 +1,310 @@
+"""Models by name: what galleries list becomes a model of the cluster, LocalAI's documents do, and the files of models that
+say `preload` come to a node before anybody asks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.filesize import decimal
+
+from localai_q.bus import journal
+from localai_q.cluster.backends import MOST_ATTEMPTS
+from localai_q.cluster.events import Progress
+from localai_q.cluster.fleet import Board, Fleet
+from localai_q.cluster.localai_yaml import Imported, merged, source_of, translate
+from localai_q.cluster.jobs import Job
+from localai_q.cluster.memory import need
+from localai_q.cluster.models import Document, Model
+from localai_q.cluster.placement import best
+from localai_q.cluster.preloads import Standing, standing
+from localai_q.documents import checked, read_yaml
+from localai_q.errors import Conflict, InvalidValue, NotFound
+from localai_q.gallery.catalog import ForeignEntry, ModelEntry
+from localai_q.services import galleries, models, replicas
+from localai_q.services import jobs as job_services
+from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
+from localai_q.store import models as model_rows
+from localai_q.store import nodes as node_rows
+from localai_q.store import replicas as replica_rows
+from localai_q.store.engine import clock
+
+log = logging.getLogger(__name__)
+
+FETCH = "fetch_model"
+MOST_DOCUMENTS = 100  # of one import
+
+Record = dict[str, Any]
+
+
+def available(services: Services) -> list[Record]:
+    """Every model that galleries list, in LocalAI's form, and whether there is one of its name here."""
+    with services.db.transaction() as db:
+        there = {model.name for model in model_rows.every(db)}
+    return [
+        {"name": entry.name, "description": entry.description, "license": entry.license, "tags": list(entry.tags),
+         "gallery": {"name": gallery}, "id": f"{gallery}@{entry.name}", "installed": entry.name in there}
+        for gallery, entry in galleries.models(services)
+    ]  # fmt: skip
+
+
+def install(
+    services: Services, *, wanted: str = "", url: str = "", name: str = "", overrides: Mapping[str, Any] | None = None,
+    files: list[Record] | None = None, preload: bool = True,
+) -> Record:  # fmt: skip
+    """Add a model that a gallery lists, or that a URL describes, and have its files fetched.
+
+    Args:
+        wanted: `name`, or `gallery@name`.
+        url: instead, of a document of LocalAI's.
+        name: another name for it.
+        overrides: what is to be otherwise: fields of its document; of LocalAI's where it is one of theirs.
+        files: further `download_files` of a document of LocalAI's.
+
+    Returns:
+        `{"uuid", "status", "warnings"}`; `installation` shows how far it is by that id.
+
+    Raises:
+        NotFound: no gallery lists it.
+        Conflict: there is a model of that name.
+        InvalidRequest, Unavailable: it cannot be taken, or had.
+    """
+    if bool(wanted) == bool(url):
+        raise InvalidValue("Say what to install: either 'id' or 'url'.", param="id")
+    entry = galleries.model(services, wanted) if wanted else ForeignEntry(name=name or "model", url=url)
+    if isinstance(entry, ModelEntry):
+        if files:
+            raise InvalidValue("'files' go with models in LocalAI's form; this one has its own.", param="files")
+        changed = merged(
+            entry.document.model_dump(exclude_unset=True), {**(overrides or {}), **({"name": name} if name else {})}
+        )
+        found = Imported(document=checked(Document, changed))
+    else:
+        found = _foreign(services, entry, overrides or {}, files or [], name=name or (entry.name if wanted else ""))
+    return _added(services, found, preload=preload)
+
+
+def _foreign(
+    services: Services, entry: ForeignEntry, overrides: Mapping[str, Any], files: list[Record], *, name: str
+) -> Imported:
+    """The model of a gallery's entry in LocalAI's form: what it is made of, and over it what it and the caller say."""
+    base = _base_of(services, entry.url) if entry.url else {}
+    whole = merged(merged(merged(base, entry.config_file), entry.overrides), overrides)
+    given = whole.get("download_files")
+    whole["download_files"] = [*(given if isinstance(given, list) else []), *entry.files, *files]
+    if name:
+        whole["name"] = name
+    return translate(whole, _backends(services))
+
+
+def _base_of(services: Services, url: str) -> Record:
+    """The document that a URL has; one of a gallery's has it as a text in a field of its own."""
+    content = _one(read_yaml(galleries.read_text(_web(url), services.settings)))
+    inner = content.get("config_file")
+    if not isinstance(inner, str):
+        return content
+    files = content.get("files")
+    return {**_one(read_yaml(inner)), **({"download_files": files} if files else {})}
+
+
+def _web(url: str) -> str:
+    if not galleries.GITHUB.fullmatch(url) and urlsplit(url).scheme not in ("http", "https"):
+        raise InvalidValue(f"{url[:200]!r} is no URL of the form https://host/path.", param="url")
+    return url
+
+
+def _one(documents: list[Any]) -> Record:
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        raise InvalidValue("A model is one document with fields; this is none.")
+    return documents[0]
+
+
+def import_documents(services: Services, text: bytes) -> list[Record]:
+    """Add models that stand in a text in LocalAI's form; each as `{"name", "id", "warnings"}`. All of them, or none.
+
+    Raises: as `install`.
+    """
+    found = [each for document in read_yaml(text) for each in (document if isinstance(document, list) else [document])]
+    if not found or len(found) > MOST_DOCUMENTS or not all(isinstance(each, dict) for each in found):
+        raise InvalidValue(f"The body needs to be one model, or up to {MOST_DOCUMENTS}, in the form of LocalAI's YAML.")
+    backends = _backends(services)
+    taken = [translate(each, backends) for each in found]
+    configs = {each.document.name: each.document.config for each in taken}
+    if len(configs) < len(taken):
+        raise Conflict("Two of these models have the same name.")
+    added = models.add_all(services, configs)
+    return [{**record, "warnings": each.warnings} for record, each in zip(added, taken, strict=True)]
+
+
+def edit(services: Services, name: str, text: bytes) -> Record:
+    """Let a model be as a document in LocalAI's form says.
+
+    Raises: as `install`; ModelNotFound: there is none of that name.
+    """
+    found = translate({"name": name, **_one(read_yaml(text))}, _backends(services))
+    if found.document.name != name:
+        raise Conflict(f"A model keeps its name: this one is '{name}', not '{found.document.name}'.")
+    models.named(services, name)
+    shown, _ = models.put(services, found.document)
+    return {"name": name, "revision": shown["revision"], "warnings": found.warnings}
+
+
+def import_uri(services: Services, uri: str, *, name: str = "", preload: bool = True) -> Record:
+    """Add a model by where its file is, or by where its document is. Returns what `install` does.
+
+    Raises: as `install`.
+    """
+    if uri.startswith(("http://", "https://", "github:")) and urlsplit(uri).path.endswith((".yaml", ".yml")):
+        return install(services, url=uri, name=name, preload=preload)
+    source = source_of(uri)
+    document = checked(Document, {"name": name or _name_of(source), "source": source})
+    return _added(services, Imported(document=document), preload=preload)
+
+
+def _name_of(source: str) -> str:
+    """What a model is called after its file."""
+    last = source.partition("?")[0].rstrip("/").rpartition("/")[2].partition("@")[0]
+    return last.removesuffix(".gguf")[:128]
+
+
+def _added(services: Services, found: Imported, *, preload: bool) -> Record:
+    document = found.document
+    model_id = models.add(services, document.name, document.config.model_copy(update={"preload": preload}))["id"]
+    return {"uuid": model_id, "status": f"/models/jobs/{model_id}", "name": document.name, "warnings": found.warnings}
+
+
+def _backends(services: Services) -> list[str]:
+    return [entry.name for entry in galleries.backends(services)]
+
+
+# --- how far they are
+
+
+def installation(services: Services, model_id: str) -> Record:
+    """How far the files of a model are, in LocalAI's form.
+
+    Raises:
+        NotFound: there is no such model, or not any more.
+    """
+    with services.db.transaction() as db:
+        model = model_rows.by_id(db, model_id)
+    if model is None:
+        raise NotFound(f"There is no installation '{model_id}': its model may have been removed.")
+    return _installations(services, [model])[0]
+
+
+def installations(services: Services) -> list[Record]:
+    """The same of every model that says `preload`."""
+    with services.db.transaction() as db:
+        found = [model for model in model_rows.every(db) if model.config.preload]
+    return _installations(services, found)
+
+
+def _installations(services: Services, found: list[Model]) -> list[Record]:
+    with services.db.transaction() as db:
+        stands = [(model, *_standing(db, model)) for model in found]
+    running = [fetches[0].id for _, stand, fetches in stands if stand is Standing.COMING and fetches]
+    progress = {job_id: event for job_id, event in journal.latest(services.redis, running).items()
+                if isinstance(event, Progress)}  # fmt: skip
+    return [_installation(model, stand, fetches, progress) for model, stand, fetches in stands]
+
+
+def _installation(model: Model, stand: Standing, fetches: list[Job], progress: Mapping[str, Progress]) -> Record:
+    event = progress.get(fetches[0].id) if fetches else None
+    done, total = (event.done, event.total) if event else (0.0, 0.0)
+    there = stand is Standing.THERE or not model.config.files
+    idle = not model.config.preload and stand in (Standing.DUE, Standing.WAITING)
+    error = (fetches[0].error or {}).get("message") if fetches and not there else None
+    message = "completed" if there else "fetched when somebody asks for it" if idle else f"its files are {stand}"
+    return {
+        "uuid": model.id,
+        "gallery_element_name": model.name,
+        "processed": there or idle or stand is Standing.GIVEN_UP,
+        "progress": 100.0 if there else job_services.percentage(event) if event else 0.0,
+        "message": message,
+        "error": error,
+        "deletion": False,
+        "cancelled": stand is Standing.GIVEN_UP and not error,
+        "file_name": model.config.source,
+        "file_size": decimal(int(total)) if total else "",
+        "downloaded_size": decimal(int(done)) if done else "",
+        "job": fetches[0].id if fetches else None,
+    }
+
+
+def _standing(db: Any, model: Model) -> tuple[Standing, list[Job]]:
+    fetches = job_rows.of_model(db, kind=FETCH, model_id=model.id, source=model.config.source, limit=MOST_ATTEMPTS)
+    on_nodes = [node.hardware.get("files") or () for node in node_rows.every(db)]
+    return standing(model.config, on_nodes, fetches, clock(db)), fetches
+
+
+# --- by control
+
+
+def preload(services: Services) -> None:
+    """Have the files of models that say so fetched by a node on which they could be loaded."""
+    with services.db.transaction() as db:
+        wanted = [model for model in model_rows.every(db) if model.config.preload and model.config.files]
+        stands = [(model, *_standing(db, model)) for model in wanted if not model.config.disabled]
+    for model, stand, fetches in stands:
+        if fetches:
+            model = replicas.learned(services, model, fetches[0])
+        if stand is Standing.DUE and (node_id := _where(services, model)):
+            request = replicas.fetch_request(model)
+            job_id = job_services.submit_node_job(
+                services, kind=FETCH, node_id=node_id, model_id=model.id, request=request
+            )
+            log.info("node %s is to fetch the files of model %s: job %s", node_id, model.name, job_id,
+                     extra={"action": "preload"})  # fmt: skip
+
+
+def _where(services: Services, model: Model) -> str | None:
+    """The node that a replica of the model would go to; None if there is room nowhere."""
+    with services.db.transaction() as db:
+        fleet = Fleet(models=model_rows.every(db), nodes=node_rows.every(db), replicas=replica_rows.every(db),
+                      gpu_backends=galleries.gpu_backends(services), now=clock(db))  # fmt: skip
+    verdict = next(best(Board(fleet), model), None)
+    return verdict.node.id if verdict else None
+
+
+def remove(services: Services, name: str) -> Record:
+    """Remove a model, in LocalAI's words. What it leaves on nodes goes by itself.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+    """
+    model = models.named(services, name)
+    models.remove(services, name)
+    return {"uuid": model.id, "status": "", "processed": True, "message": f"{name} was removed"}
+
+
+def switched(services: Services, name: str, field: str, action: str, words: Mapping[str, bool]) -> Record:
+    """A model with one of its fields set by a word.
+
+    Raises:
+        InvalidValue: that is none of the words.
+        ModelNotFound: there is no model of that name.
+    """
+    if action not in words:
+        raise InvalidValue(f"The action needs to be one of: {', '.join(words)}.", param="action")
+    shown = models.edit(services, name, {field: words[action]})
+    return {"success": True, "message": f"Model '{name}': {field} is {words[action]}".lower(), field: shown[field]}
+
+
+def estimate(services: Services, name: str) -> Record:
+    """What one replica of a model takes: bytes of a machine without GPUs, and of one with a GPU.
+
+    Raises:
+        ModelNotFound: there is none of that name.
+        Conflict: nothing is known of its files yet.
+    """
+    model = models.named(services, name)
+    plain, on_gpu = (need(model.config, model.facts, gpus) for gpus in (0, 1))
+    if plain is None or on_gpu is None:
+        raise Conflict(f"Nothing is known of the size of model '{name}' before a node has fetched its files.")
+    return {"size_bytes": sum(file.size for file in model.config.files), "ram_bytes": plain.memory.ram,
+            "vram_bytes": on_gpu.memory.vram, "context_size": model.config.context_size, "note": plain.note}  # fmt: skip

@@ -1,0 +1,279 @@
+"""Models by name and in LocalAI's form: what galleries list, what becomes of it, and what of both is refused."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cluster_data import add_model, model_named, ready_node
+from file_server import FileServer, Remote, serve
+from test_galleries import BOMB
+from test_replicas_service import stage
+
+from localai_q.cluster.nodes import Node
+from localai_q.config import load_settings
+from localai_q.errors import (
+    Conflict,
+    InvalidRequest,
+    InvalidValue,
+    ModelNotFound,
+    NotFound,
+    StartupError,
+)
+from localai_q.gallery import catalog
+from localai_q.services import galleries, holders, installs, models, nodes
+from localai_q.services.wiring import Services
+
+A, B = "a" * 64, "b" * 64
+OURS = f"- {{name: tiny, source: 'https://x.example/t.gguf', sha256: {A}, size: 7, license: MIT, slots: 2}}"
+THEIRS = f"""
+- &base
+  name: theirs
+  license: apache-2.0
+  icon: https://x.example/i.png
+  urls: [https://x.example]
+  config_file: {{context_size: 2048, parameters: {{temperature: 0.5, top_k: 1}}, stopwords: [END]}}
+  overrides: {{parameters: {{model: their.gguf, top_k: 9}}}}
+  files: [{{filename: their.gguf, uri: "huggingface://o/r/their.gguf", sha256: {B}}}]
+- <<: *base
+  name: again
+"""
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with serve() as found:
+        yield found
+
+
+@pytest.fixture
+def node(services: Services) -> Node:
+    return ready_node(services)
+
+
+def naming(services: Services, text: str, **more: object) -> Services:
+    return replace(services, settings=services.settings.model_copy(update={"galleries": text, **more}))
+
+
+def listing(services: Services, folder: Path, content: str, **more: object) -> Services:
+    path = folder / "models.yaml"
+    path.write_text(content)
+    return naming(services, json.dumps([{"name": "mine", "url": str(path)}]), **more)
+
+
+class TestGalleries:
+    def test_models_of_ours_and_of_theirs_are_listed_and_installed(self, services: Services, tmp_path: Path) -> None:
+        own = listing(services, tmp_path, OURS + THEIRS)
+        listed = {each["id"]: each for each in installs.available(own)}
+        assert {"mine@tiny", "mine@theirs", "mine@again", f"builtin@{catalog.default_model().name}"} <= listed.keys()
+        assert (listed["mine@tiny"]["license"], listed["mine@tiny"]["installed"]) == ("MIT", False)
+        installs.install(own, wanted="tiny", overrides={"slots": 3}, name="mini")
+        mini = model_named(own, "mini").config
+        assert (mini.source, mini.slots, mini.preload) == ("https://x.example/t.gguf", 3, True)
+        made = installs.install(own, wanted="mine@again", overrides={"context_size": 512}, preload=False)
+        config = model_named(own, "again").config
+        assert (config.source, config.sha256, config.context_size) == ("huggingface://o/r/their.gguf", B, 512)
+        assert (config.parameters.temperature, config.parameters.top_k, config.parameters.stop) == (0.5, 9, ["END"])
+        assert (made["status"], config.preload) == (f"/models/jobs/{made['uuid']}", False)
+        assert listed.keys() == {each["id"] for each in installs.available(own)}
+        assert [each["name"] for each in installs.available(own) if each["installed"]] == ["again"]
+        assert galleries.shown_models(own) == [
+            {"name": "mine", "url": str(tmp_path / "models.yaml"), "models": 3, "error": None}]  # fmt: skip
+        with pytest.raises(Conflict):
+            installs.install(own, wanted="mine@again")
+
+    def test_what_an_entry_is_made_of_is_read_from_where_it_says(
+        self, services: Services, server: FileServer, tmp_path: Path
+    ) -> None:
+        base = "name: base\nconfig_file: |\n  context_size: 777\n  backend: llama-cpp\nfiles: []\n"
+        url = server.put("/base.yaml", Remote(base.encode()))
+        own = listing(services, tmp_path, f"- {{name: x, url: '{url}', overrides: {{parameters: {{model: 'ollama://x'}}}}}}",
+                      allow_private_sources=True)  # fmt: skip
+        made = installs.install(own, wanted="x")
+        assert (model_named(own, "x").config.context_size, "xllamacpp" in made["warnings"][0]) == (777, True)
+        plain = server.put("/plain.yaml", Remote(b"name: plain\nparameters: {model: 'ollama://y'}\n"))
+        assert installs.import_uri(own, plain)["name"] == "plain"
+        strict = replace(own, settings=own.settings.model_copy(update={"allow_private_sources": False}))
+        seen = len(server.seen)
+        for call in (lambda: installs.install(strict, wanted="x", name="y"), lambda: installs.install(strict, url=url)):
+            with pytest.raises(InvalidValue, match="an address of this cluster"):
+                call()
+        assert len(server.seen) == seen
+
+    @pytest.mark.parametrize(
+        ("content", "says"),
+        [
+            ("{", "cannot read the gallery"),
+            ("a: b", "is no list of 10000 models at most"),
+            ("[" + "{name: x}," * 10_001 + "]", "is no list of 10000 models at most"),
+            (BOMB, "values of it"),
+            ("- {name: x, source: 'https://h/x'}", "needs its sha256"),
+            ("- {name: x, source: 'ftp://h/x'}", "is no source"),
+            ("- {name: x, nonsense: 1}", "wrong at 'x', nonsense"),
+            ("- {name: '../x', files: []}", "wrong at '../x', name"),
+            ("- 3", "wrong at 0"),
+        ],
+    )
+    def test_a_list_that_is_none_lists_nothing_and_says_why(
+        self, services: Services, tmp_path: Path, content: str, says: str
+    ) -> None:
+        own = listing(services, tmp_path, content)
+        (shown,) = galleries.shown_models(own)
+        assert (shown["models"], says in shown["error"]) == (0, True), shown["error"]
+        assert {each["gallery"]["name"] for each in installs.available(own)} == {"builtin"}
+
+    def test_no_gallery_leads_to_the_cluster_or_is_endless(self, services: Services, server: FileServer) -> None:
+        server.put("/big", Remote(b"# " + b"x" * (5 << 20)))
+        for path, allowed, says in (
+            ("/l", False, "an address of this cluster"), ("/big", True, "more than 4 MiB"), ("/none", True, "status 404")
+        ):  # fmt: skip
+            own = naming(services, f"{server.url}{path}", allow_private_sources=allowed)
+            (shown,) = galleries.shown_models(own)
+            assert says in shown["error"]
+
+    @pytest.mark.parametrize(
+        "value", ["ftp://x", "relative.yaml", '[{"url": "https://x"}]', '[{"name": "a", "url": "x"}]', "[3"]
+    )
+    def test_a_setting_that_names_no_place_stops_the_start(self, value: str) -> None:
+        with pytest.raises(StartupError, match="LOCALAI_GALLERIES"):
+            load_settings(galleries=value)
+
+    def test_the_setting_is_a_list_of_places_or_localais_json(self) -> None:
+        assert load_settings(galleries="/a.yaml, https://h/b").model_galleries == {"1": "/a.yaml", "2": "https://h/b"}
+        theirs = '[{"name": "localai", "url": "github:mudler/LocalAI/gallery/index.yaml@master"}]'
+        assert load_settings(galleries=theirs).model_galleries == {
+            "localai": "github:mudler/LocalAI/gallery/index.yaml@master"
+        }
+        assert galleries.GITHUB.fullmatch("github:mudler/LocalAI/gallery/index.yaml@master")
+
+    @pytest.mark.parametrize(
+        ("asked", "error", "says"),
+        [
+            ({"wanted": "nope"}, NotFound, "no model 'nope'"),
+            ({"wanted": "other@tiny"}, NotFound, "no model 'other@tiny'"),
+            ({}, InvalidValue, "either 'id' or 'url'"),
+            ({"wanted": "tiny", "url": "https://h/x"}, InvalidValue, "either 'id' or 'url'"),
+            ({"url": "/etc/passwd"}, InvalidValue, "is no URL"),
+            ({"url": "file:///etc/passwd"}, InvalidValue, "is no URL"),
+            ({"wanted": "tiny", "overrides": {"nonsense": 1}}, InvalidRequest, "'nonsense'"),
+            ({"wanted": "tiny", "files": [{}]}, InvalidValue, "'files' go with"),
+            ({"wanted": "theirs", "overrides": {"nonsense": 1}}, InvalidRequest, "nonsense: no field"),
+            ({"wanted": "theirs", "overrides": {"backend": "vllm"}}, InvalidRequest, "is none of"),
+        ],
+    )  # fmt: skip
+    def test_what_cannot_be_installed(self, services: Services, tmp_path: Path, asked: dict, error, says: str) -> None:
+        own = listing(services, tmp_path, OURS + THEIRS)
+        with pytest.raises(error, match=says):
+            installs.install(own, **asked)
+        assert models.listed(own) == []
+
+
+class TestPreloading:
+    def test_an_installed_model_is_fetched_by_a_node_that_has_room_and_shown_until_it_is_there(
+        self, services: Services, node: Node, tmp_path: Path
+    ) -> None:
+        uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
+        assert installs.installation(services, uuid)["processed"] is False
+        installs.preload(services)
+        installs.preload(services)
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["message"], shown["gallery_element_name"]) == (
+            False, "its files are coming", "qwen3-0.6b")  # fmt: skip
+        assert installs.installations(services) == [shown]
+        request = stage(services, node, result={"sha256": A, "size": 9, "facts": None, "further": []})
+        assert (request["kind"], request["sha256"], request["name"]) == ("fetch_model", None, "qwen3-0.6b")
+        installs.preload(services)
+        assert model_named(services, "qwen3-0.6b").config.sha256 == A
+        assert installs.installation(services, uuid)["processed"] is False
+        nodes.heartbeat(services, node, hardware={"files": [A]})
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["progress"], shown["error"]) == (True, 100.0, None)
+        installs.remove(services, "qwen3-0.6b")
+        with pytest.raises(NotFound, match="may have been removed"):
+            installs.installation(services, uuid)
+
+    def test_a_fetch_that_failed_is_shown_and_tried_later(self, services: Services, node: Node) -> None:
+        uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
+        installs.preload(services)
+        stage(services, node, failed="no route")
+        installs.preload(services)
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["error"], shown["message"]) == (False, "no route", "its files are waiting")
+
+    def test_a_model_that_nobody_asked_to_be_fetched_waits_for_its_first_request(
+        self, services: Services, node: Node
+    ) -> None:
+        uuid = installs.install(services, wanted="qwen3-0.6b", preload=False)["uuid"]
+        installs.preload(services)
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["job"]) == (True, None)
+        models.edit(services, "qwen3-0.6b", {"preload": True, "disabled": True})
+        installs.preload(services)
+        assert installs.installation(services, uuid)["job"] is None
+
+    def test_the_node_that_fetches_is_told_who_has_the_file(self, services: Services, node: Node) -> None:
+        add_model(services, source="https://x.example/t", sha256=A, preload=True)
+        with pytest.raises(NotFound):
+            holders.find(services, node, A, called="h")
+        installs.preload(services)
+        assert holders.find(services, node, A, called="h")["holders"] == []
+
+
+class TestImports:
+    def test_all_documents_are_taken_or_none(self, services: Services) -> None:
+        text = "- {name: a, backend: echo}\n- {name: b, backend: echo, threads: 2, debug: true}\n"
+        found = installs.import_documents(services, text.encode())
+        assert [(each["name"], len(each["warnings"])) for each in found] == [("a", 0), ("b", 1)]
+        for text, error, says in (
+            ("{name: c, backend: echo}\n---\n{name: a, backend: echo}", Conflict, "a model 'a' already"),
+            ("{name: c, backend: echo}\n---\n{name: d, backend: vllm}", InvalidValue, "is none of"),
+            ("", InvalidValue, "needs to be one model"), ("3", InvalidValue, "needs to be one model"),
+            ("[" + "{name: x}," * 101 + "]", InvalidValue, "up to 100"), ("a: [", InvalidValue, "no YAML"),
+        ):  # fmt: skip
+            with pytest.raises(error, match=says):
+                installs.import_documents(services, text.encode())
+        assert [model["name"] for model in models.listed(services)] == ["a", "b"]
+
+    def test_a_uri_names_a_model(self, services: Services) -> None:
+        made = installs.import_uri(services, "https://huggingface.co/o/r/resolve/main/sub/Tiny-Q4.gguf?download=true")
+        assert (made["name"], model_named(services, "Tiny-Q4").config.source) == (
+            "Tiny-Q4",
+            "huggingface://o/r/sub/Tiny-Q4.gguf",
+        )
+        assert installs.import_uri(services, "ollama://smollm2:135m", preload=False)["name"] == "smollm2:135m"
+        for uri, error in (
+            ("https://h/x.gguf", InvalidValue),
+            ("nonsense:x", InvalidValue),
+            ("ollama://smollm2:135m", Conflict),
+        ):
+            with pytest.raises(error):
+                installs.import_uri(services, uri)
+
+    def test_a_model_is_made_as_a_document_says(self, services: Services) -> None:
+        add_model(services, "m", slots=9)
+        found = installs.edit(services, "m", b"backend: echo\nthreads: 3\nf16: true\n")
+        assert (found["revision"], len(found["warnings"]), model_named(services, "m").config.slots) == (2, 1, 4)
+        with pytest.raises(Conflict, match="keeps its name"):
+            installs.edit(services, "m", b"name: x\nbackend: echo\n")
+        with pytest.raises(ModelNotFound):
+            installs.edit(services, "x", b"backend: echo\n")
+
+    def test_a_model_is_switched_by_localais_words(self, services: Services) -> None:
+        add_model(services, "m")
+        assert installs.switched(services, "m", "disabled", "disable", {"disable": True})["disabled"] is True
+        with pytest.raises(InvalidValue, match="one of: pin"):
+            installs.switched(services, "m", "pinned", "pun", {"pin": True})
+
+    def test_what_a_model_takes_is_told_once_its_size_is_known(self, services: Services) -> None:
+        add_model(services, "m", source="https://x.example/t", sha256=A)
+        with pytest.raises(Conflict, match="before a node has fetched"):
+            installs.estimate(services, "m")
+        models.edit(services, "m", {"size": 1000})
+        assert installs.estimate(services, "m")["ram_bytes"] == 1200
+
+
+def test_every_model_that_we_list_can_be_added(services: Services) -> None:
+    for entry in catalog.catalog().models:
+        assert entry.license
+        installs.install(services, wanted=f"builtin@{entry.name}")
