@@ -112,7 +112,7 @@ class TestDefaults:
     @pytest.mark.parametrize("name", sorted(Sampling.model_fields))
     @given(value=st.one_of(st.none(), st.integers(-5, 5), st.floats(-5, 5), st.booleans(), st.text(max_size=2),
                            st.lists(st.sampled_from(["top_k", "x", ""]), max_size=2)))  # fmt: skip
-    @settings(max_examples=25, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     def test_they_may_be_what_a_request_may_say(self, name: str, value: object) -> None:
         def passes(call) -> bool:
             try:
@@ -147,6 +147,7 @@ documents = st.builds(
 
 
 @given(documents)
+@settings(deadline=None)
 def test_a_document_that_was_written_is_read_as_the_same(document: Document) -> None:
     record = document.model_dump(mode="json", exclude_defaults=True)
     for text in (yaml.safe_dump(record, sort_keys=False, allow_unicode=True), json.dumps(record)):
