@@ -15,8 +15,8 @@ from localai_q.bus import journal
 from localai_q.cluster.backends import MOST_ATTEMPTS
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Board, Fleet
-from localai_q.cluster.localai_yaml import Imported, merged, source_of, translate
 from localai_q.cluster.jobs import Job
+from localai_q.cluster.localai_yaml import Imported, merged, source_of, translate
 from localai_q.cluster.memory import need
 from localai_q.cluster.models import Document, Model
 from localai_q.cluster.placement import best
