@@ -10,6 +10,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -31,6 +32,7 @@ from workers import versions
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
 from workers.identity import Identity
+from workers.node import leftovers
 from workers.node.job_child import DISCARD, PRESENT, JobOrder
 from workers.node.stalls import LOOK, Watch
 from workers.node.store import Store
@@ -54,6 +56,7 @@ class Jobs:
         self._spec = spec
         self._folder = folder
         self._line = names.node_jobs_queue(spec.node_id)
+        leftovers.clear_scratch(spec.node_id)
 
     def run(self, job_id: str) -> None:
         """Do the job in a child process, if it is to be had."""
@@ -65,7 +68,7 @@ class Jobs:
             held.finish(_failed(f"{held.lease.deaths} tries at this job died"))
             return
         try:
-            end = self._present(held.lease.request) or self._in_child(held)
+            end = self._present(held.lease.request) or self._done_in_child(held)
         except OSError as error:
             end = _failed(f"the node cannot start it: {error}")
         except LocalAIError as error:
@@ -81,14 +84,20 @@ class Jobs:
         result = check(self._spec, request) if check else None
         return End(state=JobState.DONE, result=result) if result else None
 
-    def _in_child(self, held: Held) -> End:
+    def _done_in_child(self, held: Held) -> End:
+        """The end of a job of which nothing temporary stays, whatever becomes of its process."""
+        prefix = leftovers.scratch(self._spec.node_id)
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as scratch:
+            return self._in_child(held, scratch)
+
+    def _in_child(self, held: Held, scratch: str) -> End:
         job_id = held.lease.job_id
         order = self._folder / f"job-{job_id}.{secrets.token_hex(4)}.json"
         path = self._folder.parent / "logs" / f"job-{job_id}.log"
         read_end, write_end = os.pipe()
         try:
             write_private(order, JobOrder(spec=self._spec, request=held.lease.request, fd=write_end).model_dump_json())
-            env = child_environment(LOCALAI_Q_CHILD_SPEC=str(order))
+            env = child_environment(LOCALAI_Q_CHILD_SPEC=str(order), TMPDIR=scratch)
             command = [sys.executable, "-m", "workers.node.job_child"]
             process = spawn(command, env=env, log=path, pass_fds=(write_end,), death_signal=signal.SIGTERM)
         except BaseException:

@@ -1,7 +1,11 @@
-"""What ended children leave in the node's folder: `run/` (specs, sockets) and `logs/`. Owns what of it is removed."""
+"""What ended children leave: in the node's folder `run/` (specs, sockets) and `logs/`, and temporary folders of jobs. Owns
+what of it is removed.
+"""
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Container
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +19,17 @@ def clear(home: Path) -> None:
         _remove(path)
     limit_logs(home, ())
     _limit(home, ("job-",), ())
+
+
+def scratch(node_id: str) -> str:
+    """How the names of temporary folders of a node's jobs begin: nobody else's do."""
+    return f"localai_q-{node_id}-"
+
+
+def clear_scratch(node_id: str) -> None:
+    """Remove the temporary folders of jobs whose worker was killed. None of them may be at work any more."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch(node_id)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def limit_logs(home: Path, running: Container[str]) -> None:
