@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +65,7 @@ class Ground:
 
     def asked(self, words: str, method: str = "GET") -> bool:
         """Whether the server was asked for such a path."""
-        return any(words in seen.path and seen.method == method for seen in self.server.seen)
+        return any(words in f"{seen.path} " and seen.method == method for seen in self.server.seen)
 
     def part(self) -> Path:
         return Store(self.spec.models).part(DIGEST)
@@ -123,7 +124,7 @@ def resolving(ground: Ground) -> dict:
 
 
 def downloading(ground: Ground) -> dict:
-    ground.server.put("/m", Remote(bytes(1 << 20), pause=0.2))
+    ground.server.put("/m", Remote(bytes(1 << 20), pause=0.5, block=4096))
     return model(ground)
 
 
@@ -140,7 +141,7 @@ def hashing(ground: Ground) -> dict:
 
 
 def staging(ground: Ground) -> dict:
-    blob = ground.server.put(f"/blobs/{DIGEST}", Remote(bytes(2 * PIECE), pause=0.2, headers={
+    blob = ground.server.put(f"/blobs/{DIGEST}", Remote(bytes(2 * PIECE), pause=0.5, block=4096, headers={
         "Content-Range": f"bytes 0-{PIECE - 1}/{2 * PIECE}"}))  # fmt: skip
     holder = {"node": "h1", "name": "h1", "url": blob, "ticket": "x"}
     told = json.dumps({"holders": [holder], "stored": False}).encode()
@@ -160,8 +161,11 @@ def unpacking(ground: Ground) -> dict:
 def packages(ground: Ground) -> dict:
     """A wheel that comes slowly, of an index of its own."""
     name = "toy_wheel-1.0-py3-none-any.whl"
-    ground.server.put(f"/{name}", Remote(bytes(1 << 20), pause=0.2))
-    page = f'<a href="/{name}">{name}</a>'.encode()
+    with zipfile.ZipFile(ground.home / name, "w") as wheel:
+        wheel.writestr("toy_wheel.bin", bytes(1 << 20))
+    ground.server.put(f"/{name}", Remote((ground.home / name).read_bytes(), pause=0.5, block=4096))
+    ground.server.put(f"/{name}.metadata", Remote(b"Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n"))
+    page = f'<a href="/{name}" data-dist-info-metadata="true">{name}</a>'.encode()
     ground.server.put("/simple/toy-wheel/", Remote(page, headers={"Content-Type": "text/html"}))
     return backend(ground, member("server.py", b""), member("requirements.txt", b""), requirements=("toy-wheel==1.0",))
 
@@ -177,7 +181,7 @@ STAGES = {
     "hashing": Stage(hashing, lambda ground: ground.child() and reads(ground.child(), ground.part())),
     "staging": Stage(staging, lambda ground: ground.asked("/blobs/")),
     "unpacking": Stage(unpacking, lambda ground: list(ground.spec.backends.glob("toy/.*.part/*/*"))),
-    "packages": Stage(packages, lambda ground: ground.asked(".whl")),
+    "packages": Stage(packages, lambda ground: ground.asked(".whl ")),
     "health": Stage(health, lambda ground: (ground.home / "answers-not").exists()),
 }
 
@@ -269,7 +273,7 @@ def test_nothing_goes_on_and_nothing_stays(ground: Ground, stage: str) -> None:
     with at(ground, at_stage, job_id):
         ground.child().kill()
     state, error = result(services, job_id)
-    assert (state, "ended with exit code -9" in error["message"]) == (JobState.FAILED, True)
+    assert (state, "ended with exit code -9" in error["message"]) == (JobState.FAILED, True), error
     assert (Store(ground.spec.models).files(), versions.installed(ground.spec.backends)) == ([], [])
 
     # It is asked for again, and cancelled.
