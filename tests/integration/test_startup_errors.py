@@ -14,6 +14,7 @@ import pytest
 from waiting import LIMIT, wait_for
 
 from localai_q import ports
+from localai_q.embedded.valkey import Valkey
 
 COMMAND = [str(Path(sys.executable).parent / "localai-q"), "up"]
 STAND_IN = Path(__file__).with_name("stand_in_web.py")
@@ -148,3 +149,22 @@ def test_a_key_that_is_not_accepted_is_said_once_and_a_new_one_makes_the_cluster
     }  # fmt: skip
     up.send_signal(signal.SIGINT)
     assert "reset-admin" not in up.communicate(timeout=LIMIT)[1]
+
+
+@pytest.mark.parametrize(
+    "own", [{"postgres"}, {"valkey-server"}, set()], ids=["Redis is named", "Postgres is", "both are"]
+)
+def test_no_server_is_started_in_place_of_one_that_is_named(
+    environment: dict[str, str], tmp_path: Path, database_url: str, valkey: Valkey, own: set[str]
+) -> None:
+    named = {"postgres": ("LOCALAI_DATABASE_URL", database_url), "valkey-server": ("LOCALAI_REDIS_URL", valkey.url)}
+    environment |= dict(setting for server, setting in named.items() if server not in own)
+    procfile = tmp_path / "Procfile"
+    procfile.write_text(f"web: python {STAND_IN}\n")
+    up = start(environment, procfile)
+    wait_ready(environment, up)
+    servers = {child.name() for child in psutil.Process(up.pid).children(recursive=True)} & named.keys()
+    folders = {path.name for path in Path(environment["LOCALAI_Q_HOME"]).iterdir()} & {"postgres", "valkey"}
+    up.send_signal(signal.SIGINT)
+    up.communicate(timeout=LIMIT)
+    assert (up.returncode, servers, folders) == (0, own, {name.partition("-")[0] for name in own})
