@@ -182,7 +182,7 @@ def _shown(job: dict[str, Any]) -> dict[str, Any]:
     live = {"waiting": "waiting", "leased": "running"}.get(job["live"] or "", job["state"])
     return {
         **job,
-        "subject": job["model"] or job["subject"],
+        "subject": job["subject"] or job["model"],
         "state": live if job["state"] == "open" else "paused" if is_pause(job["error"]) else job["state"],
         "created": when(job["created"]),
         "progress": f"{progress['stage']} {progress['done']:.0f}/{progress['total']:.0f}" if progress else None,

@@ -236,7 +236,7 @@ def display() -> Display:
 
 
 def _title(job: Record) -> str:
-    what = f"{WORK.get(job['kind'], job['kind'])} {job.get('model') or job.get('subject') or ''}".strip()
+    what = f"{WORK.get(job['kind'], job['kind'])} {job.get('subject') or job.get('model') or ''}".strip()
     return f"{what} on {job['node']}" if job.get("node") else what
 
 

@@ -37,6 +37,11 @@ def test_ready_json_has_the_facts(cluster: Cluster) -> None:
     assert len(cluster.ready["node_ids"]) == 1
 
 
+def test_a_first_start_says_what_it_installs_and_fetches(cluster: Cluster) -> None:
+    assert "installing a backend xllamacpp on alpha" in cluster.output()
+    assert f"fetching {CHAT_MODEL} on alpha" in cluster.output()
+
+
 def test_the_printed_curl_line_works_when_pasted(cluster: Cluster) -> None:
     line = next(line.strip() for line in cluster.output().splitlines() if line.strip().startswith("curl "))
     done = subprocess.run(["bash", "-c", line], env=clean_environment(), capture_output=True, text=True, timeout=90)
