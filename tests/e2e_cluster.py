@@ -165,12 +165,14 @@ class Cluster:
         """What the node has logged."""
         return (self.home / "logs" / "node.log").read_text(errors="replace")
 
-    def cli(self, *arguments: str, code: int = 0, stdin: str | None = None, **settings: str) -> str:
+    def cli(
+        self, *arguments: str, code: int = 0, stdin: str | None = None, timeout: float = 60.0, **settings: str
+    ) -> str:
         """Run `localai-q` on this home; its output, or its one line of error for another `code`."""
         environment = clean_environment(LOCALAI_Q_HOME=str(self.home), **settings)
         done = subprocess.run(
             [str(BIN / "localai-q"), *arguments],
-            env=environment, input=stdin, capture_output=True, text=True, timeout=60,
+            env=environment, input=stdin, capture_output=True, text=True, timeout=timeout,
         )  # fmt: skip
         assert done.returncode == code, done.stderr or done.stdout
         return done.stdout if code == 0 else done.stderr

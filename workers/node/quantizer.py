@@ -96,7 +96,7 @@ class _Work:
         """Have the backend's program make the file and measure it; what it has measured."""
         folder, descriptor = versions.hold(versions.pointer(self._backends, str(self._request["engine"])))
         try:
-            if not (folder / PROGRAM).is_file():
+            if not (folder / PROGRAM).is_file() or not python_of(folder).exists():
                 raise Unavailable(f"the backend {self._request['engine']} on this node has no quantizer: upgrade it")
             options = self._options.model_dump(mode="json", exclude={"imatrix"}, exclude_defaults=True)
             if imatrix:
