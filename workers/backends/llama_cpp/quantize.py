@@ -20,6 +20,7 @@ import re
 import sys
 import threading
 from collections import deque
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -128,15 +129,24 @@ def _number(constant: str, name: str) -> int:
     return found
 
 
-def compare(order: dict[str, Any], log: Log) -> dict[str, Any]:
+def tokens_of(order: dict[str, Any], log: Log) -> list[int]:
+    """The text to measure with, as the source's tokens."""
+    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT]
+    with closing(_loaded("source", order["source"], log, vocab_only=True)) as engine:
+        found = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
+    if len(found) < LEAST_TOKENS:
+        raise Failed(f"the text to measure with has {len(found)} tokens, and {LEAST_TOKENS} are needed")
+    return found
+
+
+def compare(order: dict[str, Any], tokens: list[int], log: Log) -> dict[str, Any]:
     """Load the source, then the result, and read the same text with both.
 
     Returns `perplexity` and `bits_per_weight` of both, `source_…` of the source, the mean `kl_divergence` of what the
     result expects of each next token from what the source does, in nats, and the `tokens` that were measured.
     """
-    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT]
-    source, tokens, expected = _read("source", order["source"], order, log, text=text)
-    result, _, found = _read("result", order["result"], order, log, tokens=tokens)
+    source, expected = _read("source", order, tokens, log)
+    result, found = _read("result", order, tokens, log)
     divergence = 0.0
     for ours, theirs in zip(found, expected, strict=True):  # row by row: a vocabulary is large
         divergence += float(np.sum(np.exp(theirs) * (theirs - ours)))
@@ -148,21 +158,12 @@ def compare(order: dict[str, Any], log: Log) -> dict[str, Any]:
             "kl_divergence": max(divergence, 0.0), "tokens": len(tokens)}  # fmt: skip
 
 
-def _read(
-    name: str, path: str, order: dict[str, Any], log: Log, *, text: bytes = b"", tokens: list[int] | None = None
-) -> tuple[dict[str, float], list[int], Any]:
-    """Read a text: figures, its tokens, and for each but the last the logarithms of what may come next."""
-    log.errors.clear()
+def _read(name: str, order: dict[str, Any], tokens: list[int], log: Log) -> tuple[dict[str, float], Any]:
+    """Read the text: figures, and for each token but the last the logarithms of what may come next."""
+    threads = order["threads"]
+    engine = _loaded(name, order[name], log, n_ctx=TOKENS, n_batch=BATCH, n_ubatch=BATCH, n_threads=threads,
+                     n_threads_batch=threads, n_gpu_layers=0, logits_all=True)  # fmt: skip
     try:
-        engine = llama_cpp.Llama(path, n_ctx=TOKENS, n_batch=BATCH, n_ubatch=BATCH, n_threads=order["threads"],
-                                 n_threads_batch=order["threads"], n_gpu_layers=0, logits_all=True, verbose=False)  # fmt: skip
-    except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        raise Failed(f"the {name} cannot be loaded: {log.reason(str(error))}") from error
-    try:
-        if tokens is None:
-            tokens = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
-        if len(tokens) < LEAST_TOKENS:
-            raise Failed(f"the text to measure with has {len(tokens)} tokens, and {LEAST_TOKENS} are needed")
         log.progress(f"reading with the {name}", 0, len(tokens), "tokens")
         for begin in range(0, len(tokens), BATCH):
             engine.eval(tokens[begin : begin + BATCH])
@@ -177,11 +178,19 @@ def _read(
             "perplexity": float(np.exp(-likely.mean())),
             "bits_per_weight": 8 * llama_cpp.llama_model_size(model) / max(llama_cpp.llama_model_n_params(model), 1),
         }
-        return figures, tokens, rows
+        return figures, rows
     except RuntimeError as error:
         raise Failed(f"the {name} cannot read the text: {log.reason(str(error))}") from error
     finally:
         engine.close()
+
+
+def _loaded(name: str, path: str, log: Log, **options: Any) -> llama_cpp.Llama:
+    log.errors.clear()
+    try:
+        return llama_cpp.Llama(path, verbose=False, **options)
+    except (ValueError, RuntimeError) as error:
+        raise Failed(f"the {name} cannot be loaded: {log.reason(str(error))}") from error
 
 
 def _end_with_stdin() -> None:
@@ -198,8 +207,9 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
+        tokens = tokens_of(order, log)
         quantize(order, log)
-        log.say(result=compare(order, log))
+        log.say(result=compare(order, tokens, log))
     except Failed as error:
         log.say(error=str(error))
     except imatrix.Damaged as error:

