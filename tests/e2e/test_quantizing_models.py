@@ -16,7 +16,10 @@ MAKING = ("quantizing", "reading with the source", "reading with the result")
 
 
 def shown(cluster: Cluster, made: str) -> dict[str, Any]:
-    return cluster.http.get(f"/api/quantization/jobs/{made}").raise_for_status().json()
+    """The quantization, once the stores have time to tell it."""
+    answer = until(lambda: found if (found := cluster.http.get(f"/api/quantization/jobs/{made}")).is_success else None,
+                   LONG, "an answer")  # fmt: skip
+    return answer.json()
 
 
 def node_process(cluster: Cluster, name: str) -> psutil.Process:
