@@ -196,8 +196,9 @@ def _of_model(board: Board, model: Model) -> list[Action]:
 def _by_its_wish(board: Board, model: Model) -> list[Action]:
     """What brings a model that has no more than it may closer to what it should have."""
     if model.config.disabled:
+        forgotten: list[Action] = [Note(model_id=model.id, unmet=None)] if model.unmet else []
         waits = board.demand(model.id).waiting
-        return [GiveUp(model_id=model.id, reason="it was disabled")] if waits else []
+        return [*forgotten, GiveUp(model_id=model.id, reason="it was disabled")] if waits else forgotten
     unused = scaling.superfluous(board, model)
     if unused:
         return [_stop(board, unused, f"unused for {_unused(board, unused)}", if_idle=True)]

@@ -206,7 +206,7 @@ def installations(services: Services) -> list[Record]:
 
 def _installations(services: Services, found: list[Model]) -> list[Record]:
     with services.db.transaction() as db:
-        stands = [(model, *_standing(db, model)) for model in found]
+        stands = _standings(db, found)
     running = [fetches[0].id for _, stand, fetches in stands if stand is Standing.COMING and fetches]
     progress = {job_id: event for job_id, event in journal.latest(services.redis, running).items()
                 if isinstance(event, Progress)}  # fmt: skip
@@ -236,10 +236,17 @@ def _installation(model: Model, stand: Standing, fetches: list[Job], progress: M
     }
 
 
-def _standing(db: Any, model: Model) -> tuple[Standing, list[Job]]:
-    fetches = job_rows.of_model(db, kind=FETCH, model_id=model.id, source=model.config.source, limit=MOST_ATTEMPTS)
-    on_nodes = [node.hardware.get("files") or () for node in node_rows.every(db)]
-    return standing(model.config, on_nodes, fetches, clock(db)), fetches
+def _standings(db: Any, found: list[Model]) -> list[tuple[Model, Standing, list[Job]]]:
+    """How it stands with each, with its fetches where its files are not there, the newest first."""
+    on_nodes, now = [node.hardware.get("files") or () for node in node_rows.every(db)], clock(db)
+    stands = []
+    for model in found:
+        fetches: list[Job] = []
+        if (stand := standing(model.config, on_nodes, fetches, now)) is not Standing.THERE:
+            fetches = job_rows.fetches(db, model_id=model.id, source=model.config.source, limit=MOST_ATTEMPTS)
+            stand = standing(model.config, on_nodes, fetches, now)
+        stands.append((model, stand, fetches))
+    return stands
 
 
 # --- by control
@@ -249,9 +256,9 @@ def preload(services: Services) -> None:
     """Have the files of models that say so fetched by a node on which they could be loaded."""
     with services.db.transaction() as db:
         wanted = [model for model in model_rows.every(db) if model.config.preload and model.config.files]
-        stands = [(model, *_standing(db, model)) for model in wanted if not model.config.disabled]
+        stands = _standings(db, [model for model in wanted if not model.config.disabled])
     for model, stand, fetches in stands:
-        if fetches:
+        if fetches and fetches[0].request and fetched_for(model, fetches[0].request):
             model = replicas.learned(services, model, fetches[0])
         if stand is Standing.DUE and (node_id := _where(services, model)):
             request = replicas.fetch_request(model)
@@ -260,6 +267,12 @@ def preload(services: Services) -> None:
             )
             log.info("node %s is to fetch the files of model %s: job %s", node_id, model.name, job_id,
                      extra={"action": "preload"})  # fmt: skip
+
+
+def fetched_for(model: Model, request: Mapping[str, Any]) -> bool:
+    """Whether a fetch was for the files that the model has."""
+    further = [file.get("source") for file in request.get("further", ())]
+    return [request.get("source"), *further] == [file.source for file in model.config.files]
 
 
 def _where(services: Services, model: Model) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, delete, exists, func, insert, null, select, update
+from sqlalchemy import Connection, Row, case, delete, exists, func, insert, literal, null, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.events import End, Usage
@@ -111,10 +111,10 @@ def newest(db: Connection, *, kind: str, line: str, limit: int) -> list[Job]:
     return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
 
 
-def of_model(db: Connection, *, kind: str, model_id: str, source: str, limit: int) -> list[Job]:
-    """Jobs of a kind for a model that was had from this source, the newest first, without their requests."""
-    query = select(*LISTED).where(jobs.c.kind == kind, jobs.c.model_id == model_id)
-    query = query.where(jobs.c.request["source"].astext == source)
+def fetches(db: Connection, *, model_id: str, source: str, limit: int) -> list[Job]:
+    """The fetches of a model's files whose own is had from this source, the newest first."""
+    query = select(jobs, literal("").label("subject")).where(jobs.c.kind == "fetch_model")
+    query = query.where(jobs.c.model_id == model_id, jobs.c.request["source"].astext == source)
     return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
 
 

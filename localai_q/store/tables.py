@@ -135,6 +135,7 @@ jobs = Table(
     _created(),
     Index("jobs_open_idx", "created_at", postgresql_where=text("state = 'open'")),
     Index("jobs_created_at_idx", "created_at"),
+    Index("jobs_fetches_idx", "model_id", "created_at", postgresql_where=text("kind = 'fetch_model'")),
 )
 
 job_logs = Table(

@@ -1,6 +1,7 @@
 """Models by name and in LocalAI's form: what galleries list, what becomes of it, and what of both is refused."""
 
 import json
+import socket
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from file_server import FileServer, Remote, serve
 from test_galleries import BOMB
 from test_replicas_service import stage
 
+from localai_q import network
 from localai_q.cluster.nodes import Node
 from localai_q.config import load_settings
 from localai_q.errors import (
@@ -132,6 +134,22 @@ class TestGalleries:
             (shown,) = galleries.shown_models(own)
             assert says in shown["error"]
 
+    def test_no_gallery_is_led_to_a_private_address(
+        self, services: Services, server: FileServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first hop is let through, as a public address would be."""
+        check, real = network.Network._check, socket.getaddrinfo
+        monkeypatch.setattr(
+            network.Network, "_check", lambda self, host, at: host == "public.example" or check(self, host, at)
+        )
+        monkeypatch.setattr(socket, "getaddrinfo",
+                            lambda host, *more, **how: real("127.0.0.1" if host == "public.example" else host, *more, **how))  # fmt: skip
+        server.put("/inner", Remote(OURS.encode()))
+        url = server.put("/l", Remote(location=f"{server.url}/inner")).replace("127.0.0.1", "public.example")
+        (shown,) = galleries.shown_models(naming(services, url))
+        assert "127.0.0.1 is 127.0.0.1, an address of this cluster" in shown["error"]
+        assert [seen.path for seen in server.seen] == ["/l"]
+
     @pytest.mark.parametrize(
         "value", ["ftp://x", "relative.yaml", '[{"url": "https://x"}]', '[{"name": "a", "url": "x"}]', "[3"]
     )
@@ -192,6 +210,18 @@ class TestPreloading:
         installs.remove(services, "qwen3-0.6b")
         with pytest.raises(NotFound, match="may have been removed"):
             installs.installation(services, uuid)
+
+    def test_what_was_fetched_before_a_model_got_another_file_is_not_taken_for_that(
+        self, services: Services, node: Node
+    ) -> None:
+        made = {"backend": "xllamacpp", "source": "ollama://x", "preload": True}
+        add_model(services, **made, loras=[{"source": "ollama://one"}])
+        installs.preload(services)
+        stage(services, node, result={"sha256": A, "size": 9, "further": [{"sha256": B, "size": 1}]})
+        models.edit(services, "m", {"loras": [{"source": "ollama://two"}]})
+        installs.preload(services)
+        config = model_named(services, "m").config
+        assert (config.sha256, config.loras[0].sha256) == (None, None)
 
     def test_a_fetch_that_failed_is_shown_and_tried_later(self, services: Services, node: Node) -> None:
         uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
