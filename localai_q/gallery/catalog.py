@@ -180,6 +180,14 @@ class ForeignEntry(BaseModel):
     overrides: dict[str, Any] = Field(default_factory=dict)
     files: tuple[dict[str, Any], ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_nothing(cls, content: Any) -> Any:
+        """Without fields that say null, as people leave them behind."""
+        if not isinstance(content, dict):
+            return content
+        return {name: value for name, value in content.items() if value is not None}
+
 
 class Catalog(BaseModel):
     """Every entry, checked against the others."""
@@ -273,8 +281,9 @@ def read_gallery(text: str, place: str) -> tuple[BackendEntry, ...]:
     return entries
 
 
-def read_models(text: str, place: str) -> tuple[ModelEntry | ForeignEntry, ...]:
-    """The models that a gallery lists, in the form of `models.yaml` or in LocalAI's.
+def read_models(text: str, place: str) -> tuple[tuple[ModelEntry | ForeignEntry, ...], str]:
+    """The models that a gallery lists, in the form of `models.yaml` or in LocalAI's, and what is wrong with others in
+    LocalAI's form: a list of theirs is long, and no single entry takes the rest away.
 
     Raises:
         InvalidValue: it says something impossible; the message names where.
@@ -286,6 +295,7 @@ def read_models(text: str, place: str) -> tuple[ModelEntry | ForeignEntry, ...]:
     if not isinstance(found, list) or len(found) > MOST_MODELS:
         raise InvalidValue(f"the gallery {place} is no list of {MOST_MODELS} models at most")
     entries: list[ModelEntry | ForeignEntry] = []
+    wrong: list[str] = []
     for number, content in enumerate(found):
         kind = ForeignEntry if isinstance(content, dict) and FOREIGN & content.keys() else ModelEntry
         try:
@@ -293,8 +303,11 @@ def read_models(text: str, place: str) -> tuple[ModelEntry | ForeignEntry, ...]:
         except ValidationError as error:
             problem = error.errors()[0]
             where = _place(found, (number, *problem["loc"]))
-            raise InvalidValue(f"the gallery {place} is wrong at {where}: {problem['msg']}") from error
-    return tuple(entries)
+            if kind is ModelEntry:
+                raise InvalidValue(f"the gallery {place} is wrong at {where}: {problem['msg']}") from error
+            wrong.append(f"{where}: {problem['msg']}")
+    left_out = f"{len(wrong)} models of {place} are left out, the first at {wrong[0]}" if wrong else ""
+    return tuple(entries), left_out
 
 
 def _entries(path: Path, kind: type[_Entry]) -> tuple[_Entry, ...]:

@@ -38,7 +38,7 @@ _lock = threading.Lock()
 class Gallery(Generic[Entry]):
     """What one gallery has said last."""
 
-    def __init__(self, place: str, read: Callable[[str, str], tuple[Entry, ...]]) -> None:
+    def __init__(self, place: str, read: Callable[[str, str], tuple[tuple[Entry, ...], str]]) -> None:
         self.place = place
         self.entries: tuple[Entry, ...] = ()
         self._read = read
@@ -65,7 +65,7 @@ class Gallery(Generic[Entry]):
             if time.monotonic() < self._due:
                 return
             try:
-                self.entries, self.error = self._read(read_text(self.place, settings), self.place), ""
+                self.entries, self.error = self._read(read_text(self.place, settings), self.place)
             except LocalAIError as error:
                 if error.message != self.error:
                     log.warning("gallery %s: %s", self.place, error.message)
@@ -163,10 +163,14 @@ def _model_galleries(services: Services) -> list[tuple[str, Gallery[AnyModel]]]:
     return found
 
 
+def _read_backends(text: str, place: str) -> tuple[tuple[BackendEntry, ...], str]:
+    return catalog.read_gallery(text, place), ""
+
+
 def _galleries(services: Services, *, wait: bool = True) -> list[Gallery[BackendEntry]]:
     places = services.settings.gallery_places
     with _lock:
-        found = [_of_backends.setdefault(place, Gallery(place, catalog.read_gallery)) for place in places]
+        found = [_of_backends.setdefault(place, Gallery(place, _read_backends)) for place in places]
     for gallery in found:
         gallery.look(services.settings, wait=wait)
     return found

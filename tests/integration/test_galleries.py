@@ -16,7 +16,6 @@ from localai_q.cluster.backends import Op
 from localai_q.cluster.memory import Memory
 from localai_q.config import load_settings
 from localai_q.errors import InvalidValue, NotFound, StartupError
-from localai_q.gallery import catalog
 from localai_q.services import backends, galleries, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -172,7 +171,7 @@ def test_what_was_read_stays_when_a_gallery_breaks(
     own = naming(services, gallery)
     assert galleries.backend(own, "mine").version == "2"
     gallery.write_text("{")
-    found = galleries.Gallery(str(gallery), catalog.read_gallery)
+    found = galleries.Gallery(str(gallery), galleries._read_backends)
     found.entries = galleries.backends(own)[-1:]
     found.look(own.settings)
     assert "cannot read" in found.error

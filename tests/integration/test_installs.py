@@ -38,8 +38,9 @@ THEIRS = f"""
   config_file: {{context_size: 2048, parameters: {{temperature: 0.5, top_k: 1}}, stopwords: [END]}}
   overrides: {{parameters: {{model: their.gguf, top_k: 9}}}}
   files: [{{filename: their.gguf, uri: "huggingface://o/r/their.gguf", sha256: {B}}}]
-- <<: *base
+- !!merge <<: *base
   name: again
+  description: null
 """
 
 
@@ -85,6 +86,12 @@ class TestGalleries:
         with pytest.raises(Conflict):
             installs.install(own, wanted="mine@again")
 
+    def test_a_wrong_entry_of_theirs_leaves_the_others(self, services: Services, tmp_path: Path) -> None:
+        own = listing(services, tmp_path, THEIRS + "- {name: 'not a name', files: []}\n")
+        assert {"mine@theirs", "mine@again"} < {each["id"] for each in installs.available(own)}
+        (shown,) = galleries.shown_models(own)
+        assert (shown["models"], "1 models of" in shown["error"]) == (2, True)
+
     def test_what_an_entry_is_made_of_is_read_from_where_it_says(
         self, services: Services, server: FileServer, tmp_path: Path
     ) -> None:
@@ -113,7 +120,8 @@ class TestGalleries:
             ("- {name: x, source: 'https://h/x'}", "needs its sha256"),
             ("- {name: x, source: 'ftp://h/x'}", "is no source"),
             ("- {name: x, nonsense: 1}", "wrong at 'x', nonsense"),
-            ("- {name: '../x', files: []}", "wrong at '../x', name"),
+            ("- {name: '../x', files: []}", "1 models of"),
+            ("- {name: '../x', files: []}", "the first at '../x', name"),
             ("- 3", "wrong at 0"),
         ],
     )
