@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
 from flask import Response, request
 
 from api.openai.serving import EVENT_ID, KEEPALIVE
-from api.sse import HEADERS, RETRY, comment, sse
+from api.sse import HEADERS, comment, sse
 from api.streams import Following
 from api.web import caller, web
 from localai_q.bus.journal import Entry, Place
 from localai_q.cluster.events import End, Progress
-from localai_q.errors import Cancelled, InvalidValue, LocalAIError, Stopping
+from localai_q.errors import InvalidValue
 from localai_q.services import jobs
 
 LONGEST = 24 * 3600.0  # seconds for which a job without a deadline is followed
@@ -38,7 +36,12 @@ def follow(job_id: str) -> Response:
         following.close()
         return Response(sse(json.dumps(_end(shown))), headers=HEADERS)
     following.follow(replace(kept, left=kept.left if shown["deadline"] else LONGEST), shown["model"] or "")
-    response = Response(_frames(following, following.entries(after=after)), headers=HEADERS)
+
+    def frame(entry: Entry | None, silent: float) -> bytes:
+        made = _frame(job_id, entry) if entry else b""
+        return comment("waiting") if not made and silent > KEEPALIVE else made
+
+    response = Response(following.frames(following.entries(after=after), frame), headers=HEADERS)
     response.call_on_close(following.close)
     return response
 
@@ -51,26 +54,6 @@ def _last_event(job_id: str) -> Place:
     if not found or found[1] != job_id:
         raise InvalidValue("'Last-Event-ID' needs the id of an event of this job.", param="Last-Event-ID")
     return int(found[2]), int(found[3])
-
-
-def _frames(following: Following, entries: Iterator[Entry | None]) -> Iterator[bytes]:
-    said = float("-inf")  # when something was sent last
-    try:
-        for entry in entries:
-            frame = _frame(following.job_id, entry) if entry else b""
-            if not frame and time.monotonic() - said > KEEPALIVE:
-                frame = comment("waiting")
-            if frame:
-                said = following.writing_since = time.monotonic()
-                yield frame
-                following.writing_since = None
-    except Stopping:
-        yield RETRY
-    except LocalAIError as error:
-        if not isinstance(error, Cancelled):
-            yield sse(json.dumps(error.body()))
-    finally:
-        following.close()
 
 
 def _frame(job_id: str, entry: Entry) -> bytes:

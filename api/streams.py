@@ -1,16 +1,17 @@
 """The jobs that this web process follows for its clients. Owns how a following ends, whoever ends it.
 
 A client that leaves is noticed by `api.disconnects`, a client that takes nothing and the end of the process here. What
-the journal's entries become for the client is made in `api.openai.serving`.
+the journal's entries become for the client is made in `api.openai.serving` and in `api.events`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, Self
 
@@ -19,6 +20,7 @@ from flask import request
 
 from api.disconnects import watch
 from api.metrics import Metrics
+from api.sse import RETRY, sse
 from localai_q.bus.journal import Entry, Listener, Place
 from localai_q.bus.leases import Kept
 from localai_q.cluster.events import Delta, End, Event, Vector
@@ -95,6 +97,29 @@ class Following:
                 if fresh:  # a job counts once, however many come back for it
                     first = self._count(entry.event, first)
             yield entry
+
+    def frames(self, entries: Iterator[Entry | None], frame: Callable[[Entry | None, float], bytes]) -> Iterator[bytes]:
+        """What the client is sent, to its end or to the error that it ends with; then nobody follows any more.
+
+        Args:
+            entries: as `entries` gives them.
+            frame: makes bytes of an entry, or of a second without one; it is told for how many seconds nothing was sent.
+        """
+        said = float("-inf")
+        try:
+            for entry in entries:
+                made = frame(entry, time.monotonic() - said)
+                if made:
+                    said = self.writing_since = time.monotonic()
+                    yield made
+                    self.writing_since = None
+        except Stopping:
+            yield RETRY
+        except LocalAIError as error:
+            if not isinstance(error, Cancelled):
+                yield sse(json.dumps(error.body()))
+        finally:
+            self.close()
 
     def _count(self, event: Event, first: bool) -> bool:
         """Measure the job; whether its first token is still to come."""

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from flask import Response, g, request
 
 from api.openai.responses import Stream, response_for, stream_for
-from api.sse import DONE, HEADERS, RETRY, comment, sse
+from api.sse import DONE, HEADERS, comment, sse
 from api.streams import Following
 from api.web import caller, web
 from localai_q import names
@@ -30,14 +30,11 @@ from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
 from localai_q.cluster.waiting import Standing
 from localai_q.errors import (
-    Cancelled,
     GenerationFailed,
     Gone,
     InvalidRequest,
     InvalidValue,
-    LocalAIError,
     ModelLoading,
-    Stopping,
     Unavailable,
     from_record,
 )
@@ -226,47 +223,32 @@ def _stream(following: Following, chunks: Stream, entries: Iterator[Entry | None
         first.append(next(entries))
     if first[-1] and isinstance(first[-1].event, End):
         _raise_failure(first[-1].event, came_back=not following.fresh)
-    frames = _frames(following, chunks, itertools.chain(first[-1:], entries))
+    words = Words()
+
+    def frame(entry: Entry | None, silent: float) -> bytes:
+        if entry is None:
+            return words.news(following.standing, silent)
+        return _entry_frames(following, entry, chunks.feed(entry.event))
+
+    frames = following.frames(itertools.chain(first[-1:], entries), frame)
     response = Response(frames, headers={**HEADERS, **_headers(following)})
     response.call_on_close(following.close)  # the frames' own end does not run if their first was never asked for
     return response
 
 
-def _frames(following: Following, chunks: Stream, entries: Iterator[Entry | None]) -> Iterator[bytes]:
-    said = Said()
-    try:
-        for entry in entries:
-            if entry is None:
-                frames = said.news(following.standing)
-            else:
-                frames = _entry_frames(following, entry, chunks.feed(entry.event))
-            if frames:
-                said.at = following.writing_since = time.monotonic()
-                yield frames
-                following.writing_since = None
-    except Stopping:
-        yield RETRY
-    except LocalAIError as error:
-        if not isinstance(error, Cancelled):
-            yield sse(json.dumps(error.body()))
-    finally:
-        following.close()
-
-
-class Said:
+class Words:
     """What a silent stream's comments have said."""
 
     def __init__(self) -> None:
-        self.at = float("-inf")  # whoever waits for a first event is told so at once
-        self._words = ""
+        self._last = ""
 
-    def news(self, standing: Standing | None) -> bytes:
+    def news(self, standing: Standing | None, silent: float) -> bytes:
         """A comment, if it is time for one, or if a load has got on; else nothing."""
         words = str(standing or "waiting")
-        new = words != self._words and standing is not None and standing.load is not None
-        if not new and time.monotonic() - self.at < KEEPALIVE:
+        new = words != self._last and standing is not None and standing.load is not None
+        if not new and silent < KEEPALIVE:
             return b""
-        self._words = words
+        self._last = words
         return comment(words)
 
 

@@ -18,6 +18,8 @@ def keep(services: Services, job_ids: Collection[str]) -> None:
     """Keep the logs of those of these jobs that are of nodes; their journals end with them."""
     with services.db.transaction() as db:
         own = jobs.of_nodes(db, job_ids)
+    if not own:
+        return
     logs = {job_id: text for job_id in own if (text := _from_journal(services, job_id))}
     with services.db.transaction() as db:
         jobs.keep_logs(db, logs)

@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import pytest
 from cluster_data import add_model, claim, model_named, ready_node
 from prometheus_client.parser import text_string_to_metric_families
@@ -312,6 +316,59 @@ def test_the_log_of_a_job_is_followed_and_jobs_are_paused_and_pruned_by_the_comm
         == "Removed 2 jobs.\n"
     )
     assert "--older needs" in web.cli("jobs", "prune", "--older", "soon")[2]
+
+
+def test_followers_that_leave_at_any_time_leave_nothing_open(web: Web) -> None:
+    services = web.services
+    app.conf.broker_url = services.settings.redis_url
+    node = ready_node(services, "followed", "of-followed")
+    request = {"kind": "fetch_model", "source": "https://x.example/m", "name": "m"}
+    job_id = jobs.submit_node_job(services, kind="fetch_model", node_id=node.id, model_id=None, request=request)
+    of_model = names.model_queue(add_model(services, "nowhere", selector={"node.name": "nowhere"}))
+    chat = json.dumps({"model": "nowhere", "stream": True, "messages": [{"role": "user", "content": "x"}]})
+    key, place = web.http.headers["authorization"], urlsplit(web.url)
+    asked = (
+        f"GET /api/jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\n\r\n",
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {key}\r\nContent-Length: {len(chat)}\r\n\r\n{chat}",
+    )
+
+    def descriptors() -> int:
+        workers = psutil.Process(web.process.pid).children()
+        return sum(worker.num_fds() for worker in workers)
+
+    def wave(count: int) -> None:
+        """So many clients of each kind leave at once, when headers come, and with a reset."""
+        lines = []
+        for number in range(count):
+            for text in asked:
+                line = socket.create_connection((place.hostname, place.port))
+                line.sendall(text.encode())
+                lines.append((number % 3, line))
+        assert wait_for(lambda: len(services.leases.waiting(of_model)) == count, 30)
+        begun = [claim(services, chatted, of_model, node.id) for chatted in services.leases.waiting(of_model)]
+        services.leases.append([(lease, lease.last_index + 1, [Delta(text="x")]) for lease in begun])
+        for how, line in lines:
+            if how:
+                line.settimeout(30)
+                assert line.recv(4096).startswith(b"HTTP/1.1 200")
+            if how == 2:
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            line.close()
+
+    def added() -> int:
+        """How many descriptors 24 clients leave behind; some are connections to the stores, which later ones use."""
+        before = descriptors()
+        wave(12)
+        assert wait_for(lambda: not services.leases.live([job_id])[job_id].watchers, 60)
+        wait_for(lambda: descriptors() <= before, 10, 0.1)
+        return descriptors() - before
+
+    grown = [added()]
+    while grown[-1] > 6 and len(grown) < 6:
+        grown.append(added())
+    assert grown[-1] <= 6, grown
+    assert services.leases.waiting(names.node_jobs_queue(node.id)) == [job_id]
+    web.cli("models", "remove", "nowhere")
 
 
 def test_what_no_node_could_have_is_changed_by_the_command_line_with_force_only(web: Web) -> None:
