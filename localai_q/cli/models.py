@@ -63,7 +63,9 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
         sha256: Annotated[str | None, typer.Option(help="The SHA-256 of what --source names.")] = None,
         backend: Annotated[str | None, _default("xllamacpp", "The engine; echo needs no file.")] = None,
         context_size: Annotated[int | None, _default("4096", "Tokens that one request may use.")] = None,
-        slots: Annotated[int | None, _default("4", "Requests that one copy works on at once.")] = None,
+        slots: Annotated[
+            int | None, _default("4, or what its engine can", "Requests that one copy works on at once.")
+        ] = None,
         threads: Annotated[int | None, _default("0", "Threads of the engine; 0: it decides.")] = None,
         embeddings: Annotated[bool | None, _default("no", "The model embeds; it does not chat.")] = None,
         spread_all: Annotated[

@@ -178,6 +178,19 @@ class TestSampling:
             assert first(**body) != " fish", body
             assert first(**body, repeat_last_n=0) == " fish", body
 
+    @pytest.mark.parametrize(
+        "body",
+        [
+            {"repeat_last_n": 2**31 - 1, "repeat_penalty": 1.1}, {"dry_multiplier": 1, "dry_penalty_last_n": 2**31 - 1},
+            {"temperature": 0, "dynatemp_range": 1e6}, {"mirostat": 2, "mirostat_tau": 0, "mirostat_eta": 0},
+            {"min_keep": 2**31 - 1}, {"temperature": 1e-9}, {"xtc_probability": 1, "xtc_threshold": 0},
+        ],
+    )  # fmt: skip
+    def test_extremes_cost_nothing(self, llama: Running, body: dict) -> None:
+        before = llama.status().memory.total
+        assert llama.stub.Predict(completion(self.ASK, max_tokens=2, ignore_eos=True, **body), timeout=60).tokens == 2
+        assert llama.status().memory.total - before < 100 << 20
+
     def test_the_end_can_be_ignored(self, llama: Running) -> None:
         ask = {"content": "Say yes.", "max_tokens": 60, "temperature": 0}
         assert llama.stub.Predict(chat(**ask, grammar='root ::= "yes"')).finish_reason == "stop"
@@ -190,6 +203,8 @@ class TestForms:
     def test_a_grammar_binds_the_answer(self, llama: Running) -> None:
         ask = chat("Where?", max_tokens=20, temperature=1.5, grammar='root ::= ("Rome" | "Oslo") "!"+')
         assert of_text(llama, ask).rstrip("!") in ("Rome", "Oslo")
+        literal = chat("Where?", max_tokens=20, grammar='root ::= "((((" "{5,2}" [({] # ((')
+        assert of_text(llama, literal) in ("(((({5,2}(", "(((({5,2}{")
 
     def test_a_json_schema_binds_the_answer(self, llama: Running) -> None:
         schema = {
@@ -246,6 +261,8 @@ for _ in range(900):
         (completion("a", grammar="root ::= ("), "cannot read the grammar"),
         (completion("a", grammar='root ::= root "a"'), "cannot read the grammar"),
         (completion("a", grammar=BRACKETS), "brackets"),
+        (completion("a", grammar='root ::= ("a" "b"){5,2}'), "at least so often"),
+        (completion("a", dry_sequence_breakers=["x"] * 33), "32 strings at most"),
         (chat(grammar="x", response_format={"type": "json_object"}), "exclude each other"),
         (chat(response_format={"type": "yaml"}), "response_format must be"),
         *(

@@ -1,6 +1,7 @@
 """The grammar that an answer must follow: a GBNF grammar as it is, or what a JSON schema makes of it. Pure.
 
-Owns the limits: llama.cpp's reader goes one call deeper for each bracket, and the converter writes every repetition out.
+Owns the limits: llama.cpp's reader goes one call deeper for each bracket and does not end with a repetition whose bounds
+are the wrong way round; the converter writes every repetition out.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ LONGEST = 1 << 20  # characters of a grammar
 DEEPEST = 1000  # brackets within each other
 MOST_REPEATS = 500  # that a schema may ask for
 REPEATING = ("minItems", "maxItems", "minLength", "maxLength")
+_BOUNDS = re.compile(r"\{\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\}")
+# Of a grammar: texts, sets of characters, comments. Whatever is in them repeats nothing.
+_OPAQUE = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 _REPEATS = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
 
@@ -87,8 +91,11 @@ def _check_grammar(grammar: Any) -> None:
         raise _refuse("grammar must be a string that is not empty")
     if len(grammar) > LONGEST:
         raise _refuse(f"the grammar has {len(grammar)} characters; {LONGEST} are read at most")
+    bare = _OPAQUE.sub("", grammar)
+    if any(int(least) > int(most) for least, most in _BOUNDS.findall(bare)):
+        raise _refuse("the grammar repeats something at least so often that it is more than at most")
     depth = deepest = 0
-    for character in grammar:
+    for character in bare:
         depth += (character == "(") - (character == ")")
         deepest = max(deepest, depth)
     if deepest > DEEPEST or "\0" in grammar:

@@ -23,6 +23,8 @@ INT32 = 2**31 - 1
 SEEDS = 2**32
 MIROSTAT_CANDIDATES = 100
 MOST_BIASES = 4096
+MOST_TEXTS = 32  # stages, and strings at which a repetition may begin anew
+LOOKS_BACK = ("repeat_last_n", "dry_penalty_last_n")
 
 Reader = Callable[[Any], Any]
 Settings = SimpleNamespace
@@ -60,6 +62,8 @@ def _texts(value: Any) -> list[str]:
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
         raise ValueError("must be a list of strings that are not empty")
+    if len(found) > MOST_TEXTS:
+        raise ValueError(f"must have {MOST_TEXTS} strings at most")
     return found
 
 
@@ -134,9 +138,8 @@ def read_settings(fields: Mapping[str, Any], model: Model, context_size: int) ->
     model.check(list(found["logit_bias"]))
     if found["seed"] is None:
         found["seed"] = random.SystemRandom().randrange(SEEDS)
-    for name in ("repeat_last_n", "dry_penalty_last_n"):
-        if found[name] == -1:
-            found[name] = context_size
+    for name in LOOKS_BACK:  # no further than there is something; llama.cpp takes memory for all of it
+        found[name] = context_size if found[name] == -1 else min(found[name], context_size)
     return Settings(**found)
 
 
@@ -224,6 +227,8 @@ class Sampler:
         if bound:
             c.llama_sampler_apply(self._grammar, ctypes.byref(array))
         c.llama_sampler_apply(self._chain, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise ValueError("with these parameters of sampling no token is left to choose from")
         return int(array.data[array.selected].id)
 
     def _allows(self, token: int) -> bool:
