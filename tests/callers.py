@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from e2e_cluster import until
+from waiting import LIMIT
 
 LONGEST = 60.0  # seconds without a byte after which a client gives up
 
@@ -94,18 +95,18 @@ class Caller:
     def ended(self) -> bool:
         return not self._thread.is_alive()
 
-    def until_said(self, words: int, timeout: float = 15.0) -> "Caller":
+    def until_said(self, words: int, timeout: float = LIMIT) -> "Caller":
         until(lambda: self.said >= words or self.ended, timeout, f"{words} words, after {self.text[-200:]!r}")
         assert self.said >= words, (self.text, self.status, self.body, self.error)
         return self
 
-    def wait(self, timeout: float = 30.0) -> "Caller":
+    def wait(self, timeout: float = LIMIT) -> "Caller":
         """Until the answer has ended, however it did."""
         self._thread.join(timeout)
         assert self.ended, f"job {self.job} goes on after {timeout:g} s: {self.text[-200:]!r}"
         return self
 
-    def whole(self, timeout: float = 30.0) -> str:
+    def whole(self, timeout: float = LIMIT) -> str:
         """The text of an answer that must come to its end."""
         self.wait(timeout)
         assert self.complete, (self.job, self.status, self.text[-200:], self.error, self.body[:500])
@@ -121,7 +122,7 @@ class Caller:
             else:
                 connection.shutdown(socket.SHUT_RDWR)
         self.reading.set()
-        self._thread.join(5.0)
+        self._thread.join(LIMIT)
 
     # How it sees.
 

@@ -23,6 +23,7 @@ import psycopg2
 import pytest
 import redis
 from openai import OpenAI
+from waiting import LIMIT
 
 from localai_q import ports
 
@@ -30,7 +31,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
 CHAT_MODEL = "smollm2-135m-instruct"
 START = 120.0  # seconds that a first start may take
-STOP = 10.0  # seconds that a stop may take
+STOP = 60.0  # seconds that a stop may take, with all processes that are paged in again for it
 
 T = TypeVar("T")
 
@@ -201,7 +202,7 @@ class Cluster:
     def job(self, job_id: str) -> dict[str, Any]:
         return self.http.get(f"/api/jobs/{job_id}").raise_for_status().json()
 
-    def ended_job(self, job_id: str, timeout: float = 10.0) -> dict[str, Any]:
+    def ended_job(self, job_id: str, timeout: float = LIMIT) -> dict[str, Any]:
         """The job once its end is written down."""
         until(lambda: self.job(job_id)["state"] != "open", timeout, f"end of job {job_id}")
         return self.job(job_id)
@@ -258,7 +259,7 @@ class Joiner:
     def term(self) -> None:
         """Ask it to leave; fails unless it and all its processes end."""
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20)
+        self.process.wait(LIMIT)
         left = list(processes_of(self.home).values())
         assert not left, left
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from e2e_cluster import Cluster, Joiner, folder_of_homes, until
+from waiting import LIMIT
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +30,8 @@ def cluster(homes: Path) -> Iterator[Cluster]:
         made.cli("models", "add", "echo-one", "--backend", "echo", "--slots", "1")
         made.until_serving("echo")
         yield made
-    except BaseException:
+    except BaseException as error:
+        error.add_note(made.logs())
         made.kill()
         raise
     made.stop()
@@ -75,8 +77,8 @@ def join(homes: Path) -> Iterator[Callable[..., Joiner]]:
 @pytest.fixture
 def calm(cluster: Cluster) -> Cluster:
     """The shared cluster with nothing at work and both echo models loaded."""
-    until(lambda: not cluster.open_generations(), 20, "the end of what earlier tests asked for")
+    until(lambda: not cluster.open_generations(), LIMIT, "the end of what earlier tests asked for")
     for model in ("echo", "echo-one"):
         cluster.until_serving(model)
-    until(lambda: not cluster.open_generations(), 20, "the end of the warm-up")
+    until(lambda: not cluster.open_generations(), LIMIT, "the end of the warm-up")
     return cluster

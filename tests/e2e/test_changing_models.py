@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import psutil
 from e2e_cluster import Cluster, processes_of, until
+from waiting import LIMIT
 
 ASK = "[[echo tokens=10 delay_ms=30]]"
 CALLERS = 6
@@ -69,7 +70,7 @@ def test_under_load_no_request_fails_and_none_that_comes_after_is_answered_by_th
     assert {each.said for each in before} <= {numbers(0), numbers(1000)}
     assert len(after) >= CALLERS
     assert {each.said for each in after} == {numbers(1000)}
-    _, alive = psutil.wait_procs(own, timeout=5.0)
+    _, alive = psutil.wait_procs(own, timeout=LIMIT)
     assert not alive
-    until(lambda: not cluster.open_generations(), 10, "the ends in Postgres")
+    until(lambda: not cluster.open_generations(), LIMIT, "the ends in Postgres")
     cluster.stop()

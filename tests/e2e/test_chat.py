@@ -14,6 +14,7 @@ import httpx
 import pytest
 from e2e_cluster import CHAT_MODEL, Cluster, until
 from openai import OpenAI
+from waiting import LIMIT
 
 QUESTION = [{"role": "user", "content": "Name a river."}]
 SCHEMA = {
@@ -148,7 +149,7 @@ def all_at_once(cluster: Cluster, calls: list[Callable[[], str]]) -> tuple[list[
         watching = pool.submit(at_work, cluster, busy)
         answers = [future.result(60) for future in [pool.submit(call) for call in calls]]
         busy.clear()
-        return answers, watching.result(10)
+        return answers, watching.result(LIMIT)
 
 
 def test_eight_streams_share_four_slots_and_all_say_their_own(calm: Cluster) -> None:
@@ -284,10 +285,10 @@ def test_a_model_that_nobody_loaded_is_loaded_for_its_first_request(calm: Cluste
     try:
         assert calm.replicas("fresh") == []
         assert calm.say("wake up", model="fresh").choices[0].message.content == "wake up"
-        until(lambda: [replica["state"] for replica in calm.replicas("fresh")] == ["ready"], 10, "its node's report")
+        until(lambda: [replica["state"] for replica in calm.replicas("fresh")] == ["ready"], LIMIT, "its node's report")
     finally:
         calm.cli("models", "remove", "fresh")
-    until(lambda: not calm.pids("fresh.1@alpha"), 15, "the end of the removed model's process")
+    until(lambda: not calm.pids("fresh.1@alpha"), LIMIT, "the end of the removed model's process")
     with pytest.raises(httpx.HTTPStatusError):
         calm.http.get("/v1/models/fresh").raise_for_status()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from e2e_cluster import BIN, Cluster, Joiner, printed_settings, until
+from waiting import LIMIT
 
 ENGINES = ("xllamacpp", "llama-cpp")
 
@@ -38,7 +39,7 @@ def test_the_second_machine_takes_what_the_first_has_compiled(
     install(cluster, "bare")
     assert not list(own.glob("blobs/[0-9a-f]*")), "it has compiled nothing"
     assert [path.name for path in beta.home.glob("**/blobs/[0-9a-f]*")] == [wheel["sha256"]]
-    until(lambda: len(cluster.node("bare")["hardware"].get("backends", ())) == 2, 30, "the report of both engines")
+    until(lambda: len(cluster.node("bare")["hardware"].get("backends", ())) == 2, LIMIT, "the report of both engines")
 
     cluster.cli("models", "add", "small", "--file", str(weights), "--backend", "llama-cpp", "--context-size", "256",
                 "--selector", "node.name=bare")  # fmt: skip

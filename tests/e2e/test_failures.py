@@ -5,13 +5,13 @@ import os
 import re
 import signal
 import socket
-import time
 from typing import Any
 
 import httpx
 import openai
 import pytest
 from e2e_cluster import CHAT_MODEL, ROOT, Cluster, until
+from waiting import LIMIT
 
 from localai_q.cluster.events import Delta, decode
 
@@ -37,7 +37,7 @@ def error_of(response: httpx.Response) -> tuple[int, str, str | None, str | None
 @pytest.fixture(autouse=True)
 def no_open_job(cluster: Cluster) -> Any:
     yield
-    until(lambda: not cluster.open_generations(), 20, "the end of every job of a refused request")
+    until(lambda: not cluster.open_generations(), LIMIT, "the end of every job of a refused request")
 
 
 REFUSED: dict[str, tuple[Any, str, str | None]] = {
@@ -211,7 +211,7 @@ GARBAGE = [
 def test_garbage_on_the_wire_gets_an_error_or_the_end_and_the_next_request_an_answer(cluster: Cluster) -> None:
     host, port = cluster.address.split(":")
     for garbage in GARBAGE:
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=LIMIT) as connection:
             connection.sendall(garbage)
             try:
                 connection.shutdown(socket.SHUT_WR)
@@ -237,7 +237,7 @@ def test_odd_headers_do_no_harm(cluster: Cluster, headers: dict[str, str]) -> No
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %s\r\nContent-Length: 10\r\n\r\n{}"
         )
         host, port = cluster.address.split(":")
-        with socket.create_connection((host, int(port)), timeout=10) as connection:
+        with socket.create_connection((host, int(port)), timeout=LIMIT) as connection:
             connection.sendall(request % cluster.api_key.encode())  # and goes: the other 8 bytes never come
     else:
         encoded = {name: value.encode("latin-1") for name, value in headers.items()}
@@ -275,8 +275,8 @@ def test_a_request_that_two_backends_died_of_fails_with_their_words(calm: Cluste
         assert error.status_code in (500, 503)
     # Other models never noticed.
     assert calm.say("next door", model="echo-one").choices[0].message.content == "next door"
-    calm.until_serving("echo", 30)
-    until(lambda: calm.replicas("echo")[0]["state"] == "ready", 5, "its report, which an answer may outrun")
+    calm.until_serving("echo")
+    until(lambda: calm.replicas("echo")[0]["state"] == "ready", LIMIT, "its report, which an answer may outrun")
     fresh = calm.node_log()[logged:]
     assert re.search(r"echo\.1@alpha.*exit code 3.*echo was told to exit", fresh, re.S)
 
@@ -286,7 +286,7 @@ def test_a_stream_whose_backend_died_goes_on_with_the_next_one(calm: Cluster) ->
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "0 1 2 3 4 5 6 7 8"
     job = calm.ended_job(chunks[0].id.removeprefix("chatcmpl-"))
     assert (job["state"], job["attempt"], job["usage"]["completion_tokens"]) == ("done", 2, 9)
-    calm.until_serving("echo", 30)
+    calm.until_serving("echo")
 
 
 def test_a_completion_whose_backend_died_goes_on_behind_its_prompt(calm: Cluster) -> None:
@@ -294,7 +294,7 @@ def test_a_completion_whose_backend_died_goes_on_behind_its_prompt(calm: Cluster
     chunks = list(calm.openai.completions.create(model="echo", prompt=prompt, stream=True, max_tokens=9))
     assert "".join(chunk.choices[0].text for chunk in chunks) == "0 1 2 3 4 5 6 7 8"
     assert calm.ended_job(chunks[0].id.removeprefix("cmpl-"))["attempt"] == 2
-    calm.until_serving("echo", 30)
+    calm.until_serving("echo")
 
 
 def test_a_stream_of_the_real_model_goes_on_as_the_engine_continues_what_was_said(calm: Cluster) -> None:
@@ -362,12 +362,10 @@ def test_bytes_that_are_no_text_are_replaced_and_the_rest_arrives(calm: Cluster,
 
 def test_a_wedged_backend_is_found_by_its_silence_and_replaced(calm: Cluster) -> None:
     logged, old = len(calm.node_log()), calm.pids("echo-one.1@alpha")
-    began = time.monotonic()
     answer = calm.say("[[echo tokens=5 delay_ms=50 wedge_after=2]]", model="echo-one", stream=True)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in answer)
-    assert time.monotonic() - began < 60
     assert said == "0 1 2 3 4"  # the next one went on
     assert calm.say("next door").choices[0].message.content == "next door"
-    calm.until_serving("echo-one", 30)
+    calm.until_serving("echo-one")
     assert not set(old) & set(calm.pids("echo-one.1@alpha"))
     assert "did not answer 3 health checks" in calm.node_log()[logged:]

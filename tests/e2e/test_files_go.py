@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from e2e_cluster import Cluster, until
+from waiting import LIMIT
 
 
 def test_the_file_of_a_removed_model_goes_and_that_of_another_stays(
@@ -21,7 +22,7 @@ def test_the_file_of_a_removed_model_goes_and_that_of_another_stays(
         cluster.cli("models", "add", name, "--backend", "echo", "--source", f"file:{file}", "--sha256", named[name],
                     "--memory", "1000000")  # fmt: skip
         assert cluster.say("hello", model=name).choices[0].message.content
-    until(lambda: set(cluster.node("alpha")["hardware"]["files"]) == set(named.values()), 10, "the report of both")
+    until(lambda: set(cluster.node("alpha")["hardware"]["files"]) == set(named.values()), LIMIT, "the report of both")
     assert "nothing to remove" in cluster.cli("nodes", "clean", "alpha", "--dry-run")
 
     cluster.cli("models", "remove", "goes")

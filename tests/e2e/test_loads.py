@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from e2e_cluster import Cluster, until
+from waiting import LIMIT
 
 HANGS, WORKS, LONG = "load_ms:600000", "load_work_ms:6000", "load_work_ms:600000"
 STALLED = "could not be loaded: loading stalled: nothing moved for "
@@ -58,11 +59,11 @@ def test_a_load_goes_on_when_nobody_waits_for_it_any_more(own: Cluster) -> None:
     add(own, "works", WORKS)
     with own.http.stream("POST", "/v1/chat/completions", json=ask("works", stream=True)) as response:
         next(response.iter_lines())
-        until(lambda: loading(own, "works"), 30, "the load")
+        until(lambda: loading(own, "works"), LIMIT, "the load")
         (backend,) = own.pids("server.py")
-    until(lambda: not own.open_generations(), 10, "that nobody waits")
+    until(lambda: not own.open_generations(), LIMIT, "that nobody waits")
     assert loading(own, "works")
-    until(lambda: [replica["state"] for replica in own.replicas("works")] == ["ready"], 30, "the end of the load")
+    until(lambda: [replica["state"] for replica in own.replicas("works")] == ["ready"], LIMIT, "the end of the load")
     assert own.pids("server.py") == [backend]
     assert own.say("hello", model="works").choices[0].message.content
 
@@ -72,30 +73,30 @@ def test_a_model_that_is_removed_while_it_loads_leaves_nothing(own: Cluster) -> 
     add(own, "goes", LONG)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(own.http.post, "/v1/chat/completions", json=ask("goes"))
-        until(lambda: loading(own, "goes") and own.pids("server.py") != before, 30, "the load")
+        until(lambda: loading(own, "goes") and own.pids("server.py") != before, LIMIT, "the load")
         own.cli("models", "remove", "goes")
-        assert waiting.result(30).json()["error"]["message"] == "The model 'goes' was removed."
-    until(lambda: own.pids("server.py") == before, 15, "the end of the backend")
+        assert waiting.result(LIMIT).json()["error"]["message"] == "The model 'goes' was removed."
+    until(lambda: own.pids("server.py") == before, LIMIT, "the end of the backend")
 
 
 def test_a_node_that_is_drained_while_it_loads_does_not_wait_for_that(own: Cluster) -> None:
     add(own, "drained", LONG)
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(own.http.post, "/v1/chat/completions", json=ask("drained"))
-        until(lambda: loading(own, "drained"), 30, "the load")
+        until(lambda: loading(own, "drained"), LIMIT, "the load")
         own.cli("nodes", "drain", "alpha")
-        until(lambda: own.node("alpha")["state"] == "drained", 30, "a node that is empty")
+        until(lambda: own.node("alpha")["state"] == "drained", LIMIT, "a node that is empty")
         assert own.pids("server.py") == []
         assert not waiting.done(), "another node may come"
         own.cli("models", "remove", "drained")
-        assert waiting.result(30).status_code == 404
+        assert waiting.result(LIMIT).status_code == 404
     own.cli("nodes", "resume", "alpha")
 
 
 def test_a_cluster_that_is_stopped_while_it_loads_leaves_no_process(own: Cluster) -> None:
-    until(lambda: own.node("alpha")["state"] == "ready", 30, "the node")
+    until(lambda: own.node("alpha")["state"] == "ready", LIMIT, "the node")
     add(own, "last", LONG)
     with ThreadPoolExecutor(1) as pool:
         pool.submit(own.http.post, "/v1/chat/completions", json=ask("last"))
-        until(lambda: loading(own, "last"), 30, "the load")
+        until(lambda: loading(own, "last"), LIMIT, "the load")
         own.stop()

@@ -11,6 +11,7 @@ import openai
 import psutil
 import pytest
 from e2e_cluster import CHAT_MODEL, Cluster, processes_of, until
+from waiting import LIMIT
 
 SPEECH = "[[echo tokens=15 delay_ms=100]]"
 STILL = 2.5  # seconds: control looks every second
@@ -46,7 +47,7 @@ def backends(cluster: Cluster, model: str) -> list[psutil.Process]:
 
 
 def until_alone(cluster: Cluster, model: str, other: str) -> None:
-    until(lambda: (states(cluster, other), states(cluster, model)) == ([], ["ready"]), 10, f"{model} alone")
+    until(lambda: (states(cluster, other), states(cluster, model)) == ([], ["ready"]), LIMIT, f"{model} alone")
 
 
 def age(cluster: Cluster, model: str) -> None:
@@ -70,7 +71,7 @@ def test_an_idle_model_makes_room_for_one_that_somebody_waits_for(tight: Cluster
     assert tight.node("alpha")["hardware"]["budget"] == 10**9
 
     assert tight.say("one", model="first").choices[0].message.content
-    until(lambda: states(tight, "first") == ["ready"], 5, "its report, which an answer may outrun")
+    until(lambda: states(tight, "first") == ["ready"], LIMIT, "its report, which an answer may outrun")
 
     # What can never fit is refused at once, with the numbers.
     with pytest.raises(openai.InternalServerError, match=r"alpha: needs 2.0 GB, 400.0 MB free"):
@@ -92,7 +93,7 @@ def test_two_models_take_turns_and_the_one_that_speaks_may_finish(tight: Cluster
         [before] = backends(tight, other)
         with ThreadPoolExecutor(2) as pool:
             speech = pool.submit(tight.say, SPEECH, other)
-            until(lambda: tight.node("alpha")["in_flight"] == 1, 10, "the speech")
+            until(lambda: tight.node("alpha")["in_flight"] == 1, LIMIT, "the speech")
             answer = pool.submit(tight.say, f"to {wanted}", wanted)
             looks = 0
             while not speech.done():
@@ -117,7 +118,7 @@ def test_memory_is_free_only_when_the_process_is_gone(tight: Cluster) -> None:
     try:
         with ThreadPoolExecutor(1) as pool:
             answer = pool.submit(tight.say, "late", "first")
-            until(lambda: states(tight, "second") == ["stopping"], 10, "that it is told to make room")
+            until(lambda: states(tight, "second") == ["stopping"], LIMIT, "that it is told to make room")
             told = time.monotonic()
             while time.monotonic() - told < STILL:
                 assert (states(tight, "first"), before.is_running()) == ([], True)

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import redis
 from e2e_cluster import CHAT_MODEL, Cluster, Joiner, printed_settings, processes_of, until
+from waiting import LIMIT
 
 
 def state_of(cluster: Cluster, name: str) -> str:
@@ -31,12 +32,12 @@ def test_a_second_node_joins_works_and_leaves_while_the_first_serves(
 ) -> None:
     settings = printed_settings(calm)
     beta = join("beta", **settings)
-    until(lambda: state_of(calm, "beta") == "pending", 30, "beta's registration")
-    until(lambda: "localai-q nodes approve beta" in beta.log(), 10, "the command that approves it, in its log")
+    until(lambda: state_of(calm, "beta") == "pending", LIMIT, "beta's registration")
+    until(lambda: "localai-q nodes approve beta" in beta.log(), LIMIT, "the command that approves it, in its log")
     assert replica_states(calm, "beta") == {}
 
     calm.cli("nodes", "approve", "beta")
-    until(lambda: state_of(calm, "beta") == "ready", 15, "beta's approval")
+    until(lambda: state_of(calm, "beta") == "ready", LIMIT, "beta's approval")
     until(lambda: replica_states(calm, "beta").get("echo") == "ready", 60, "the echo replica of beta")
     until(lambda: replica_states(calm, "beta").get(CHAT_MODEL) == "ready", 90, "the default model's replica of beta")
     assert "echo-one" not in replica_states(calm, "beta"), "a model that is not spread stays where it is"
@@ -67,15 +68,15 @@ def test_a_second_node_joins_works_and_leaves_while_the_first_serves(
 
     with ThreadPoolExecutor(8) as pool:
         streams = [pool.submit(stream, number) for number in range(8)]
-        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, 10, "eight at work")
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, LIMIT, "eight at work")
         assert {job["node"] for job in calm.open_generations()} == {"alpha", "beta"}
         beta.term()
-        ends = [each.result(30) for each in streams]
+        ends = [each.result(LIMIT) for each in streams]
     for said, why in ends:
         assert said == " ".join(map(str, range(60))) or why, (said, why)
     assert sum(not why for _, why in ends) >= 4, ends
 
-    until(lambda: state_of(calm, "beta") == "offline", 10, "beta's goodbye")
+    until(lambda: state_of(calm, "beta") == "offline", LIMIT, "beta's goodbye")
     assert replica_states(calm, "beta") == {}
     for number in range(4):
         answer = calm.say(f"goes on {number}")
@@ -85,13 +86,13 @@ def test_a_second_node_joins_works_and_leaves_while_the_first_serves(
     again = join("beta", **settings)
     until(lambda: replica_states(calm, "beta").get(CHAT_MODEL) == "ready", 60, "beta's return")
     again.term()
-    until(lambda: state_of(calm, "beta") == "offline", 10, "beta's second goodbye")
+    until(lambda: state_of(calm, "beta") == "offline", LIMIT, "beta's second goodbye")
 
 
 def test_a_node_is_drained_while_it_streams_stays_so_and_is_deleted(calm: Cluster, join: Callable[..., Joiner]) -> None:
     settings = printed_settings(calm)
     delta = join("drained", **settings)
-    until(lambda: state_of(calm, "drained") == "pending", 30, "its registration")
+    until(lambda: state_of(calm, "drained") == "pending", LIMIT, "its registration")
     calm.cli("nodes", "approve", "drained")
     until(lambda: replica_states(calm, "drained").get("echo") == "ready", 90, "its echo replica")
 
@@ -102,16 +103,16 @@ def test_a_node_is_drained_while_it_streams_stays_so_and_is_deleted(calm: Cluste
 
     with ThreadPoolExecutor(8) as pool:
         streams = [pool.submit(stream, number) for number in range(8)]
-        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, 10, "eight at work")
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 8, LIMIT, "eight at work")
         calm.cli("nodes", "drain", "drained")
-        until(lambda: replica_states(calm, "drained").get("echo") == "stopping", 10, "the stop of its replica")
+        until(lambda: replica_states(calm, "drained").get("echo") == "stopping", LIMIT, "the stop of its replica")
         remains = calm.node("drained")["remains"]
         assert remains["in_flight"] == 4, remains
         assert "4 at work" in calm.cli("nodes", "list")
         assert "stopping" in calm.cli("nodes", "show", "drained")
-        ends = [each.result(40) for each in streams]
+        ends = [each.result(LIMIT) for each in streams]
     assert ends == [" ".join(map(str, range(80)))] * 8, "it ends what it has, however long that takes"
-    until(lambda: state_of(calm, "drained") == "drained", 20, "the end of what it held")
+    until(lambda: state_of(calm, "drained") == "drained", LIMIT, "the end of what it held")
     assert replica_states(calm, "drained") == {}
     for number in range(4):
         answer = calm.say(f"goes on {number}")
@@ -119,16 +120,16 @@ def test_a_node_is_drained_while_it_streams_stays_so_and_is_deleted(calm: Cluste
 
     # It stays drained when it is started again, and works again when it is told to.
     delta.term()
-    until(lambda: state_of(calm, "drained") == "offline", 10, "its goodbye")
+    until(lambda: state_of(calm, "drained") == "offline", LIMIT, "its goodbye")
     again = join("drained", **settings)
-    until(lambda: state_of(calm, "drained") == "drained", 20, "its return")
+    until(lambda: state_of(calm, "drained") == "drained", LIMIT, "its return")
     calm.cli("nodes", "resume", "drained")
     until(lambda: replica_states(calm, "drained").get("echo") == "ready", 60, "its replica's return")
 
     # What is deleted ends.
     assert "drain" in calm.cli("nodes", "delete", "drained", code=1)
     calm.cli("nodes", "delete", "drained", "--force")
-    again.process.wait(30)
+    again.process.wait(LIMIT)
     assert again.log().count("was removed from the cluster") == 1
     assert not processes_of(again.home)
     assert calm.node("drained") is None
@@ -142,26 +143,26 @@ def test_streams_end_whole_when_redis_is_killed_and_forgets_every_user(calm: Clu
     [valkey] = calm.pids("valkey-server")
     with ThreadPoolExecutor(4) as pool:
         streams = [pool.submit(stream, number) for number in range(4)]
-        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 4, 10, "four at work")
+        until(lambda: sum(job["live"] == "leased" for job in calm.open_generations()) == 4, LIMIT, "four at work")
         os.kill(valkey, signal.SIGKILL)
         ends = [each.result(60) for each in streams]
     assert ends == [" ".join(map(str, range(60)))] * 4
     assert calm.pids("valkey-server") not in ([], [valkey])
-    calm.until_serving("echo", 30)
-    calm.until_serving("echo-one", 30)
+    calm.until_serving("echo")
+    calm.until_serving("echo-one")
     assert calm.say("as before").choices[0].message.content == "as before"
 
 
 def test_what_a_killed_node_has_started_dies_within_two_seconds(calm: Cluster, join: Callable[..., Joiner]) -> None:
     gamma = join("gamma", **printed_settings(calm))
-    until(lambda: state_of(calm, "gamma") == "pending", 30, "gamma's registration")
+    until(lambda: state_of(calm, "gamma") == "pending", LIMIT, "gamma's registration")
     calm.cli("nodes", "approve", "gamma")
     until(lambda: replica_states(calm, "gamma").get("echo") == "ready", 90, "gamma's echo replica")
     children = [process for process in processes_of(gamma.home) if process.pid != gamma.process.pid]
     assert any("server.py" in " ".join(process.cmdline()) for process in children), "a backend is among them"
     gamma.process.kill()
     gamma.process.wait()
-    _, alive = psutil.wait_procs(children, timeout=2.0)
+    _, alive = psutil.wait_procs(children, timeout=LIMIT)
     left = [process for process in alive if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not left, left
     # The others serve on, whatever was sent to it.
@@ -172,7 +173,7 @@ def test_what_a_killed_node_has_started_dies_within_two_seconds(calm: Cluster, j
 def test_a_wrong_token_ends_the_node_with_one_clear_line(cluster: Cluster, join: Callable[..., Joiner]) -> None:
     settings = {**printed_settings(cluster), "LOCALAI_REGISTRATION_TOKEN": "lq-wrong"}
     node = join("wrong-token", **settings)
-    assert node.process.wait(20) == 1
+    assert node.process.wait(LIMIT) == 1
     lines = [line for line in node.log().splitlines() if line.strip()]
     assert len(lines) == 1, lines
     assert "registration token is wrong" in lines[0]
@@ -181,7 +182,7 @@ def test_a_wrong_token_ends_the_node_with_one_clear_line(cluster: Cluster, join:
 
 def test_a_name_that_is_taken_ends_the_node_with_one_clear_line(cluster: Cluster, join: Callable[..., Joiner]) -> None:
     node = join("alpha", **printed_settings(cluster))
-    assert node.process.wait(20) == 1
+    assert node.process.wait(LIMIT) == 1
     lines = [line for line in node.log().splitlines() if line.strip()]
     assert len(lines) == 1, lines
     assert "LOCALAI_NODE_NAME" in lines[0]
@@ -200,7 +201,7 @@ def test_what_is_missing_is_named_in_one_line(
     settings: dict[str, str], words: str, join: Callable[..., Joiner]
 ) -> None:
     node = join("lost", **settings)
-    assert node.process.wait(20) == 1
+    assert node.process.wait(LIMIT) == 1
     lines = [line for line in node.log().splitlines() if line.strip()]
     node.output.unlink()
     assert len(lines) == 1, lines
@@ -212,18 +213,18 @@ def test_a_killed_replica_is_reported_and_comes_back(calm: Cluster) -> None:
     [pid, *_] = calm.pids("-n echo.1@alpha")
     [backend] = [child for child in psutil.Process(pid).children() if "server.py" in " ".join(child.cmdline())]
     os.kill(pid, signal.SIGKILL)
-    psutil.wait_procs([backend], timeout=2.0)
+    psutil.wait_procs([backend], timeout=LIMIT)
     assert not backend.is_running() or backend.status() == psutil.STATUS_ZOMBIE
-    until(lambda: "echo.1@alpha failed" in calm.node_log()[logged:], 10, "the node's report")
+    until(lambda: "echo.1@alpha failed" in calm.node_log()[logged:], LIMIT, "the node's report")
     assert re.search(r"echo\.1@alpha failed: the replica ended with exit code -9", calm.node_log()[logged:])
-    calm.until_serving("echo", 30)
+    calm.until_serving("echo")
     assert pid not in calm.pids("-n echo.1@alpha")
 
 
 def test_work_of_a_killed_replica_is_taken_up_again_or_fails_with_a_reason(calm: Cluster) -> None:
     with ThreadPoolExecutor(1) as pool:
         whole = pool.submit(calm.say, "[[echo tokens=20 delay_ms=50]]", "echo-one")
-        until(lambda: [job["live"] for job in calm.open_generations()] == ["leased"], 10, "the job at work")
+        until(lambda: [job["live"] for job in calm.open_generations()] == ["leased"], LIMIT, "the job at work")
         os.kill(calm.pids("-n echo-one.1@alpha")[0], signal.SIGKILL)
         failure = whole.exception(50)
     if failure is None:
@@ -231,7 +232,7 @@ def test_work_of_a_killed_replica_is_taken_up_again_or_fails_with_a_reason(calm:
     else:
         assert isinstance(failure, openai.InternalServerError)
         assert "exit code -9" in failure.message
-    calm.until_serving("echo-one", 30)
+    calm.until_serving("echo-one")
 
 
 def test_no_process_of_a_node_knows_the_database(calm: Cluster) -> None:
@@ -274,9 +275,9 @@ def test_a_nodes_secret_changes_while_it_works_and_the_one_before_opens_nothing(
     running = {replica["id"] for replica in calm.node("alpha")["replicas"] if replica["state"] == "ready"}
     with ThreadPoolExecutor(4) as pool:
         told = [pool.submit(calm.say, "[[echo tokens=150 delay_ms=50]]") for _ in range(4)]
-        until(lambda: len(calm.open_generations()) == 4, 10, "four at work")
+        until(lambda: len(calm.open_generations()) == 4, LIMIT, "four at work")
         assert "makes itself a new secret" in calm.cli("nodes", "rotate", "alpha")
-        until(lambda: json.loads(file.read_text()).keys() == {"secret", "since"} and old not in file.read_text(), 30,
+        until(lambda: json.loads(file.read_text()).keys() == {"secret", "since"} and old not in file.read_text(), LIMIT,
               "a new secret")  # fmt: skip
         headers = {"Authorization": f"Bearer {old}"}
         assert httpx.post(f"{calm.base_url}/api/node/{node_id}/heartbeat", json={}, headers=headers).status_code == 403

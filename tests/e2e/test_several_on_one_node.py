@@ -4,6 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from e2e_cluster import Cluster, until
+from waiting import LIMIT
 
 
 def test_two_copies_on_one_node_serve_at_the_same_time(start_cluster: Callable[..., Cluster]) -> None:
@@ -22,7 +23,7 @@ def test_two_copies_on_one_node_serve_at_the_same_time(start_cluster: Callable[.
 
     with ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(cluster.say, "one two three four five six seven eight", "pair") for _ in range(2)]
-        until(lambda: at_work() == 2, 10, "a request on each copy, which has one slot")
+        until(lambda: at_work() == 2, LIMIT, "a request on each copy, which has one slot")
         assert all(answer.result().choices[0].message.content for answer in answers)
 
     said = cluster.cli("nodes", "limit", "alpha", "max-replicas-per-model=1", "vram-budget=50%")

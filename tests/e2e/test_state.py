@@ -8,6 +8,7 @@ import time
 import httpx
 import pytest
 from e2e_cluster import CHAT_MODEL, Cluster, until
+from waiting import LIMIT
 
 SECRET = "zebra-quartz-violin"
 
@@ -15,7 +16,7 @@ SECRET = "zebra-quartz-violin"
 def flower(cluster: Cluster, path: str, password: str = "") -> httpx.Response:
     state = cluster.state()
     auth = ("admin", password or state["flower_password"])
-    return httpx.get(cluster.ready["flower_url"] + path, auth=auth, timeout=20, follow_redirects=True)
+    return httpx.get(cluster.ready["flower_url"] + path, auth=auth, timeout=LIMIT, follow_redirects=True)
 
 
 def test_an_ended_job_has_its_usage_timings_and_node_and_no_request(calm: Cluster) -> None:
@@ -66,7 +67,7 @@ def test_nothing_of_a_prompt_is_left_in_the_queue_the_logs_or_flower(calm: Clust
     })  # fmt: skip
     assert failed.status_code == 500
     calm.ended_job(answer.id.removeprefix("chatcmpl-"))
-    until(lambda: not calm.open_generations(), 10, "the end of both")
+    until(lambda: not calm.open_generations(), LIMIT, "the end of both")
     held = []
     valkey = calm.redis()
     for key in valkey.scan_iter(count=1000):
@@ -101,7 +102,7 @@ def test_flower_shows_node_and_replicas_by_their_names(calm: Cluster) -> None:
         return set(re.findall(r"[\w.-]+@[\w.-]+", page))
 
     wanted = {"node@alpha", f"{CHAT_MODEL}.1@alpha", "echo.1@alpha", "echo-one.1@alpha"}
-    until(lambda: wanted <= names(), 30, f"{wanted} on Flower's page")
+    until(lambda: wanted <= names(), LIMIT, f"{wanted} on Flower's page")
 
 
 def test_nodes_show_their_replicas_and_no_secret(cluster: Cluster) -> None:
@@ -134,7 +135,7 @@ def test_metrics_count_requests_tokens_and_what_there_is(calm: Cluster) -> None:
     before = samples(calm.http.get("/metrics").text)
     calm.say("one two three")
     calm.http.get("/v1/nothing")
-    until(lambda: not calm.open_generations(), 10, "the end")
+    until(lambda: not calm.open_generations(), LIMIT, "the end")
     response = calm.http.get("/metrics")
     assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     after = samples(response.text)
@@ -175,7 +176,7 @@ def test_answers_name_their_job_and_not_the_node(calm: Cluster) -> None:
 
 def test_a_job_list_is_narrowed_and_bounded(calm: Cluster) -> None:
     calm.say("one")
-    until(lambda: not calm.open_generations(), 10, "the end")
+    until(lambda: not calm.open_generations(), LIMIT, "the end")
     assert len(calm.jobs(limit=2)) == 2
     assert {job["state"] for job in calm.jobs(state="done", limit=50)} == {"done"}
     assert {job["kind"] for job in calm.jobs(kind="install_backend,fetch_model")} == {"install_backend", "fetch_model"}

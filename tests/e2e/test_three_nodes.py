@@ -13,6 +13,7 @@ import psutil
 import pytest
 from callers import Caller, counted, numbers
 from e2e_cluster import Cluster, until
+from waiting import LIMIT
 
 NODES = ("alpha", "alpha-2", "alpha-3")
 CALLERS = 6
@@ -83,7 +84,7 @@ class Crowd:
 
 def done(cluster: Cluster, model: str) -> dict[str, tuple[int, str]]:
     """Attempt and node of every chat for the model, by job, once none is open any more; all are done."""
-    until(lambda: not cluster.open_generations(), 20, "the end of all that was asked for")
+    until(lambda: not cluster.open_generations(), LIMIT, "the end of all that was asked for")
     found = cluster.sql(
         "SELECT jobs.id, jobs.state, jobs.attempt, nodes.name FROM jobs LEFT JOIN nodes ON nodes.id = jobs.node_id "
         "WHERE kind = 'chat' AND model_id = (SELECT id FROM models WHERE name = %s)",
@@ -100,8 +101,10 @@ def worked_on(cluster: Cluster, node: str) -> set[str]:
 
 def node_of(cluster: Cluster, caller: Caller) -> str:
     """The name of the node that works on what the caller of a stream asked for."""
-    until(lambda: caller.job, 20, "the job's id")
-    return until(lambda: next((name for name in NODES if caller.job in worked_on(cluster, name)), ""), 20, "its node")
+    until(lambda: caller.job, LIMIT, "the job's id")
+    return until(
+        lambda: next((name for name in NODES if caller.job in worked_on(cluster, name)), ""), LIMIT, "its node"
+    )
 
 
 def state(cluster: Cluster, name: str) -> str:
@@ -129,7 +132,7 @@ def test_a_hundred_first_requests_at_once_make_one_load(three: Cluster) -> None:
     model_id = three.http.post("/api/models", json=body).raise_for_status().json()["id"]
     before = loads(three)
     callers = [ask(three, "crowded", f"I am {number}", stream=number % 2 == 0) for number in range(HUNDRED)]
-    until(lambda: len(three.open_generations()) == HUNDRED, 30, "all of them in line")
+    until(lambda: len(three.open_generations()) == HUNDRED, LIMIT, "all of them in line")
     assert [each["state"] for each in three.replicas("crowded")] != ["ready"], "they came before the model was there"
     assert [caller.whole(60) for caller in callers] == [f"I am {number}" for number in range(HUNDRED)]
 
@@ -155,7 +158,7 @@ def test_nothing_is_lost_while_one_node_dies_one_is_drained_and_one_comes_back(t
             orphan.until_said(5)
             three.process.send_signal(signal.SIGSTOP)  # else it would be started again at once
             kill(three, dead)
-            until(lambda: state(three, dead) == "offline", 40, "that it counts as dead")
+            until(lambda: state(three, dead) == "offline", LIMIT, "that it counts as dead")
             assert not echoes(three, dead)
 
             # One is drained while it streams: it ends what it has, and takes nothing new.
@@ -164,7 +167,7 @@ def test_nothing_is_lost_while_one_node_dies_one_is_drained_and_one_comes_back(t
             [replica] = echoes(three, drained)
             log = three.home / "worker" / "nodes" / drained / "logs" / f"replica-{replica['id']}.log"
             three.http.post(f"/api/nodes/{drained}/drain").raise_for_status()
-            until(lambda: "Warm shutdown" in log.read_text(errors="replace"), 20, "the end of its taking")
+            until(lambda: "Warm shutdown" in log.read_text(errors="replace"), LIMIT, "the end of its taking")
             held, draining = worked_on(three, drained) | {speaker.job}, time.monotonic()
             until(lambda: state(three, drained) == "drained", 60, "the end of what it held")
             assert not echoes(three, drained)
@@ -173,7 +176,7 @@ def test_nothing_is_lost_while_one_node_dies_one_is_drained_and_one_comes_back(t
 
         # And the dead one comes back, without anybody's help.
         until(lambda: [each["state"] for each in echoes(three, dead)] == ["ready"], 60, "its return")
-        until(lambda: worked_on(three, dead), 20, "work for it")
+        until(lambda: worked_on(three, dead), LIMIT, "work for it")
     crowd.check()
 
     ended = {job: row for job, row in done(three, "echo").items() if job not in known}

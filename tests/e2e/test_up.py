@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from e2e_cluster import CHAT_MODEL, Cluster, clean_environment, until
+from waiting import LIMIT
 
 
 def mode(path: Path) -> int:
@@ -113,7 +114,7 @@ def test_an_own_file_is_added_used_listed_and_removed(cluster: Cluster, weights:
     assert cluster.cli("models", "remove", "mine").strip() == "Removed mine."
     assert "mine" not in {model["name"] for model in json.loads(cluster.cli("models", "list", "--json"))}
     assert "There is no model 'mine'" in cluster.cli("models", "remove", "mine", code=1)
-    until(lambda: not cluster.pids("mine.1@alpha"), 20, "the end of the removed model's replica")
+    until(lambda: not cluster.pids("mine.1@alpha"), LIMIT, "the end of the removed model's replica")
 
 
 def test_what_is_no_model_file_is_refused_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
@@ -142,7 +143,9 @@ def test_a_key_is_made_listed_and_revoked(cluster: Cluster) -> None:
     assert "ci" in cluster.cli("keys", "list")
     assert cluster.cli("keys", "revoke", record["id"]).strip() == f"Revoked {record['id']}."
     headers = {"Authorization": f"Bearer {key}"}
-    until(lambda: httpx.get(cluster.base_url + "/v1/models", headers=headers).status_code == 401, 8, "the key's end")
+    until(
+        lambda: httpx.get(cluster.base_url + "/v1/models", headers=headers).status_code == 401, LIMIT, "the key's end"
+    )
 
 
 def test_nodes_and_jobs_are_listed_shown_and_cancelled(calm: Cluster) -> None:
@@ -190,7 +193,7 @@ def test_a_killed_process_is_started_again_and_said_so(pair: Cluster) -> None:
     for words in ("gunicorn", "-Q control", "flower"):
         pid = pair.pids(words)[0]
         os.kill(pid, signal.SIGKILL)
-        until(lambda words=words, pid=pid: (found := pair.pids(words)) and pid not in found, 20, f"a new {words}")
+        until(lambda words=words, pid=pid: (found := pair.pids(words)) and pid not in found, LIMIT, f"a new {words}")
     assert pair.output().count("was killed by SIGKILL; starting it again") == 3
 
     def ready() -> bool:
@@ -199,8 +202,8 @@ def test_a_killed_process_is_started_again_and_said_so(pair: Cluster) -> None:
         except httpx.HTTPError:
             return False
 
-    until(ready, 40, "readiness")
-    pair.until_serving("echo", 30)
+    until(ready, LIMIT, "readiness")
+    pair.until_serving("echo")
 
 
 def test_reset_admin_replaces_the_generated_key(pair: Cluster) -> None:
@@ -211,4 +214,6 @@ def test_reset_admin_replaces_the_generated_key(pair: Cluster) -> None:
     assert mode(pair.home / "admin.key") == 0o600
     assert len(json.loads(pair.cli("nodes", "list", "--json"))) == 2
     headers = {"Authorization": f"Bearer {old}"}
-    until(lambda: httpx.get(pair.base_url + "/api/nodes", headers=headers).status_code == 401, 8, "the old key's end")
+    until(
+        lambda: httpx.get(pair.base_url + "/api/nodes", headers=headers).status_code == 401, LIMIT, "the old key's end"
+    )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import httpx
 from e2e_cluster import Cluster, until
+from waiting import LIMIT
 
 LONG = "[[echo tokens=400 delay_ms=50]]"
 
@@ -55,4 +56,4 @@ def test_who_waits_for_a_load_is_told_how_far_it_is(start_cluster: Callable[...,
     assert time.monotonic() - began > 2
     assert lines[0] == ": waiting: slow is loading on alpha"
     assert lines[-1] == "data: [DONE]", "and the request that waited was served when the model was there"
-    until(lambda: state() is None, 5, "the load to be over")
+    until(lambda: state() is None, LIMIT, "the load to be over")

@@ -11,6 +11,7 @@ import pytest
 from e2e_cluster import BIN, ROOT, Cluster, clean_environment, folder_of_homes, processes_of, until
 from ledger import Files, Ledger, until_nothing
 from victims import Web, send
+from waiting import LIMIT, wait_for
 
 from localai_q import ports
 
@@ -50,7 +51,8 @@ def cluster(homes: Path) -> Iterator[Cluster]:
         until(lambda: [r["state"] for r in made.replicas("echo")] == ["ready"] * 2, 60, "a replica on each node")
         Ledger(made).settle()
         yield made
-    except BaseException:
+    except BaseException as error:
+        error.add_note(made.logs())
         made.kill()
         raise
     made.stop()
@@ -77,7 +79,7 @@ def ledger(cluster: Cluster, files: Files, request: pytest.FixtureRequest) -> It
         drawn.settle()
         return
     drawn.check()
-    until_nothing(files.grown, 10, "more open files than before")
+    until_nothing(files.grown, LIMIT, "more open files than before")
 
 
 @pytest.fixture
@@ -111,11 +113,11 @@ def start_web(cluster: Cluster, homes: Path) -> Iterator[Callable[..., Web]]:
             except httpx.HTTPError:
                 return False
 
-        until(answers, 20, "the second web process")
+        assert wait_for(answers), (homes / "web.out").read_text(errors="replace")[-4000:]
         return made[-1]
 
     yield start
     for web in made:
         web.process.terminate()
     for web in made:
-        web.process.wait(15)
+        web.process.wait(LIMIT)

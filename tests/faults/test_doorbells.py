@@ -8,6 +8,7 @@ from celery import Celery
 from e2e_cluster import Cluster, until
 from ledger import Ledger
 from victims import pids, stopped
+from waiting import LIMIT
 
 from localai_q import names
 
@@ -32,9 +33,9 @@ def test_a_doorbell_that_is_delivered_many_times_at_once_makes_one_claim(
     line, redis = ledger.line("echo"), cluster.redis()
     with stopped(pids(cluster, "replica echo@")):
         stream = ask(numbers(20, delay_ms=30))
-        [job] = until(lambda: ledger.waiting("echo"), 5, "the job in its line")
+        [job] = until(lambda: ledger.waiting("echo"), LIMIT, "the job in its line")
         ring(cluster, job, line, 6)
-        until(lambda: redis.llen(line) >= 5, 5, "doorbells that lie there")
+        until(lambda: redis.llen(line) >= 5, LIMIT, "doorbells that lie there")
     assert stream.whole() == counted(20)
     assert ledger.row(job) == {"state": "done", "attempt": 1, "error": None}
     assert sum(event["k"] == "m" for _, _, event in ledger.journal(job)) == 1
@@ -44,7 +45,7 @@ def test_doorbells_in_another_order_serve_everybody(cluster: Cluster, ledger: Le
     line, redis = ledger.line("echo-one"), cluster.redis()
     first = ask(numbers(20, delay_ms=40), "echo-one").until_said(1)
     later = [ask(numbers(5 + place, delay_ms=20), "echo-one") for place in range(3)]
-    until(lambda: len(ledger.waiting("echo-one")) == 3 and redis.llen(line) >= 2, 5, "three that wait")
+    until(lambda: len(ledger.waiting("echo-one")) == 3 and redis.llen(line) >= 2, LIMIT, "three that wait")
     with redis.pipeline() as pipe:
         rung = redis.lrange(line, 0, -1)
         pipe.delete(line).rpush(line, *reversed(rung)).execute()
@@ -56,7 +57,7 @@ def test_doorbells_that_vanish_are_rung_again(cluster: Cluster, ledger: Ledger, 
     line, redis = ledger.line("echo-one"), cluster.redis()
     first = ask(numbers(10, delay_ms=40), "echo-one").until_said(1)
     later = [ask(numbers(5), "echo-one", stream=stream) for stream in (True, False)]
-    until(lambda: len(ledger.waiting("echo-one")) == 2, 5, "two that wait")
+    until(lambda: len(ledger.waiting("echo-one")) == 2, LIMIT, "two that wait")
     while not (first.ended and redis.llen(line) == 0):
         redis.delete(line)
     assert [first.whole(), *(caller.whole() for caller in later)] == [counted(10), counted(5), counted(5)]
@@ -68,7 +69,7 @@ def test_a_doorbell_for_nobody_wakes_nobody(cluster: Cluster, ledger: Ledger, as
         ring(cluster, job, ledger.line("echo"))
     before = ledger.journal(ended)
     assert ask("still here").whole() == "still here"
-    until(lambda: not cluster.redis().llen(ledger.line("echo")), 5, "an empty queue")
+    until(lambda: not cluster.redis().llen(ledger.line("echo")), LIMIT, "an empty queue")
     assert ledger.journal(ended) == before
 
 
@@ -83,6 +84,6 @@ def test_garbage_on_the_queue_is_put_aside_and_the_next_request_served(
     assert next_one.whole() == "next"
     assert next_one.took < 2
     assert speaks.whole() == counted(40)
-    until(lambda: redis.llen(f"dead:{line}") >= len(GARBAGE), 5, "what was put aside")
+    until(lambda: redis.llen(f"dead:{line}") >= len(GARBAGE), LIMIT, "what was put aside")
     redis.delete(f"dead:{line}")
     assert pids(cluster, "replica echo@") == before

@@ -9,6 +9,7 @@ from callers import Caller, counted, numbers
 from e2e_cluster import Cluster, until
 from ledger import Ledger
 from victims import backend_of, node_of, owner, pids, send, stopped, strike
+from waiting import LIMIT
 
 PAUSE = 3.0  # seconds: longer than a lease
 Ask = Callable[..., Caller]
@@ -41,15 +42,15 @@ def test_jobs_that_wait_begin_and_speak_end_whole(
     cluster: Cluster, ledger: Ledger, ask: Ask, what: str, how: signal.Signals
 ) -> None:
     replicas = pids(cluster, "replica")
-    ahead = ask(numbers(50, delay_ms=40), "echo-one").until_said(1)
+    ahead = ask(numbers(100, delay_ms=40), "echo-one").until_said(1)
     waits = ask(numbers(10, delay_ms=20), "echo-one")
-    speaks = ask(numbers(50, delay_ms=40)).until_said(5)
-    begins = ask(numbers(10, delay_ms=20, first_ms=1500))
-    whole = ask(numbers(40, delay_ms=40), stream=False)
-    until(lambda: len(ledger.leased("echo")) == 3 and ledger.waiting("echo-one"), 5, "a job in each phase")
+    speaks = ask(numbers(100, delay_ms=40)).until_said(5)
+    begins = ask(numbers(10, delay_ms=20, first_ms=3000))
+    whole = ask(numbers(80, delay_ms=40), stream=False)
+    until(lambda: len(ledger.leased("echo")) == 3 and ledger.waiting("echo-one"), LIMIT, "a job in each phase")
     strike(cluster, targets(cluster, what, speaks.job), how, PAUSE)
     said = [caller.whole() for caller in (ahead, waits, speaks, begins, whole)]
-    assert said == [counted(50), counted(10), counted(50), counted(10), counted(40)]
+    assert said == [counted(100), counted(10), counted(100), counted(10), counted(80)]
     if what not in ("backend", "replica", "node"):
         assert pids(cluster, "replica") == replicas
 
@@ -77,7 +78,7 @@ def test_jobs_for_a_model_that_is_loading_end_whole(
 ) -> None:
     stream = ask(numbers(10, delay_ms=20), slow_model)
     whole = ask(numbers(10, delay_ms=20), slow_model, stream=False)
-    [pid] = until(lambda: [p for p in cluster.pids("-n slow.") if cluster.pids("server.py", f"--parent {p} ")], 20,
+    [pid] = until(lambda: [p for p in cluster.pids("-n slow.") if cluster.pids("server.py", f"--parent {p} ")], LIMIT,
                   "the replica that loads")  # fmt: skip
     which = {"replica": [pid], "backend": [], "node": []}.get(what)
     if what == "backend":
@@ -85,7 +86,7 @@ def test_jobs_for_a_model_that_is_loading_end_whole(
     elif what == "node":
         which = [node_of(pid)]
     send(which or pids(cluster, what), SIGKILL)
-    assert [stream.whole(40), whole.whole(40)] == [counted(10)] * 2
+    assert [stream.whole(), whole.whole()] == [counted(10)] * 2
 
 
 @pytest.mark.parametrize("what", ["replica", "node", "postgres"])
@@ -97,7 +98,7 @@ def test_an_end_that_is_not_written_down_yet_is_written_down_later(
         which = targets(cluster, what, stream.job)
         assert stream.whole() == counted(10)
         send(which, SIGKILL)
-        until(lambda: not set(which) & set(pids(cluster, "")), 10, "the end of what was killed")
+        until(lambda: not set(which) & set(pids(cluster, "")), LIMIT, "the end of what was killed")
         assert [entry[2]["s"] for entry in ledger.journal(stream.job) if entry[2]["k"] == "e"] == ["done"]
     assert ledger.row(stream.job) == {"state": "done", "attempt": 1, "error": None}
 
@@ -111,6 +112,6 @@ def test_what_dies_while_control_is_away_longer_than_a_lease_is_not_lost(
     # Nor is the node started again, which would tell at once what has died.
     with stopped(pids(cluster, "control") + pids(cluster, "up")):
         send([node_of(owner(cluster, streams[0].job))], SIGKILL)
-        until(lambda: ledger.lease_left("echo", streams[0].job) <= 0, 5, "the end of a lease")
+        until(lambda: ledger.lease_left("echo", streams[0].job) <= 0, LIMIT, "the end of a lease")
     assert {stream.whole() for stream in streams} == {counted(80)}
     assert ledger.row(streams[0].job)["attempt"] == 2

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import psutil
 from e2e_cluster import Cluster, processes_of, until
+from waiting import LIMIT
 
 REPLICA = re.compile(r"-n (\S+)\.\d+@(\S+)")
 JOBS = re.compile(r"-n jobs@(\S+)")
@@ -123,7 +124,7 @@ def backend_of(replica: int) -> int:
         children = psutil.Process(replica).children()
         return [child.pid for child in children if "server.py" in " ".join(child.cmdline())]
 
-    return until(found, 5, "the backend")[0]
+    return until(found, LIMIT, "the backend")[0]
 
 
 def node_of(replica: int) -> int:

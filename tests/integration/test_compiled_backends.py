@@ -14,7 +14,7 @@ import pytest
 from cluster_data import api_over_http, node_named, ready_node
 from toy_backends import entry_of, member, pack
 from toy_packages import offer, package
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q.bus import journal
 from localai_q.cluster.events import Progress
@@ -137,13 +137,13 @@ def test_cancelled_in_the_middle_of_a_compilation_it_leaves_no_file_and_no_proce
     job_id = submit(services, node, make_entry(hang=str(mark)))
     working = threading.Thread(target=worker.run, args=(job_id,))
     working.start()
-    assert wait_for(lambda: len(pids(mark)) == 2, 60)
+    assert wait_for(lambda: len(pids(mark)) == 2)
     with services.db.transaction() as db:
         job = job_rows.by_id(db, job_id)
     jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
-    working.join(60)
+    working.join(LIMIT)
     assert result(services, job_id)[0] is JobState.CANCELLED
-    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids(mark)), 30)
+    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids(mark)))
     assert left(root, tmp_path) == {".lock"}
 
 
@@ -162,12 +162,12 @@ def test_when_the_worker_of_jobs_is_killed_what_it_compiled_ends_and_is_removed(
     )
     with subprocess.Popen([sys.executable, "-c", code, str(order), str(tmp_path / "run"), job_id]) as process:
         try:
-            assert wait_for(lambda: len(pids(mark)) == 2, 60)
+            assert wait_for(lambda: len(pids(mark)) == 2)
         finally:
             process.send_signal(signal.SIGKILL)
     assert [path.name for path in (root / "toy").glob(".*.part")]
-    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids(mark)), 30)
-    assert wait_for(lambda: versions.tidy(root) or left(root, tmp_path) == {".lock"}, 30)
+    assert wait_for(lambda: not any(psutil.pid_exists(pid) for pid in pids(mark)))
+    assert wait_for(lambda: versions.tidy(root) or left(root, tmp_path) == {".lock"})
 
 
 # --- from one node to others
@@ -335,13 +335,13 @@ def test_a_node_waits_for_the_builder_that_compiles_the_same(
     first = Machine(services, api, tmp_path / "n1", builder=True)
     second = Machine(services, api, tmp_path / "n2")
     one, working = first.begin(entry, monkeypatch)
-    assert wait_for(lambda: len(pids(mark)) == 2, 60)
+    assert wait_for(lambda: len(pids(mark)) == 2)
     two, waiting = second.begin(entry, monkeypatch)
 
     def last() -> Progress | None:
         return journal.latest(services.redis, [two]).get(two)
 
-    assert wait_for(lambda: isinstance(last(), Progress) and last().stage == "waiting", 60)
+    assert wait_for(lambda: isinstance(last(), Progress) and last().stage == "waiting")
     assert last().note == "node n1 compiles it (50 %)"
     psutil.Process(pids(mark)[1]).kill()  # then the builder goes on
     working.join()
@@ -358,7 +358,7 @@ def test_a_node_compiles_by_itself_when_the_builder_fails(
     entry = offered(hang=str(mark))
     first, second = Machine(services, api, tmp_path / "n1", builder=True), Machine(services, api, tmp_path / "n2")
     one, working = first.begin(entry, monkeypatch)
-    assert wait_for(lambda: len(pids(mark)) == 2, 60)
+    assert wait_for(lambda: len(pids(mark)) == 2)
     before = pids(mark)
     _, waiting = second.begin(entry, monkeypatch)
     with services.db.transaction() as db:
@@ -366,7 +366,7 @@ def test_a_node_compiles_by_itself_when_the_builder_fails(
     jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
     working.join()
     jobs.apply_ends(services)
-    assert wait_for(lambda: len(pids(mark)) == 2 and pids(mark) != before, 60)
+    assert wait_for(lambda: len(pids(mark)) == 2 and pids(mark) != before)
     psutil.Process(pids(mark)[1]).kill()
     waiting.join()
     assert second.has_compiled()

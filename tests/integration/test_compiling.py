@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from toy_packages import offer, package
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q.cluster.events import Progress
 from localai_q.config import load_settings
@@ -189,13 +189,13 @@ def test_it_runs_at_low_priority(bring: Bring, tmp_path: Path) -> None:
     mark = tmp_path / "mark"
     working = threading.Thread(target=lambda: bring(hang=str(mark)), daemon=True)
     working.start()
-    assert wait_for(lambda: mark.exists() and len(mark.read_text().split()) == 2, 60)
+    assert wait_for(lambda: mark.exists() and len(mark.read_text().split()) == 2)
     builder, compiler = (psutil.Process(int(pid)) for pid in mark.read_text().split())
     try:
         assert {builder.nice(), compiler.nice()} == {19}
     finally:
         compiler.kill()
-        working.join(30)
+        working.join(LIMIT)
 
 
 def test_the_wheels_of_this_versions_backends_can_be_prepared(

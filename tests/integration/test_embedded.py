@@ -4,12 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import psycopg2
 import pytest
 import redis
+from e2e_cluster import folder_of_homes
 from sqlalchemy import create_engine, text
 from waiting import wait_for
 
@@ -17,6 +19,13 @@ from localai_q import ports
 from localai_q.embedded.postgres import Postgres, servers_on, socket_folder
 from localai_q.embedded.valkey import Valkey, bind_addresses
 from localai_q.errors import StartupError
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Not below pytest's folder: another session closes that to other users, such as the one Postgres runs as under root."""
+    with folder_of_homes("lqpg") as folder:
+        yield folder
 
 
 @pytest.fixture

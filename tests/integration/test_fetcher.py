@@ -484,7 +484,7 @@ def test_a_source_that_makes_no_sense_is_refused(tmp_path: Path, source: str) ->
 
 
 def test_two_fetches_of_one_file_download_it_once_and_both_see_it_come(tmp_path: Path, server: FileServer) -> None:
-    url = server.put("/m", Remote(CONTENT, pause=0.005))
+    url = server.put("/m", Remote(CONTENT, pause=0.03))
     progress: list[list[Progress]] = [[], [], []]
     threads = [threading.Thread(target=get, args=(tmp_path, f"{url}?{n}", progress[n].append)) for n in range(3)]
     for thread in threads:

@@ -14,7 +14,7 @@ import httpx
 import pytest
 from holding import Running, holder, lay
 from tornado.netutil import bind_sockets
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q.cluster.tickets import LIFE
 from localai_q.config import load_settings
@@ -123,7 +123,7 @@ def test_nothing_else_is_served(running: Running, sha256: str) -> None:
 
 def raw(running: Running) -> socket.socket:
     host, _, port = running.address.rpartition(":")
-    return socket.create_connection((host, int(port)), 5)
+    return socket.create_connection((host, int(port)), LIMIT)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +155,10 @@ def _answers(running: Running, sha256: str) -> bool:
 
 
 @pytest.fixture
-def hasty(running: Running, sha256: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Running]:
-    """The same files, by a server with little patience."""
-    monkeypatch.setattr(module, "HEADERS_WITHIN", 0.3)
-    monkeypatch.setattr(module, "SLICE_WITHIN", 0.3)
+def hasty(running: Running, sha256: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Running, module.Holder]]:
+    """The same files, by a server with little patience; and what counts its transfers."""
+    monkeypatch.setattr(module, "HEADERS_WITHIN", 1.5)
+    monkeypatch.setattr(module, "SLICE_WITHIN", 1.5)
     loop, sockets = asyncio.new_event_loop(), bind_sockets(0, "127.0.0.1")
     served = module.Holder(running.id, running.identity, running.store)
 
@@ -167,25 +167,27 @@ def hasty(running: Running, sha256: str, monkeypatch: pytest.MonkeyPatch) -> Ite
 
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    asyncio.run_coroutine_threadsafe(start(), loop).result(5)
-    yield replace(running, address=f"127.0.0.1:{sockets[0].getsockname()[1]}")
+    asyncio.run_coroutine_threadsafe(start(), loop).result(LIMIT)
+    yield replace(running, address=f"127.0.0.1:{sockets[0].getsockname()[1]}"), served
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
 
 
-def test_who_sends_or_takes_too_slowly_is_cut_off(hasty: Running, sha256: str) -> None:
-    with raw(hasty) as line:
+def test_who_sends_or_takes_too_slowly_is_cut_off(hasty: tuple[Running, module.Holder], sha256: str) -> None:
+    server, holder = hasty
+    with raw(server) as line:
         line.sendall(b"GET / HTTP/1.1\r\nHost:")
         assert line.recv(100) == b""
-    request = f"GET /blobs/{sha256} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {hasty.ticket(sha256)}\r\n\r\n"
-    with raw(hasty) as line:
+    request = f"GET /blobs/{sha256} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {server.ticket(sha256)}\r\n\r\n"
+    with raw(server) as line:
         line.sendall(request.encode())
-        time.sleep(1.0)
+        assert wait_for(lambda: holder.transfers == 1)
+        assert wait_for(lambda: holder.transfers == 0)
         taken = b""
         while block := line.recv(1 << 20):
             taken += block
     assert len(taken) < len(CONTENT), "more than lay in between was sent"
-    assert get(hasty, sha256).content == CONTENT
+    assert get(server, sha256).content == CONTENT
 
 
 def test_transfers_are_counted_and_limited(running: Running, sha256: str) -> None:

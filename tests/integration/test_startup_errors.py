@@ -7,10 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
+from e2e_cluster import folder_of_homes
 from waiting import LIMIT, wait_for
 
 from localai_q import ports
@@ -19,6 +21,13 @@ from localai_q.embedded.valkey import Valkey
 COMMAND = [str(Path(sys.executable).parent / "localai-q"), "up"]
 STAND_IN = Path(__file__).with_name("stand_in_web.py")
 KEY = "lq-test-key"  # which the stand-in accepts
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Not below pytest's folder: another session closes that to other users, such as the one Postgres runs as under root."""
+    with folder_of_homes("lqpg") as folder:
+        yield folder
 
 
 @pytest.fixture
