@@ -114,7 +114,7 @@ def test_the_second_node_has_a_file_from_the_first_while_its_source_is_gone(node
     add(nodes, "first", "alpha", url, CONTENT)
     assert answers(nodes, "first")
     source.files.clear()
-    until(lambda: reported(nodes, "alpha", CONTENT), 20, "the report of the file")
+    until(lambda: reported(nodes, "alpha", CONTENT), 60, "the report of the file")
     assert nodes.node("alpha")["hardware"]["files_address"].startswith("127.0.0.1:")
     add(nodes, "second", "alpha-2", url, CONTENT)
     assert answers(nodes, "second")
@@ -129,7 +129,7 @@ def test_a_byte_that_went_wrong_at_a_holder_is_refused_and_comes_from_elsewhere(
     url = source.put("/other.gguf", Remote(OTHER))
     add(nodes, "wrong", "alpha", url, OTHER)
     assert answers(nodes, "wrong")
-    until(lambda: reported(nodes, "alpha", OTHER), 20, "the report of the file")
+    until(lambda: reported(nodes, "alpha", OTHER), 60, "the report of the file")
     with blob(nodes, "alpha", OTHER).open("r+b") as file:
         file.seek(PIECE + 5)
         file.write(bytes([OTHER[PIECE + 5] ^ 1]))
@@ -147,7 +147,7 @@ def test_a_holder_that_is_killed_in_the_middle_is_replaced_and_the_model_chats(
     for model, node in (("held", "alpha"), ("held-too", "alpha-2")):
         add(nodes, model, node, url, content)
         assert answers(nodes, model)
-        until(lambda node=node: reported(nodes, node, content), 20, "the report of the file")
+        until(lambda node=node: reported(nodes, node, content), 60, "the report of the file")
     source.files.clear()
     add(nodes, "chats", "alpha-3", url, content, backend="xllamacpp")
     part = blob(nodes, "alpha-3", content).with_name(f".{blob(nodes, 'alpha-3', content).name}.part")
