@@ -1,6 +1,6 @@
 """The road of a request to an engine that takes OpenAI's bodies and calls back with OpenAI's chunks.
 
-Owns the calls of the service that such engines share, and the cancelling of a request. Bodies are `bodies`', replies are
+Owns the calls of the service that such engines share, and the cancelling of a request. Bodies are `bodies`' and `limits`', replies are
 `replies`'; the process and the model's lifecycle are `serving`'. A backend's folder brings the engine.
 """
 
@@ -116,7 +116,7 @@ class AnsweringBackend(serving.Backend):
         model, call = self.begin(context, request.ModelIdentity)
         try:
             model.require("chat")
-            body = bodies.read_body(request, model.template_has_tools)
+            body = bodies.read_body(request, model.template_has_tools, model.context_size)
             chunks: Chunks = SimpleQueue()
             call.on_stop(lambda: chunks.put(None))
             thread = threading.Thread(target=_generate, args=(model, body, call, chunks), daemon=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import backend_pb2
 import grpc
+from limits import limited
 from serving import Refusal
 
 KINDS = ("chat", "completion")
@@ -31,12 +32,13 @@ class Body:
     forced_tool: bool = False  # the text will be a JSON object with name and arguments
 
 
-def read_body(request: backend_pb2.PredictOptions, template_has_tools: bool) -> Body:
+def read_body(request: backend_pb2.PredictOptions, template_has_tools: bool, context_size: int) -> Body:
     """The body of a request.
 
     Args:
         request: what the replica sent.
         template_has_tools: whether the model's chat template shows tools by itself.
+        context_size: tokens that one request may use.
 
     Raises:
         Refusal: INVALID_ARGUMENT, with what is wrong.
@@ -44,6 +46,7 @@ def read_body(request: backend_pb2.PredictOptions, template_has_tools: bool) -> 
     kind, fields = _given(request) if request.OpenAIBody else _built(request)
     for name in DROPPED:
         fields.pop(name, None)
+    fields = limited(fields, context_size)
     if kind == "completion":
         _check_prompt(fields.get("prompt"))
         return Body(kind, fields)

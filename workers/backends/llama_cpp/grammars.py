@@ -1,7 +1,6 @@
 """The grammar that an answer must follow: a GBNF grammar as it is, or what a JSON schema makes of it. Pure.
 
-Owns the limits: llama.cpp's reader goes one call deeper for each bracket and does not end with a repetition whose bounds
-are the wrong way round; the converter writes every repetition out.
+Owns how much a schema may repeat, for the converter writes every repetition out. Grammars are judged by `limits`.
 """
 
 from __future__ import annotations
@@ -13,16 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import grpc
+from limits import check_grammar
 from llama_cpp import LlamaGrammar
 from serving import Refusal
 
-LONGEST = 1 << 20  # characters of a grammar
-DEEPEST = 1000  # brackets within each other
 MOST_REPEATS = 500  # that a schema may ask for
 REPEATING = ("minItems", "maxItems", "minLength", "maxLength")
-_BOUNDS = re.compile(r"\{\s*(\d{1,9})\s*,\s*(\d{1,9})\s*\}")
-# Of a grammar: texts, sets of characters, comments. Whatever is in them repeats nothing.
-_OPAQUE = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.DOTALL)
 _REPEATS = re.compile(r"\{(\d+)?(?:,(\d+)?)?\}")
 
 
@@ -37,8 +32,9 @@ def grammar_of(fields: Mapping[str, Any]) -> str | None:
         raise _refuse("grammar and response_format exclude each other")
     if schema is not None:
         grammar = _converted(schema)
-    if grammar is not None:
-        _check_grammar(grammar)
+        check_grammar(grammar)
+    if grammar is not None and (not isinstance(grammar, str) or not grammar.strip()):
+        raise _refuse("grammar must be a string that is not empty")
     return grammar
 
 
@@ -84,19 +80,3 @@ def _check_repeats(schema: Any) -> None:
             raise _refuse(f"this JSON schema cannot be enforced: it repeats something more than {MOST_REPEATS} times")
         for each in schema.values():
             _check_repeats(each)
-
-
-def _check_grammar(grammar: Any) -> None:
-    if not isinstance(grammar, str) or not grammar.strip():
-        raise _refuse("grammar must be a string that is not empty")
-    if len(grammar) > LONGEST:
-        raise _refuse(f"the grammar has {len(grammar)} characters; {LONGEST} are read at most")
-    bare = _OPAQUE.sub("", grammar)
-    if any(int(least) > int(most) for least, most in _BOUNDS.findall(bare)):
-        raise _refuse("the grammar repeats something at least so often that it is more than at most")
-    depth = deepest = 0
-    for character in bare:
-        depth += (character == "(") - (character == ")")
-        deepest = max(deepest, depth)
-    if deepest > DEEPEST or "\0" in grammar:
-        raise _refuse(f"the grammar has more than {DEEPEST} brackets within each other, or a zero character")

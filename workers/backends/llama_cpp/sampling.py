@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import llama_cpp as c
 import numpy as np
+from limits import LOOKING_BACK
 from native import Model, what_it_said
 from serving import Refusal
 
@@ -23,8 +24,6 @@ INT32 = 2**31 - 1
 SEEDS = 2**32
 MIROSTAT_CANDIDATES = 100
 MOST_BIASES = 4096
-MOST_TEXTS = 32  # stages, and strings at which a repetition may begin anew
-LOOKS_BACK = ("repeat_last_n", "dry_penalty_last_n")
 
 Reader = Callable[[Any], Any]
 Settings = SimpleNamespace
@@ -62,8 +61,6 @@ def _texts(value: Any) -> list[str]:
     found = [value] if isinstance(value, str) else value
     if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
         raise ValueError("must be a list of strings that are not empty")
-    if len(found) > MOST_TEXTS:
-        raise ValueError(f"must have {MOST_TEXTS} strings at most")
     return found
 
 
@@ -138,8 +135,9 @@ def read_settings(fields: Mapping[str, Any], model: Model, context_size: int) ->
     model.check(list(found["logit_bias"]))
     if found["seed"] is None:
         found["seed"] = random.SystemRandom().randrange(SEEDS)
-    for name in LOOKS_BACK:  # no further than there is something; llama.cpp takes memory for all of it
-        found[name] = context_size if found[name] == -1 else min(found[name], context_size)
+    for name in LOOKING_BACK:
+        if found[name] == -1:
+            found[name] = context_size
     return Settings(**found)
 
 
