@@ -31,6 +31,7 @@ BIN = Path(sys.executable).parent
 ROOT = Path(__file__).resolve().parents[1]
 CHAT_MODEL = "smollm2-135m-instruct"
 START = 120.0  # seconds that a first start may take
+ANSWER = 120.0  # seconds that a client waits for a byte: two cores may have more to do than a real model
 STOP = 60.0  # seconds that a stop may take, with all processes that are paged in again for it
 
 T = TypeVar("T")
@@ -115,13 +116,13 @@ class Cluster:
         self.ready: dict[str, Any] = json.loads((self.home / "ready.json").read_text())
         self.api_key: str = self.ready["api_key"]
         headers = {"Authorization": f"Bearer {self.api_key}"}
-        self.http = httpx.Client(base_url=self.base_url, headers=headers, timeout=60.0, trust_env=False)
+        self.http = httpx.Client(base_url=self.base_url, headers=headers, timeout=ANSWER, trust_env=False)
         self.openai = self.client()
         return time.monotonic() - began
 
     def client(self, key: str = "", prefix: str = "/v1") -> OpenAI:
         """OpenAI's own client, which shows every error at once instead of trying again."""
-        return OpenAI(base_url=self.base_url + prefix, api_key=key or self.api_key, max_retries=0, timeout=60.0)
+        return OpenAI(base_url=self.base_url + prefix, api_key=key or self.api_key, max_retries=0, timeout=ANSWER)
 
     def stop(self) -> float:
         """Ctrl-C; returns how many seconds the end took. Fails when something is left."""

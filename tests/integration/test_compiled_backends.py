@@ -197,7 +197,7 @@ class Machine:
         thread = threading.Thread(target=self._jobs.run, args=(job_id,))
         thread.start()
         run = self._home / "run"
-        assert wait_for(lambda: list(run.glob("job-*.json")) or not thread.is_alive(), 30)  # it has its environment
+        assert wait_for(lambda: list(run.glob("job-*.json")) or not thread.is_alive())  # it has its environment
         return job_id, thread
 
     def install(self, entry: BackendEntry, patch: pytest.MonkeyPatch) -> tuple[JobState, dict]:

@@ -14,7 +14,7 @@ import psutil
 import pytest
 from cluster_data import add_model, api_over_http, ready_node
 from gguf_files import PAIRS, gguf, text, value
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q import gguf as headers
 from localai_q.bus import journal
@@ -322,7 +322,7 @@ def test_stopped_at_any_stage_it_leaves_no_file_and_no_process(
     assert wait_for(reaches(node, job_id, stage), LONG), stage
     assert quantizers()
     assert quantizations.stop(node.services, made)["status"] == "stopped"
-    working.join(30)
+    working.join(LIMIT)
     assert wait_for(lambda: not quantizers())
     assert node.left() == []
 
@@ -334,7 +334,7 @@ def test_a_quantizer_that_dies_is_tried_again_later_and_leaves_nothing(node: Qua
     working.start()
     assert wait_for(reaches(node, job_id, "quantizing"), LONG)
     quantizers()[0].kill()
-    working.join(30)
+    working.join(LIMIT)
     jobs.apply_ends(node.services)
     quantizations.advance(node.services)
     one = quantizations.show(node.services, made)
@@ -354,5 +354,5 @@ def test_a_quantizer_ends_with_whoever_has_started_it(folder: Path, weights: Pat
     assert "progress" in json.loads(process.stdout.readline())
     assert os.getpriority(os.PRIO_PROCESS, process.pid) == 19
     process.stdin.close()
-    assert process.wait(30) == 1
+    assert process.wait(LIMIT) == 1
     process.stdout.close()

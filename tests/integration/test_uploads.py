@@ -13,7 +13,7 @@ import httpx
 import pytest
 from cluster_data import api_over_http
 from test_web_process import Web
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q.bus.connection import client
 from localai_q.cli import uploads as sending
@@ -283,7 +283,7 @@ def test_an_upload_goes_on_after_a_cut_and_after_a_restart_of_the_web(
     def tell(done: int) -> None:
         if done >= 5 << 20 > max(seen, default=0):
             os.killpg(web.process.pid, 9)
-            web.process.wait(10)
+            web.process.wait(LIMIT)
             web.start()
         seen[:] = [done, *seen]
 
