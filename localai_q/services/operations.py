@@ -6,12 +6,11 @@ from contextlib import suppress
 from typing import Any
 
 from localai_q.cluster.backends import WishState
-from localai_q.cluster.jobs import BACKEND_JOBS, NODE_JOBS
+from localai_q.cluster.jobs import BACKEND_JOBS, DOWNLOADS, NODE_JOBS, is_pause
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import NotFound
 from localai_q.services import backends, jobs, quantizations
 from localai_q.services.wiring import Services
-from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
 from localai_q.store.keys import ApiKey
 
@@ -42,6 +41,7 @@ def history(services: Services, *, limit: int) -> list[Record]:
          "error": (job["error"] or {}).get("message"), "nodeID": job["node_id"], "nodeName": job["node"],
          "started": job["created"], "ended": job["ended"]}
         for job in found
+        if not is_pause(job["error"])
     ]  # fmt: skip
 
 
@@ -96,11 +96,9 @@ def _of_job(job: Record) -> Record:
 
 
 def _paused(services: Services) -> list[Record]:
-    """Downloads that were paused and that a replica waits for."""
-    with services.db.transaction() as db:
-        awaited = {each.job_id for each in replicas.every(db, states=(ReplicaState.STAGING,)) if each.job_id}
-        found = [job for job_id in sorted(awaited) if (job := job_rows.by_id(db, job_id)) and job.is_paused]
-    return [{**_of_job(job), "isQueued": False, "phase": "paused"} for job in jobs.shown(services, found)]
+    """Downloads that were paused, and neither gone on with nor given up since."""
+    found = jobs.listed(services, states=(JobState.CANCELLED,), kinds=DOWNLOADS, limit=MOST_OPEN)
+    return [{**_of_job(job), "isQueued": False, "phase": "paused"} for job in found if is_pause(job["error"])]
 
 
 def _loads(services: Services) -> list[Record]:

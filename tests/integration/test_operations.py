@@ -233,11 +233,13 @@ def test_a_paused_download_is_waited_for_until_it_is_tried_again(
     assert stage_of(services) == (ReplicaState.STAGING, fetching)
     (shown,) = operations(http)
     assert (shown["jobID"], shown["phase"], shown["name"]) == (fetching, "paused", "m")
+    assert "staging" not in {one["taskType"] for one in operations(http, "/history")}
     for path in (f"/api/jobs/{fetching}/pause", f"/api/operations/{fetching}/dismiss"):
         assert http.post(path).status_code == 409
     again = http.post(f"/api/jobs/{fetching}/retry").json()["jobID"]
     assert again != fetching
     assert stage_of(services) == (ReplicaState.STAGING, again)
+    assert [one["jobID"] for one in operations(http, "/history") if one["taskType"] == "staging"] == [fetching]
     assert [one["phase"] for one in operations(http)] == ["queued"]
 
 
@@ -250,6 +252,17 @@ def test_a_paused_download_that_is_cancelled_is_waited_for_no_more(
     assert http.delete(f"/api/jobs/{fetching}").json()["state"] == "cancelled"
     replicas.advance(services)
     assert stage_of(services)[0] is ReplicaState.FAILED
+
+
+def test_a_paused_download_that_nothing_waits_for_is_shown_and_can_be_dismissed(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    job_id = fetch(services, node)
+    http.post(f"/api/operations/{job_id}/pause").raise_for_status()
+    jobs.apply_ends(services)
+    assert [(one["jobID"], one["phase"]) for one in operations(http)] == [(job_id, "paused")]
+    assert http.post(f"/api/operations/{job_id}/dismiss").status_code == 200
+    assert operations(http) == []
 
 
 def test_only_a_download_is_paused(services: Services, node: Node, http: httpx.Client) -> None:
