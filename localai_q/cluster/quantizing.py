@@ -271,10 +271,11 @@ def _idle_cores(site: Site, fleet: Fleet) -> int:
 
 # --- how it is told
 
-FETCHING = ("resolving", "downloading", "copying", "verifying")
-SPANS = {"installing": (0.0, 5.0), "downloading": (5.0, 20.0), "quantizing": (20.0, 60.0),
+DOWNLOADING = ("installing", "resolving", "downloading", "copying", "verifying")
+SPANS = {"installing": (0.0, 5.0), "resolving": (5.0, 5.0), "downloading": (5.0, 15.0), "copying": (5.0, 15.0),
+         "verifying": (15.0, 20.0), "quantizing": (20.0, 60.0),
          "reading with the source": (60.0, 75.0), "reading with the result": (75.0, 90.0),
-         "uploading": (90.0, 100.0)}  # fmt: skip
+         "hashing": (90.0, 92.0), "uploading": (92.0, 100.0)}  # fmt: skip
 ENDED = {JobState.DONE: "completed", JobState.FAILED: "failed", JobState.CANCELLED: "stopped"}
 
 
@@ -284,15 +285,14 @@ def status(one: Quantization, stage: str) -> str:
         return ENDED[one.state]
     if not stage:
         return "queued"
-    return "downloading" if stage in (*FETCHING, "installing") else "quantizing"
+    return "downloading" if stage in DOWNLOADING else "quantizing"
 
 
 def percentage(one: Quantization, progress: Mapping[str, Any]) -> float:
     """How far it is in all, of 100. `progress`: of its job."""
     if one.state is not JobState.OPEN:
         return 100.0 if one.state is JobState.DONE else 0.0
-    stage = str(progress.get("stage") or "")
-    begin, end = SPANS.get("downloading" if stage in FETCHING else stage, (0.0, 0.0))
+    begin, end = SPANS.get(str(progress.get("stage") or ""), (0.0, 0.0))
     total = float(progress.get("total") or 0)
     part = min(float(progress.get("done") or 0) / total, 1.0) if total else 0.0
     return round(begin + part * (end - begin), 1)

@@ -58,21 +58,10 @@ from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
 
-STARTS_ANEW = frozenset(
-    {
-        "source",
-        "mirrors",
-        "sha256",
-        "size",
-        "memory",
-        "spread_all",
-        "min_replicas",
-        "max_replicas",
-        "idle_timeout",
-        "pinned",
-        "disabled",
-    }
-)  # what of a model's configuration is not that of a model made of it
+STARTS_ANEW = frozenset({
+    "source", "mirrors", "sha256", "size", "memory", "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned",
+    "disabled", "preload",
+})  # fmt: skip  # what of a model's configuration is not that of a model made of it
 
 
 def backends(services: Services) -> list[dict[str, Any]]:

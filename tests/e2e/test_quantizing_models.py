@@ -1,5 +1,6 @@
 """A model is quantized by a whole cluster, whatever becomes of the node that does it; what comes of it chats."""
 
+import hashlib
 import json
 import os
 import signal
@@ -47,6 +48,13 @@ def test_its_node_dies_another_makes_the_file_which_chats(start_cluster: Callabl
     assert one["node"] != first
     assert list(cluster.home.glob("**/.*.quantized.part")) == []
     assert cluster.cli("quantize", "import", made, "--name", "eight").strip() == "eight"
+    assert "q8_0" in cluster.cli("quantize", "types")
+    assert json.loads(cluster.cli("quantize", "show", made))["result"] == one["result"]
+    assert one["result"]["sha256"] in cluster.cli("quantize", "watch", made, "--json")
+    copy = cluster.home / "copy.gguf"
+    cluster.cli("quantize", "download", made, str(copy))
+    assert hashlib.sha256(copy.read_bytes()).hexdigest() == one["result"]["sha256"]
+    assert "is there already" in cluster.cli("quantize", "download", made, str(copy), code=1)
 
     told = json.loads(cluster.cli("quantize", "eight", "--type", "q4_k_m", "--allow-requantize", "--name", "four",
                                   "--import", "--json", timeout=2 * LONG))  # fmt: skip
@@ -56,8 +64,9 @@ def test_its_node_dies_another_makes_the_file_which_chats(start_cluster: Callabl
     assert cluster.say("Say hello.", model="four", max_tokens=8).choices[0].message.content
     listed = cluster.cli("quantize", "list")
     assert "105.5 MB of 144.8" in listed
-    assert "145" not in cluster.cli("quantize", "delete", made)
-    assert "not found" not in cluster.cli("models", "show", "eight")
+    cluster.cli("quantize", "delete", made)
+    assert made not in cluster.cli("quantize", "list")
+    assert json.loads(cluster.cli("models", "show", "eight", "--json"))["origin"] == "q8_0 of smol"
     refused = cluster.cli("quantize", "smol", "--type", "q8_0", code=1, timeout=LONG)
     assert "quantized already" in refused
     cluster.stop()

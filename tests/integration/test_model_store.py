@@ -9,7 +9,7 @@ import pytest
 
 from localai_q.cluster.disk import Blob
 from workers.node import store
-from workers.node.store import FORGOTTEN, Store
+from workers.node.store import FORGOTTEN, QUANTIZED, Store
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64
 
@@ -115,3 +115,14 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(models: Store, monkeypatch
     models.part(A).write_bytes(b"x")
     models.keep(models.part(A), A)
     assert order == ["sync part", "rename", "sync lobs"]
+
+
+def test_a_quantized_file_whose_maker_is_gone_goes_and_a_download_stays_to_be_gone_on_with(models: Store) -> None:
+    left, worked_on, download = (models.part("q1", QUANTIZED), models.part("q2", QUANTIZED), models.part(A))
+    for path in (left, worked_on, download):
+        path.touch()
+    with models.alone("q2"):
+        models.remove_forgotten()
+        assert [path.exists() for path in (left, worked_on, download)] == [False, True, True]
+    models.remove_forgotten()
+    assert [path.exists() for path in (left, worked_on, download)] == [False, False, True]

@@ -7,24 +7,30 @@ import struct
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import psutil
 import pytest
 from cluster_data import add_model, api_over_http, ready_node
+from file_server import Remote, serve
 from gguf_files import PAIRS, gguf, text, value
 from waiting import LIMIT, wait_for
 
 from localai_q import gguf as headers
+from localai_q import names
 from localai_q.bus import journal
-from localai_q.cluster.events import Progress
+from localai_q.cluster.events import Progress, decode
 from localai_q.cluster.nodes import Node
-from localai_q.cluster.quantizing import TYPES, Order, TensorType
+from localai_q.cluster.quantizing import KIND, SPANS, TYPES, Order, TensorType, percentage
+from localai_q.cluster.states import JobState
 from localai_q.config import load_settings, settings
 from localai_q.gallery import catalog
 from localai_q.services import jobs, nodes, quantizations
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
+from localai_q.store import quantizations as rows
 from workers.child import ChildSpec
 from workers.identity import Identity
 from workers.node.fetcher import Wanted, fetch
@@ -152,6 +158,7 @@ def test_a_model_becomes_q8_0_and_that_becomes_q4_k_m(node: Quantizer, smol: str
     assert made["perplexity"] == pytest.approx(made["source_perplexity"], rel=0.02)
     assert 0 < made["kl_divergence"] < 0.03
     assert node.left() == [made["sha256"]], "in the API's store"
+    assert_it_only_grows(node.services)
     quantizations.import_model(node.services, eight["id"], "eight")
     four = node.make(model="eight", quantization_type="q4_k_m", extra_options=AGAIN)
     assert four["status"] == "completed", four
@@ -160,6 +167,18 @@ def test_a_model_becomes_q8_0_and_that_becomes_q4_k_m(node: Quantizer, smol: str
     assert smaller["size"] < made["size"]
     assert made["kl_divergence"] < smaller["kl_divergence"] < 0.5
     assert four["model"] == "eight"
+
+
+def assert_it_only_grows(services: Services) -> None:
+    """Whatever a job has said of its progress, the percentage never fell."""
+    with services.db.transaction() as db:
+        one = rows.every(db)[0]
+        (job,) = job_rows.listed(db, kinds=[KIND])
+    said = [decode(event["e"]) for _, event in services.redis.xrange(names.journal_key(job.id))]
+    stages = [asdict(event) for event in said if isinstance(event, Progress)]
+    assert {stage["stage"] for stage in stages} >= SPANS.keys() - {"installing", "downloading"}
+    told = [percentage(replace(one, state=JobState.OPEN), stage) for stage in stages]
+    assert told == sorted(told)
 
 
 def test_what_the_library_can_be_told(node: Quantizer, smol: str, tmp_path: Path) -> None:
@@ -324,6 +343,24 @@ def test_stopped_at_any_stage_it_leaves_no_file_and_no_process(
     assert quantizations.stop(node.services, made)["status"] == "stopped"
     working.join(LIMIT)
     assert wait_for(lambda: not quantizers())
+    assert node.left() == []
+
+
+def test_stopped_while_its_source_comes_it_leaves_nothing_of_that(
+    node: Quantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES", "true")
+    content = gguf() + bytes(1 << 22)
+    with serve() as server:
+        url = server.put("/m.gguf", Remote(content, pause=0.5))
+        made = node.begin(model=url, sha256=hashlib.sha256(content).hexdigest(), extra_options=AGAIN)
+        job_id = node.job(made)
+        working = threading.Thread(target=node.worker.run, args=(job_id,))
+        working.start()
+        assert wait_for(reaches(node, job_id, "downloading"), LONG)
+        assert wait_for(node.left)
+        quantizations.stop(node.services, made)
+        working.join(30)
     assert node.left() == []
 
 

@@ -12,6 +12,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from localai_q.cluster.events import Progress
 from localai_q.cluster.quantizing import BITS, OTHER_BITS, Options
 from localai_q.errors import InvalidValue, Unavailable
 from workers import versions
+from workers.node import fetcher
 from workers.node.digests import Digest
 from workers.node.downloads import Report as Bytes
 from workers.node.downloads import hash_file
-from workers.node.fetcher import fetch, wanted_of
+from workers.node.fetcher import wanted_of
 from workers.node.installer import python_of
 from workers.node.sources import Access
-from workers.node.store import Store
+from workers.node.store import QUANTIZED, Store
 
 PROGRAM = "quantize.py"  # in the folder of a backend that can quantize
 CHUNK = 1 << 20  # bytes
@@ -51,8 +53,11 @@ def quantize(request: dict[str, Any], models: Path, backends: Path, access: Acce
 
 
 def discard(request: dict[str, Any], models: Path) -> None:
-    """Remove what a quantization that was cancelled has left."""
+    """Remove what a quantization that was cancelled has left, with what has come of the files that it needs."""
     Store(models).discard(str(request["quantization"]))
+    for file in (request["source"], request["text"], request["options"].get("imatrix")):
+        if file:
+            fetcher.discard(wanted_of(file), models)
 
 
 class _Work:
@@ -69,18 +74,18 @@ class _Work:
         self._options = Options.model_validate(request["options"])
 
     def result(self) -> dict[str, Any]:
-        source = self._fetched(self._request["source"])
+        source = self._fetched(self._request["source"], self._report)
         before = _checked(source, self._options)
         text = self._fetched(self._request["text"]) if self._request["text"] else None
         imatrix = self._fetched(self._options.imatrix.model_dump()) if self._options.imatrix else None
-        part = self._store.part(self._id, "quantized.part")
+        part = self._store.part(self._id, QUANTIZED)
         with self._store.alone(self._id):
             try:
                 bits = BITS.get(self._request["type"], OTHER_BITS)
                 self._store.need_room(int(before.parameters * bits / 8))
                 measured = self._made(source, part, text, imatrix)
                 with part.open("rb") as file:
-                    found = hash_file(file, part.stat().st_size, Bytes(self._report))
+                    found = hash_file(file, part.stat().st_size, Bytes(self._hashing))
                 facts = gguf.read_facts(part)
                 self._give(part, found)
                 self._store.keep(part, found.sha256, found.beginnings)
@@ -89,8 +94,8 @@ class _Work:
         return {"sha256": found.sha256, "size": found.size, "source_sha256": source.name,
                 "source_size": source.stat().st_size, "architecture": facts.architecture, **measured}  # fmt: skip
 
-    def _fetched(self, file: dict[str, Any]) -> Path:
-        return fetch(wanted_of(file), self._models, self._access, self._report)
+    def _fetched(self, file: dict[str, Any], report: Report = lambda _: None) -> Path:
+        return fetcher.fetch(wanted_of(file), self._models, self._access, report)
 
     def _made(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
         """Have the backend's program make the file and measure it; what it has measured."""
@@ -124,10 +129,11 @@ class _Work:
         api = self._access.peers
         if api is None:
             raise Unavailable("there is no API to give the file to")
-        api.give(self._id, found.sha256, part, lambda sent: self._say("uploading", sent, found.size))
+        report = Bytes(self._report)
+        api.give(self._id, found.sha256, part, lambda sent: report("uploading", sent, found.size))
 
-    def _say(self, stage: str, done: int, total: int) -> None:
-        self._report(Progress(stage=stage, done=done, total=total, unit="bytes"))
+    def _hashing(self, progress: Progress) -> None:
+        self._report(replace(progress, stage="hashing"))
 
 
 def _checked(source: Path, options: Options) -> gguf.Tensors:

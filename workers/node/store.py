@@ -33,7 +33,7 @@ FORGOTTEN = 7 * 24 * 3600.0  # seconds after which a partial file that nobody ha
 
 Report = Callable[[Progress], None]
 
-QUANTIZED = ".quantized.part"  # what is being made: nobody goes on with one that its maker has left
+QUANTIZED = "quantized.part"  # what is being made: nobody goes on with one that its maker has left
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 
