@@ -183,7 +183,7 @@ def _wait(api: Api, one: Record, *, quiet: bool) -> Record:
     with display() as shown:
         while one["state"] == "open":
             if not quiet:
-                progress = one["progress"] or {"stage": "waiting", "note": one["message"]}
+                progress = one["progress"] or {"stage": one["message"] or "waiting"}
                 shown.show([{"id": one["id"], "kind": "quantize", "subject": one["name"], "node": one["node"],
                              "progress": progress}])  # fmt: skip
             time.sleep(POLL)

@@ -292,6 +292,12 @@ def test_a_file_that_is_no_model_fails_with_the_reason(
     assert node.left() == []
 
 
+def test_a_file_that_this_node_does_not_have_may_lie_on_another(node: Quantizer, tmp_path: Path) -> None:
+    one = node.make(model=f"file:{tmp_path}/m", sha256="0" * 64)
+    assert one["state"] == "open"
+    assert "this node has no such file" in one["failures"][0]["reason"]
+
+
 def test_what_is_quantized_already_is_so_again_only_where_that_is_allowed(node: Quantizer, smol: str) -> None:
     one = node.make(model=smol)
     assert one["status"] == "failed"

@@ -19,7 +19,8 @@ from typing import Any
 from localai_q import gguf
 from localai_q.cluster.events import Progress
 from localai_q.cluster.quantizing import BITS, OTHER_BITS, Options
-from localai_q.errors import InvalidValue, Unavailable
+from localai_q.cluster.sources import OnNode, parse
+from localai_q.errors import InvalidValue, NotFound, Unavailable
 from workers import versions
 from workers.node import fetcher
 from workers.node.digests import Digest
@@ -31,7 +32,6 @@ from workers.node.sources import Access
 from workers.node.store import QUANTIZED, Store
 
 PROGRAM = "quantize.py"  # in the folder of a backend that can quantize
-CHUNK = 1 << 20  # bytes
 NEEDED = 60.0  # seconds between two times that the source is said to be needed
 PLAIN = frozenset({"f32", "f16", "bf16", "f64", "i8", "i16", "i32", "i64"})  # types of tensors that are not quantized
 
@@ -95,7 +95,13 @@ class _Work:
                 "source_size": source.stat().st_size, "architecture": facts.architecture, **measured}  # fmt: skip
 
     def _fetched(self, file: dict[str, Any], report: Report = lambda _: None) -> Path:
-        return fetcher.fetch(wanted_of(file), self._models, self._access, report)
+        wanted = wanted_of(file)
+        try:
+            return fetcher.fetch(wanted, self._models, self._access, report)
+        except NotFound as error:
+            if isinstance(parse(wanted.source, wanted.mirrors), OnNode):
+                raise Unavailable(error.message) from error  # another node may have it
+            raise
 
     def _made(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
         """Have the backend's program make the file and measure it; what it has measured."""
