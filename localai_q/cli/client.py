@@ -12,7 +12,7 @@ import httpx
 
 from localai_q.cli.home import KEY_FILE, READY_FILE
 from localai_q.config import Settings, settings
-from localai_q.errors import InvalidValue, LocalAIError, Unavailable
+from localai_q.errors import InvalidValue, LocalAIError, ModelDisabled, Unavailable
 
 Record = dict[str, Any]
 
@@ -72,10 +72,11 @@ class Api:
             return
         response.read()
         try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"the API answered with status {response.status_code}"
-        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            error = response.json()["error"]
+            message, code = error["message"], error.get("code")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            message, code = f"the API answered with status {response.status_code}", None
+        if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN) and code != ModelDisabled.code:
             message += " (set LOCALAI_API_KEY to an admin key, or run this as the user who started the cluster)"
         raise LocalAIError(message)
 

@@ -600,6 +600,7 @@ def test_models_are_written_down_and_read_again_by_the_command_line(web: Web, tm
     asked = {"model": "parrot", "messages": [{"role": "user", "content": "Hi"}]}
     answer = web.http.post("/v1/chat/completions", json=asked)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_disabled")
+    assert web.cli("chat", "--model", "parrot", "Hi")[2].endswith("--no-disabled'.\n")
     assert {model["id"] for model in web.http.get("/v1/models").json()["data"]}.isdisjoint({"parrot"})
     for name in ("parrot", "a/b:c"):
         assert web.cli("models", "remove", name)[0] == 0

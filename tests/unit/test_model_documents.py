@@ -112,7 +112,7 @@ class TestDefaults:
     @pytest.mark.parametrize("name", sorted(Sampling.model_fields))
     @given(value=st.one_of(st.none(), st.integers(-5, 5), st.floats(-5, 5), st.booleans(), st.text(max_size=2),
                            st.lists(st.sampled_from(["top_k", "x", ""]), max_size=2)))  # fmt: skip
-    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
+    @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.differing_executors])
     def test_they_may_be_what_a_request_may_say(self, name: str, value: object) -> None:
         def passes(call) -> bool:
             try:
