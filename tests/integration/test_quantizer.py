@@ -39,6 +39,8 @@ from workers.node.jobs import Jobs
 from workers.node.sources import Access
 from workers.node.wheels import Wheels
 
+pytestmark = pytest.mark.timeout(600)
+
 LONG = 170.0  # seconds that work at the lowest priority may take on a crowded machine
 
 
