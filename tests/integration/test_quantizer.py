@@ -39,7 +39,7 @@ from workers.node.jobs import Jobs
 from workers.node.sources import Access
 from workers.node.wheels import Wheels
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(3600)  # the engine is compiled where it never was
 
 LONG = 170.0  # seconds that work at the lowest priority may take on a crowded machine
 
