@@ -17,6 +17,7 @@ from toy_packages import offer, package
 from waiting import LIMIT, wait_for
 
 from localai_q.bus import journal
+from localai_q.cluster.backends import Op
 from localai_q.cluster.events import Progress
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
@@ -25,7 +26,7 @@ from localai_q.config import Settings
 from localai_q.errors import Cancelled
 from localai_q.gallery.catalog import BackendEntry, backend
 from localai_q.names import new_id
-from localai_q.services import fleet, galleries, jobs, uploads, wheels
+from localai_q.services import backends, fleet, galleries, jobs, uploads, wheels
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers import versions
@@ -173,11 +174,15 @@ def test_when_the_worker_of_jobs_is_killed_what_it_compiled_ends_and_is_removed(
 # --- from one node to others
 
 
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children()}
+
+
 class Machine:
     """A node on a machine of its own, which has compiled nothing yet."""
 
     def __init__(self, services: Services, api: str, home: Path, *, builder: bool = False) -> None:
-        self.name, self._services, self._home = home.name, services, home
+        self.name, self._services = home.name, services
         identity = Identity(home / "identity.json")
         self.node = ready_node(services, self.name, secret=identity.secret())
         if builder:
@@ -192,13 +197,16 @@ class Machine:
 
     def begin(self, entry: BackendEntry, patch: pytest.MonkeyPatch) -> tuple[str, threading.Thread]:
         """Have it install the backend."""
-        patch.setenv("LOCALAI_Q_WHEEL_CACHE", str(self.cache))
         job_id = submit(self._services, self.node, entry)
+        return job_id, self.begin_job(job_id, patch)
+
+    def begin_job(self, job_id: str, patch: pytest.MonkeyPatch) -> threading.Thread:
+        patch.setenv("LOCALAI_Q_WHEEL_CACHE", str(self.cache))
+        before = children()
         thread = threading.Thread(target=self._jobs.run, args=(job_id,))
         thread.start()
-        run = self._home / "run"
-        assert wait_for(lambda: list(run.glob("job-*.json")) or not thread.is_alive())  # it has its environment
-        return job_id, thread
+        assert wait_for(lambda: children() - before or not thread.is_alive())  # the job has this environment
+        return thread
 
     def install(self, entry: BackendEntry, patch: pytest.MonkeyPatch) -> tuple[JobState, dict]:
         job_id, thread = self.begin(entry, patch)
@@ -378,3 +386,25 @@ def test_while_the_api_is_away_a_node_compiles_by_itself(
     node = Machine(services, "http://127.0.0.1:9", tmp_path / "n1", builder=True)
     assert node.install(offered(), monkeypatch)[0] is JobState.DONE
     assert node.has_compiled()
+
+
+def test_one_request_for_all_nodes_compiles_once(
+    services: Services, api: str, offered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = tmp_path / "count"
+    offered(count=str(count))
+    names = ("n1", "n2", "n3")
+    machines = {name: Machine(services, api, tmp_path / name, builder=name == "n2") for name in names}
+    operation = backends.change_everywhere(services, Op.INSTALL, "toy")
+    backends.fulfil(services)
+    told = {one["node_name"]: one["job"] for one in backends.operation(services, operation["uuid"])["nodes"]}
+    working = [machines[name].begin_job(told[name], monkeypatch) for name in names]
+    for thread in working:
+        thread.join()
+    jobs.apply_ends(services)
+    backends.fulfil(services)
+    shown = backends.operation(services, operation["uuid"])
+    assert (shown["processed"], shown["error"]) == (True, None)
+    assert count.read_text() == "1"
+    assert len({machine.module() for machine in machines.values()}) == 1
+    assert [name for name in names if machines[name].has_compiled()] == ["n2"]
