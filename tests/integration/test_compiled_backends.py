@@ -2,6 +2,7 @@
 node gives to others."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -351,7 +352,7 @@ def test_a_node_waits_for_the_builder_that_compiles_the_same(
 
     assert wait_for(lambda: isinstance(last(), Progress) and last().stage == "waiting")
     assert last().note == "node n1 compiles it (50 %)"
-    psutil.Process(pids(mark)[1]).kill()  # then the builder goes on
+    os.killpg(pids(mark)[1], signal.SIGKILL)  # then the builder goes on
     working.join()
     waiting.join()
     assert [result(services, job_id)[0] for job_id in (one, two)] == [JobState.DONE] * 2
@@ -375,7 +376,7 @@ def test_a_node_compiles_by_itself_when_the_builder_fails(
     working.join()
     jobs.apply_ends(services)
     assert wait_for(lambda: len(pids(mark)) == 2 and pids(mark) != before)
-    psutil.Process(pids(mark)[1]).kill()
+    os.killpg(pids(mark)[1], signal.SIGKILL)
     waiting.join()
     assert second.has_compiled()
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -194,7 +195,7 @@ def test_it_runs_at_low_priority(bring: Bring, tmp_path: Path) -> None:
     try:
         assert {builder.nice(), compiler.nice()} == {19}
     finally:
-        compiler.kill()
+        os.killpg(compiler.pid, signal.SIGKILL)
         working.join(LIMIT)
 
 

@@ -27,7 +27,8 @@ def build_wheel(folder, settings=None, _=None):
             file.write("1")
     if "hang" in settings:
         reads_on = ["cc", "-x", "c", "-", "-o", os.devnull]
-        compiler = subprocess.Popen(reads_on, stdin=subprocess.PIPE, process_group=0)
+        end, own_end = os.pipe()  # it keeps what it reads from open itself
+        compiler = subprocess.Popen(reads_on, stdin=end, pass_fds=(own_end,), process_group=0)
         pathlib.Path(settings["hang"]).write_text(f"{os.getpid()} {compiler.pid}")
         compiler.wait()
     word = settings.get("word", "nothing")
