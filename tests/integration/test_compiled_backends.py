@@ -74,7 +74,7 @@ def node(services: Services) -> Node:
 
 @pytest.fixture
 def settings(settings: Settings, tmp_path: Path) -> Settings:
-    galleries._read.clear()
+    galleries._of_backends.clear()
     return settings.model_copy(update={"backend_galleries": str(tmp_path / "gallery.yaml")})
 
 
@@ -323,7 +323,7 @@ def test_a_wheel_that_does_not_work_is_not_switched_to(
     assert wrong[0] is JobState.DONE
     (made,) = (tmp_path / "n4" / "cache" / "blobs").glob("[0-9a-f]*")
     offered(word="right")
-    galleries._read.clear()
+    galleries._of_backends.clear()
     wheels.remove(services, wheel["id"])
     key = WheelKey.model_validate({name: wheel[name] for name in WheelKey.model_fields})
     with made.open("rb") as file:

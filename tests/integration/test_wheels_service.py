@@ -47,7 +47,7 @@ def gallery(tmp_path: Path) -> Callable[..., None]:
     def write(*entries: BackendEntry) -> None:
         records = [one.model_dump(mode="json") for one in entries]
         (tmp_path / "gallery.yaml").write_text(json.dumps(records))
-        galleries._read.clear()
+        galleries._of_backends.clear()
 
     write(entry(), entry("flagged", word="x"))
     return write
@@ -173,7 +173,7 @@ def test_a_wheel_goes_when_no_backend_needs_it_any_more(
     cleaning.tidy(services)
     assert len(wheels.listed(services)) == 2, "a gallery that cannot be read says nothing"
     (tmp_path / "away").rename(tmp_path / "gallery.yaml")
-    galleries._read.clear()
+    galleries._of_backends.clear()
     cleaning.tidy(services)
     assert [wheel["settings"] for wheel in wheels.listed(services)] == [{"word": "x"}]
     assert stored(services) == [b"flagged"]
