@@ -46,3 +46,7 @@ def test_the_second_machine_takes_what_the_first_has_compiled(
     assert cluster.say("Count to three.", model="small", max_tokens=4).usage.completion_tokens > 0
     assert [replica["node"] for replica in cluster.replicas("small")] == ["bare"]
     beta.term()
+
+    assert "0 wheels have an id that begins with 'x'" in cluster.cli("backends", "wheels", "--delete", "x", code=1)
+    cluster.cli("backends", "wheels", "--delete", wheel["id"][:12])
+    assert cluster.http.get("/api/wheels").json() == {"wheels": []}
