@@ -40,7 +40,8 @@ def test_what_nobody_signed_is_refused(ticket: str) -> None:
     assert not is_valid(ticket, [KEY], "n1", FILE, now=NOW)
 
 
-@given(st.integers(min_value=0), st.characters(codec="ascii"))
+# "+" and "/" are other ways to write "-" and "_".
+@given(st.integers(min_value=0), st.characters(codec="ascii", exclude_characters="+/"))
 def test_a_changed_ticket_is_refused(place: int, letter: str) -> None:
     ticket = issue(KEY, "n1", FILE, now=NOW)
     at = place % (len(ticket) - 1)  # the last letter has bits that mean nothing
