@@ -60,7 +60,7 @@ class Settings(BaseSettings):
     max_body: int = Field(20 << 20, gt=0, validation_alias="LOCALAI_Q_MAX_BODY")
     max_upload: int = Field(200 << 30, gt=0, validation_alias="LOCALAI_Q_MAX_UPLOAD")
     max_uploads: int = Field(16, ge=1, le=10_000, validation_alias="LOCALAI_Q_MAX_UPLOADS")  # that are on their way
-    # How long an upload that was cut off is kept.
+    # How long an upload that was cut off, or that nothing names, is kept.
     upload_ttl: float = Field(24 * 3600.0, gt=0, validation_alias="LOCALAI_Q_UPLOAD_TTL")
     max_waiting: int = Field(1024, gt=0, validation_alias="LOCALAI_Q_MAX_WAITING")  # jobs in line for one model
     no_model: bool = Field(False, validation_alias="LOCALAI_Q_NO_MODEL")  # a new registry gets no default model

@@ -15,6 +15,7 @@ import typer
 from localai_q.cli import backends, jobs, keys, models, nodes, quantize
 from localai_q.cli.chat import chat
 from localai_q.cli.up import up
+from localai_q.cluster.joblog import shown
 from localai_q.errors import LocalAIError
 
 app = typer.Typer(
@@ -60,7 +61,7 @@ def main() -> None:
     try:
         app()
     except LocalAIError as error:
-        print(f"localai-q: {' '.join(error.message.split())}", file=sys.stderr)
+        print(f"localai-q: {shown(' '.join(error.message.split()))}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

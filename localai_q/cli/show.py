@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from localai_q.cluster.joblog import shown
+
 PIPED_WIDTH = 240  # columns of a table that no terminal shows, so that lines can be searched and pasted
 WHOLE = ("id", "name")  # columns that are pasted into the next command
 NARROWEST = 8  # columns that any other is given, even if the terminal then breaks the lines
@@ -38,7 +40,7 @@ def rows(records: Iterable[dict[str, Any]], columns: Sequence[str], *, as_json: 
     for record in listed:
         table.add_row(*(text(record.get(column)) for column in columns))
     width = Console().width if sys.stdout.isatty() else PIPED_WIDTH
-    Console(width=max(width, needed)).print(table)
+    Console(width=max(width, needed), markup=False).print(table)
 
 
 def _title(column: str) -> str:
@@ -53,7 +55,7 @@ def text(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.3g}"
-    return str(value)
+    return shown(str(value))
 
 
 def when(seconds: float | None) -> str | None:

@@ -18,6 +18,7 @@ import httpx
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
+from localai_q.cluster.joblog import shown
 from localai_q.supervisor import say
 
 POLL = 0.3  # seconds between two looks
@@ -237,11 +238,11 @@ def display() -> Display:
 
 def _title(job: Record) -> str:
     what = f"{WORK.get(job['kind'], job['kind'])} {job.get('subject') or job.get('model') or ''}".strip()
-    return f"{what} on {job['node']}" if job.get("node") else what
+    return shown(f"{what} on {job['node']}" if job.get("node") else what)
 
 
 def _stage_of(job: Record) -> str:
-    return str((job.get("progress") or {}).get("stage") or "waiting")
+    return shown(str((job.get("progress") or {}).get("stage") or "waiting"))
 
 
 class Lines:
@@ -307,7 +308,7 @@ class Bars:
 def amount(progress: Record) -> str:
     """How far a job is, in words: its note, else done and total with their unit."""
     if progress.get("note"):
-        return str(progress["note"])
+        return shown(str(progress["note"]))
     done, total, unit = progress.get("done"), progress.get("total"), progress.get("unit") or ""
     if done is None:
         return ""

@@ -12,7 +12,7 @@ import redis
 
 from localai_q import names
 from localai_q.errors import Unavailable
-from localai_q.services import backends, cleaning, installs, jobs, node_users, nodes, quantizations, replicas
+from localai_q.services import backends, cleaning, installs, jobs, models, node_users, nodes, quantizations, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import leaders
 
@@ -35,12 +35,13 @@ class Loop:
 
 
 def prune(services: Services) -> None:
-    """Forget jobs and wishes that ended long ago."""
+    """Forget jobs and wishes that ended long ago, and uploaded files that nothing names."""
     from localai_q.store import jobs as rows
 
     with services.db.transaction() as db:
         rows.forget(db, older_than=KEPT_DAYS * 24 * 3600.0)
     backends.prune(services, days=KEPT_DAYS)
+    models.forget_unnamed(services)
 
 
 def make_loops() -> list[Loop]:

@@ -142,7 +142,7 @@ def forget(services: Services, job_id: str, asker: ApiKey) -> None:
 
 
 def prune(services: Services, *, older_than: float, states: Collection[str], kinds: Collection[str]) -> int:
-    """Delete what is known of jobs that ended more than so many seconds ago; how many."""
+    """Delete what is known of jobs that ended more than so many seconds ago; how many. What is paused stays."""
     with services.db.transaction() as db:
         return jobs.forget(db, states=states, kinds=kinds, older_than=older_than)
 
@@ -152,18 +152,21 @@ def retry(services: Services, job_id: str, asker: ApiKey) -> str:
 
     Raises:
         NotFound: there is none of that id that `asker` may see.
-        Conflict: it has not failed, is no job of a node, or its node is not there.
+        Conflict: it has not failed, is no job of a node, or its node is not there, or its model.
     """
     job = _existing(services, job_id, asker)
     with services.db.transaction() as db:
         request = jobs.kept_request(db, job.id)
         node = nodes.by_id(db, job.node_id or "")
+        is_orphan = bool(job.model_id) and models.by_id(db, str(job.model_id)) is None
     if job.kind not in NODE_JOBS or request is None:
         raise Conflict(f"Job '{job_id}' is none of a node: send its request again.")
     if "quantization" in request:
         raise Conflict(f"Job '{job_id}' is a step of a quantization: ask for that again.")
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
+    if is_orphan:
+        raise Conflict(f"Job '{job_id}' cannot be tried again: its model was removed.")
     if node is None or node.state not in REACHABLE:
         raise Conflict(f"Job '{job_id}' cannot be tried again: its node is not there.")
     again = submit_node_job(services, kind=job.kind, node_id=node.id, model_id=job.model_id, request=request)

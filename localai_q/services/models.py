@@ -258,6 +258,11 @@ def _forget_files(services: Services, config: ModelConfig) -> None:
     forget_stored(services, {file.source.removeprefix(STORE) for file in config.files if file.source.startswith(STORE)})
 
 
+def forget_unnamed(services: Services) -> None:
+    """Delete uploaded files that nothing has named for LOCALAI_Q_UPLOAD_TTL seconds since they came."""
+    forget_stored(services, uploads.kept_since(services, services.settings.upload_ttl))
+
+
 def forget_stored(services: Services, files: Set[str]) -> None:
     """Delete these files of the API's store, by SHA-256, that no model and no quantization needs, and that are no wheels."""
     if not files:

@@ -6,6 +6,7 @@ writes where the part ends is the one who uploads: another one who was cut off f
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -61,10 +62,9 @@ class Chunk:
         found = _CONTENT_RANGE.fullmatch(content_range)
         if not found:
             raise InvalidValue("'Content-Range' needs the form 'bytes FIRST-LAST/TOTAL'.", param="Content-Range")
-        total = int(found[3])
-        if found[1] is None:
+        total, first, last = int(found[3]), int(found[1] or 0), int(found[2] or -1)
+        if found[1] is None and not length:
             return cls(size=0, start=None, total=total)
-        first, last = int(found[1]), int(found[2])
         if not first <= last < total or length != last - first + 1:
             raise InvalidValue(
                 f"'Content-Range' says {content_range!r}, and 'Content-Length' {length}: they must agree.",
@@ -127,17 +127,22 @@ def receive(services: Services, sha256: str, stream: IO[bytes], chunk: Chunk) ->
     part = _part(services, target, chunk)
     try:
         with part.open("a+b") as file:
-            start = _begin(file, chunk)
+            start = _begin(file, part, chunk)
             written = _write(file, part, stream, start, most)
             if chunk.total is not None and written < chunk.total:
                 return Received(size=written, whole=False)
-            with _alone(file, written):
+            with _alone(file, part, written):
                 _check(file, part, sha256, written)
                 sync(part)
+                _need_same(file, part)  # it may have been given up while it was checked
                 part.replace(target)
-    except BaseException:
+    except (Conflict, Unavailable):  # it is somebody else's
+        raise
+    except BaseException as error:
         if chunk.total is None:  # nobody could go on with it
             part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise NoRoom(f"The disk of {target.parent} became full.") from error
         raise
     return Received(size=written, whole=True)
 
@@ -184,6 +189,16 @@ def sweep(services: Services) -> None:
         del _digests[part]
 
 
+def kept_since(services: Services, seconds: float) -> set[str]:
+    """The whole files, by SHA-256, that came more than so many seconds ago."""
+    limit, found = time.time() - seconds, set()
+    for path in (services.settings.home / "files").glob("[0-9a-f]*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < limit:
+                found.add(path.name)
+    return found
+
+
 def _part(services: Services, target: Path, chunk: Chunk) -> Path:
     """The part of this file, if one more may be begun and the disk has room for all that are on their way."""
     part = target.with_name(f".{target.name}.{chunk.total or 0}.part")
@@ -210,14 +225,14 @@ def _missing(part: Path) -> int:
     return 0
 
 
-def _begin(file: IO[bytes], chunk: Chunk) -> int:
+def _begin(file: IO[bytes], part: Path, chunk: Chunk) -> int:
     """From where on the part is written: where it ends, or for a whole file its beginning."""
     there = os.fstat(file.fileno()).st_size
     if chunk.start is None or (chunk.start == there and chunk.size != chunk.total):
         return there
     if chunk.size != chunk.total:
         raise WrongOffset(f"{there} bytes are there: go on from there, not from {chunk.start}.")
-    with _alone(file, there):
+    with _alone(file, part, there):
         file.truncate(0)
     return 0
 
@@ -229,7 +244,7 @@ def _write(file: IO[bytes], part: Path, stream: IO[bytes], at: int, most: int) -
         while block := stream.read(BLOCK):
             if at + len(block) > most:
                 raise BodyTooLarge(f"The file is larger than LOCALAI_Q_MAX_UPLOAD allows ({most} bytes).")
-            with _alone(file, at):
+            with _alone(file, part, at):
                 file.write(block)
                 file.flush()
             if digest and known == at:
@@ -257,18 +272,27 @@ def _check(file: IO[bytes], part: Path, sha256: str, size: int) -> None:
 
 
 @contextmanager
-def _alone(file: IO[bytes], at: int) -> Iterator[None]:
+def _alone(file: IO[bytes], part: Path, at: int) -> Iterator[None]:
     """Be the only one, across processes, to change a part that ends here."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise Unavailable("Somebody else writes or checks this upload at the moment.") from error
     try:
+        _need_same(file, part)
         if os.fstat(file.fileno()).st_size != at:
             raise Conflict("Somebody else goes on with this upload.")
         yield
     finally:
         fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _need_same(file: IO[bytes], part: Path) -> None:
+    """Refuse to go on with a part that was given up, or has become the whole file, since it was opened."""
+    with suppress(OSError):
+        if os.path.samestat(os.fstat(file.fileno()), part.stat()):
+            return
+    raise Conflict("This upload was given up, or somebody else has brought it to its end.")
 
 
 def _read(path: Path, start: int) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from localai_q.cluster.events import End, Usage
 from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
 from localai_q.cluster.states import JOB_MOVES, JobState, sources
+from localai_q.errors import Paused
 from localai_q.store.tables import backend_wishes, job_logs, jobs, models, quantizations, replicas
 
 OF_NODE = jobs.c.kind.in_(NODE_JOBS)
@@ -153,10 +154,12 @@ def forget(
 ) -> int:  # fmt: skip
     """Delete jobs that ended more than so many seconds ago, narrowed as asked; how many.
 
-    What a replica, a wish or a quantization is to learn of first stays.
+    What a replica, a wish or a quantization is to learn of first stays, and what is paused, unless it is named.
     """
     limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
     statement = delete(jobs).where(jobs.c.state != JobState.OPEN, jobs.c.ended_at <= limit)
+    if not ids:
+        statement = statement.where(jobs.c.error["error"].astext.is_distinct_from(Paused.__name__))
     for table in (replicas, backend_wishes, quantizations):
         statement = statement.where(~exists().where(table.c.job_id == jobs.c.id))
     for column, allowed in ((jobs.c.id, ids), (jobs.c.state, states), (jobs.c.kind, kinds)):

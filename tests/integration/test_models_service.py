@@ -2,6 +2,8 @@
 
 import hashlib
 import io
+import os
+import time
 
 import pytest
 from cluster_data import add_model, model_named
@@ -184,3 +186,18 @@ class TestDocuments:
         with services.db.transaction() as db:
             assert model_rows.learn_contents(db, before, [{"sha256": SHA, "size": 7}]) is None
         assert model_named(services, "m").config.sha256 is None
+
+
+def test_an_uploaded_file_that_nothing_names_goes_after_a_while(services: Services) -> None:
+    named = b"named" * 1000
+    sha256 = hashlib.sha256(named).hexdigest()
+    upload(services)
+    upload(services, named, sha256)
+    add_model(services, backend="xllamacpp", source=f"store:{sha256}", sha256=sha256)
+    models.forget_unnamed(services)
+    assert files(services) == sorted([SHA, sha256])
+    long_ago = time.time() - services.settings.upload_ttl - 60
+    for name in files(services):
+        os.utime(services.settings.home / "files" / name, (long_ago, long_ago))
+    models.forget_unnamed(services)
+    assert files(services) == [sha256]

@@ -17,7 +17,7 @@ from localai_q.cluster.events import End, Progress
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, ReplicaState
-from localai_q.services import backends, jobs, keys, nodes, replicas
+from localai_q.services import backends, jobs, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import backends as wish_rows
 from localai_q.store import jobs as job_rows
@@ -263,6 +263,37 @@ def test_a_paused_download_that_nothing_waits_for_is_shown_and_can_be_dismissed(
     assert [(one["jobID"], one["phase"]) for one in operations(http)] == [(job_id, "paused")]
     assert http.post(f"/api/operations/{job_id}/dismiss").status_code == 200
     assert operations(http) == []
+
+
+def test_what_is_paused_is_no_history_and_is_not_pruned(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    http.post(f"/api/operations/{job_id}/pause").raise_for_status()
+    jobs.apply_ends(services)
+    assert http.delete("/api/operations/history").json()["removed"] == 0
+    assert http.post("/api/jobs/prune", json={"older_than": 0}).json()["removed"] == 0
+    assert http.post(f"/api/jobs/{job_id}/retry").status_code == 202
+    assert http.delete("/api/operations/history").json()["removed"] == 1
+
+
+def test_what_was_cancelled_is_not_paused_afterwards(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    assert http.post(f"/api/jobs/{job_id}/pause").status_code == 200
+    assert services.leases.is_paused(job_id)
+    assert http.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelling"
+    http.post(f"/api/jobs/{job_id}/pause")
+    assert not services.leases.is_paused(job_id)
+    services.leases.finish(lease, lease.last_index + 1, FAILED, node_id=node.id)
+
+
+def test_a_download_for_a_model_that_was_removed_is_not_tried_again(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    _, fetching = staged(services)
+    end(services, node, fetching, FAILED)
+    models.remove(services, "m")
+    refused = http.post(f"/api/jobs/{fetching}/retry")
+    assert (refused.status_code, "its model was removed" in refused.text) == (409, True)
 
 
 def test_only_a_download_is_paused(services: Services, node: Node, http: httpx.Client) -> None:

@@ -332,3 +332,14 @@ def test_the_own_file_goes_before_other_nodes(get: Get, start, told: Told, tmp_p
     seen: list[str] = []
     get(lambda event: seen.append(event.stage), url=f"file:{file}")
     assert "downloading" not in seen
+
+
+def test_where_another_file_lies_at_its_path_the_right_one_comes_from_a_holder(
+    tmp_path: Path, get: Get, told: Told, start: Callable[..., Running]
+) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"another")
+    with pytest.raises(Unavailable, match="SHA-256"):
+        get(url=f"file:{path}")
+    told.named = [start("n1")]
+    get(url=f"file:{path}")

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 from cluster_data import api_over_http
+from small_disks import fill, small_disk
 from test_web_process import Web
 from waiting import LIMIT, wait_for
 
@@ -148,9 +149,96 @@ def test_who_was_cut_off_and_wakes_writes_no_more(services: Services) -> None:
 def test_who_writes_while_another_checks_is_to_come_back(services: Services) -> None:
     put(services, 0, HALF)
     (part,) = (services.settings.home / "files").glob(".*.part")
-    with part.open("a+b") as file, uploads._alone(file, HALF), pytest.raises(Unavailable, match="writes or checks"):
+    with (
+        part.open("a+b") as file,
+        uploads._alone(file, part, HALF),
+        pytest.raises(Unavailable, match="writes or checks"),
+    ):
         put(services, HALF)
     assert put(services, HALF).whole
+
+
+class Interrupted(io.BytesIO):
+    """A client beside whose first block something else happens."""
+
+    def __init__(self, content: bytes, event: Callable[[], object]) -> None:
+        super().__init__(content)
+        self._event = event
+
+    def read(self, size: int | None = -1) -> bytes:
+        event, self._event = self._event, lambda: None
+        event()
+        return super().read(size)
+
+
+def give_up_and_begin_anew(services: Services) -> None:
+    uploads.give_up(services, SHA)
+    put(services, 0, HALF)
+
+
+@pytest.mark.parametrize("moment", ["while it comes", "while it is checked"])
+def test_who_was_given_up_brings_no_part_of_another_one_to_light(
+    services: Services, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    put(services, 0, TOTAL - 1)
+    content: io.BytesIO = io.BytesIO(CONTENT[-1:])
+    if moment == "while it comes":
+        content = Interrupted(CONTENT[-1:], lambda: give_up_and_begin_anew(services))
+    else:
+        check = uploads._check
+
+        def checked(*given: object) -> None:
+            monkeypatch.setattr(uploads, "_check", check)
+            check(*given)
+            give_up_and_begin_anew(services)
+
+        monkeypatch.setattr(uploads, "_check", checked)
+    with pytest.raises(Conflict, match="given up"):
+        uploads.receive(services, SHA, content, Chunk(size=1, start=TOTAL - 1, total=TOTAL))
+    assert uploads.state(services, SHA) == uploads.Received(size=HALF, whole=False)
+    assert put(services, HALF).whole
+
+
+def test_who_comes_late_with_the_same_file_leaves_the_whole_one_as_it_is(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(services, 0, HALF)
+    begin = uploads._begin
+
+    def late(*given: object) -> int:
+        monkeypatch.setattr(uploads, "_begin", begin)
+        put(services, HALF)  # another one was faster between the open and the first look
+        return begin(*given)
+
+    monkeypatch.setattr(uploads, "_begin", late)
+    with pytest.raises(Conflict, match="brought it to its end"):
+        put(services)
+    assert b"".join(uploads.read(services, SHA, 0)[1]) == CONTENT
+
+
+def test_of_two_whose_length_nobody_said_the_first_leaves_the_seconds_part(services: Services) -> None:
+    with pytest.raises(Conflict, match="goes on"):
+        uploads.receive(services, SHA, Interrupted(CONTENT, lambda: write_as_another(services)), Chunk(size=None))
+    (part,) = (services.settings.home / "files").glob(".*.part")
+    assert part.read_bytes() == b"of somebody else"
+
+
+def write_as_another(services: Services) -> None:
+    (part,) = (services.settings.home / "files").glob(".*.part")
+    part.write_bytes(b"of somebody else")
+
+
+def test_a_disk_that_becomes_full_meanwhile_is_said(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uploads, "HEADROOM", 0)
+    with small_disk(services.settings.home / "files", 2) as disk:
+        with pytest.raises(NoRoom, match="became full"):
+            uploads.receive(services, SHA, io.BytesIO(CONTENT), Chunk(size=None))
+        assert list(disk.iterdir()) == []
+        put(services, 0, 1 << 20, content=CONTENT[: (1 << 20) + 1])
+        ballast = fill(disk)
+        with pytest.raises(NoRoom):
+            put(services, 1 << 20, (1 << 20) + 1, content=CONTENT[: (1 << 20) + 1])
+        ballast.unlink()
 
 
 @pytest.mark.parametrize("told", [True, False])
@@ -244,7 +332,8 @@ def test_the_headers_are_those_of_localais_staging(http: httpx.Client) -> None:
 
 
 @pytest.mark.parametrize(
-    "told", ["bytes 0-1", "bytes 5-4/9", "bytes 0-9/9", "bytes 0-3/9", "0-0/1", "bytes -1-0/1", "bytes 0-0/*"]
+    "told",
+    ["bytes 0-1", "bytes 5-4/9", "bytes 0-9/9", "bytes 0-3/9", "0-0/1", "bytes -1-0/1", "bytes 0-0/*", "bytes */9"],
 )
 def test_a_range_that_makes_no_sense_is_refused(http: httpx.Client, told: str) -> None:
     answer = http.put(f"/api/files/{SHA}", content=b"x", headers={"Content-Range": told})

@@ -34,3 +34,16 @@ def test_a_name_that_is_longer_than_the_terminal_is_whole(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     rows([{"id": ID, "name": "n" * 128, "role": "admin"}], ["id", "name", "role"], as_json=False, empty="")
     assert re.search(f"{ID} +{'n' * 128} +admin", capsys.readouterr().out)
+
+
+def test_what_comes_from_elsewhere_cannot_speak_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    rows(
+        [{"id": ID, "error": "no \x1b]0;mine\x07\x1b[2J [/x] [red]file[/red]"}],
+        ["id", "error"],
+        as_json=False,
+        empty="",
+    )
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert "[/x] [red]file[/red]" in out

@@ -99,8 +99,17 @@ class _Fetch:
         known = self._known()
         if known and (there := self._store.find(known)):
             return there
-        if known and (pulled := self._from_the_cluster(known)):
+        is_here = isinstance(self._source, OnNode) and Path(self._source.path).is_file()
+        if known and not is_here and (pulled := self._from_the_cluster(known)):
             return pulled
+        try:
+            return self._from_its_source(known)
+        except Unavailable:  # another file may lie at this path of this node
+            if known and is_here and (pulled := self._from_the_cluster(known)):
+                return pulled
+            raise
+
+    def _from_its_source(self, known: str | None) -> Path:
         Report(self._progress)("resolving", 0, 0)
         net = self._access.network()
         origin = resolve(self._source, self._access, net)
@@ -125,8 +134,8 @@ class _Fetch:
 
     def _from_the_cluster(self, sha256: str) -> Path | None:
         """The file from another node, or from the API's store; None if it is to come from its source."""
-        peers, source = self._access.peers, self._source
-        if peers is None or (isinstance(source, OnNode) and Path(source.path).is_file()):
+        peers = self._access.peers
+        if peers is None:
             return None
         with self._store.alone(sha256, self._progress) as tell:
             if (self._store.folder / sha256).is_file():

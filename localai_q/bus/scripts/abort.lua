@@ -1,7 +1,7 @@
 -- Somebody who does not own a job ends it, if nobody does; else asks the owner to.
 -- KEYS 1 job, 2 journal, 3 waiting, 4 leases, 5 ends under that name.
 -- ARGV 1 id, 2 end event, 3 expiry of job and journal (ms), 4 'force' ends the job even while it is owned, 5 name under
--- which the end is kept, 6 what the owner is told: '1' to cancel, 'pause' to keep what is there of it.
+-- which the end is kept, 6 what the owner is told: '1' to cancel, which stays, 'pause' to keep what is there of it.
 -- Returns {1} ended now; {2, node} its owner on that node was asked to cancel; {0} there is nothing to end.
 local job = redis.call('HMGET', KEYS[1], 'state', 'node', 'watch')
 if not job[1] or job[1] == 'ended' then
@@ -13,7 +13,7 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])
 if lease and tonumber(lease) > now and ARGV[4] ~= 'force' then
-  redis.call('HSET', KEYS[1], 'cancel', ARGV[6])
+  if redis.call('HGET', KEYS[1], 'cancel') ~= '1' then redis.call('HSET', KEYS[1], 'cancel', ARGV[6]) end
   redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1])
   return {2, job[2]}
 end
