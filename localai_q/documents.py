@@ -16,6 +16,7 @@ from localai_q.errors import InvalidRequest, InvalidValue, MissingParameter, Unk
 
 MOST_VALUES = 500_000  # in one text, each alias counted as what it stands for
 DEEPEST = 100  # levels
+LARGEST = 1 << 64  # of whole numbers
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 _PAIR = re.compile(r"\\u([dD][89abAB][0-9a-fA-F]{2})\\u([dD][c-fC-F][0-9a-fA-F]{2})")  # as JSON writes some characters
@@ -24,7 +25,12 @@ Document = TypeVar("Document", bound=BaseModel)
 
 
 class _Loader(yaml.CSafeLoader):
-    """Plain values only, and no key twice."""
+    """No key twice, and dates as the text that they are."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag != "tag:yaml.org,2002:timestamp"]
+        for first, forms in yaml.CSafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
@@ -54,7 +60,7 @@ def read_yaml(text: str | bytes) -> list[Any]:
         _refuse_deep(whole)
         found = [document for document in _documents(whole) if document is not None]
         _refuse_unstorable(found)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, KeyError) as error:  # KeyError: a tag says of a word that it is true or false
         raise InvalidValue(f"This is no YAML that can be read: {' '.join(str(error).split())[:500]}") from error
     return found
 
@@ -96,9 +102,15 @@ def _refuse_unstorable(value: Any) -> None:
         raise ValueError(f"the text {value[:50]!r} has a character U+0000 or half a character in it")
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{value} is no number")
+    if isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"a number is larger than {LARGEST}")
     if isinstance(value, dict | list):
         for part in [*value, *value.values()] if isinstance(value, dict) else value:
             _refuse_unstorable(part)
+    elif not isinstance(value, str | int | float | None):
+        raise ValueError(
+            f"a tag makes a {type(value).__name__} of a value: only texts, numbers, lists and maps are taken"
+        )
 
 
 def _measure(node: yaml.Node, known: dict[int, int]) -> int:

@@ -98,12 +98,10 @@ class _Reading:
     def document(self) -> Document:
         made = {ours: self._take(theirs) for theirs, ours in SAME.items() if theirs in self._left}
         made["backend"] = self._backend(str(self._take("backend") or ENGINE))
-        parameters = self._take("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise InvalidValue("'parameters' must be an object.", param="parameters")
+        parameters = self._object("parameters")
         made |= self._own_file(parameters) | self._further() | self._cache() | self._options()
         made["parameters"] = self._sampling(parameters)
-        self._templates(self._take("template"))
+        self._templates(self._object("template"))
         for name in list(self._left):
             self._set_aside(name, name)
         for name in self._files.keys() - self._named:
@@ -119,6 +117,12 @@ class _Reading:
     def _list(self, name: str) -> list[Any]:
         found = self._take(name)
         return found if isinstance(found, list) else [found] if found else []
+
+    def _object(self, name: str) -> dict[str, Any]:
+        found = self._take(name) or {}
+        if not isinstance(found, dict):
+            raise InvalidValue(f"'{name}' must be an object.", param=name)
+        return {**found}
 
     def _set_aside(self, name: str, path: str) -> None:
         if path in LEFT_OUT:
@@ -171,7 +175,7 @@ class _Reading:
     # --- the rest
 
     def _cache(self) -> dict[str, Any]:
-        kinds = {self._take(name) for name in ("cache_type_k", "cache_type_v")} - {None}
+        kinds = {str(value) for name in ("cache_type_k", "cache_type_v") if (value := self._take(name))}
         if len(kinds) > 1:
             self.refused.append("cache_type_v: keys and values have one type here; give cache_type_k the same")
         return {"cache_type": kinds.pop()} if len(kinds) == 1 else {}
@@ -182,7 +186,7 @@ class _Reading:
         for option in map(str, self._list("options")):
             name, _, value = option.partition(":")
             if name == "parallel" and value.isdecimal():
-                made["slots"] = int(value)
+                made["slots"] = value
             elif name in ENGINE_OPTIONS:
                 kept.append(option)
             elif name not in ALWAYS:
@@ -203,10 +207,8 @@ class _Reading:
             name: value for name in ("mirostat", "mirostat_eta", "mirostat_tau") if _says(value := self._take(name))
         }
 
-    def _templates(self, template: Any) -> None:
-        texts = [name for name, value in template.items() if _says(value) and name != "use_tokenizer_template"] if isinstance(
-            template, dict) else []  # fmt: skip
-        for name in texts:
+    def _templates(self, template: dict[str, Any]) -> None:
+        for name in (name for name, value in template.items() if _says(value) and name != "use_tokenizer_template"):
             self.warnings.append(f"template.{name} is left out: it is in Go's language; the template in the model's file is "
                                  "used, or one in Jinja that you give the model as chat_template")  # fmt: skip
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
-from localai_q.cluster.sampling import Parameters
+from localai_q.cluster.sampling import INT32_MAX, Parameters
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.wishes import Unmet
 from localai_q.errors import InvalidValue
@@ -70,7 +70,7 @@ class ModelConfig(BaseModel):
     source: str = Field("", max_length=2000)
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
-    size: int = Field(0, ge=0)  # bytes of the file; 0: not known
+    size: int = Field(0, ge=0, le=LARGEST)  # bytes of the file; 0: not known
     origin: str = Field("", max_length=2200)  # what the file was made of, where that is known
     mmproj: File | None = None  # what makes images into the model's tokens
     draft_model: File | None = None  # a smaller model that guesses ahead
@@ -78,7 +78,7 @@ class ModelConfig(BaseModel):
     context_size: int = Field(4096, ge=16, le=1 << 24)  # tokens that one request may use
     slots: int = Field(4, ge=1, le=256)  # requests that one replica works on at once; no more than its backend can
     threads: int = Field(0, ge=0, le=1024)  # 0: the engine decides
-    gpu_layers: int = Field(0, ge=0)  # 0: as many as fit
+    gpu_layers: int = Field(0, ge=0, le=INT32_MAX)  # 0: as many as fit
     cache_type: Literal["f16", "q8_0", "q4_0"] = "f16"  # of the KV cache's numbers
     memory: int = Field(0, ge=0, le=1 << 50)  # bytes that one replica takes; 0: estimated
     fit_context: bool = False  # cut the context to what a node has room for, rather than refuse the node

@@ -145,8 +145,7 @@ def route(
         ModelUnavailable: it failed to load a moment ago, and will not be tried again just yet.
     """
     if model.config.disabled:
-        raise ModelDisabled(f"The model '{model.name}' is disabled. An admin enables it with 'localai-q models edit "
-                            f"{model.name} --no-disabled'.", param="model")  # fmt: skip
+        raise disabled(model)
     if kind not in model.config.tasks:
         serves = ", ".join(sorted(model.config.tasks))
         raise UnsupportedByModel(f"The model '{model.name}' does not serve {kind} requests; it serves {serves}.",
@@ -162,6 +161,12 @@ def route(
     if failed:
         raise ModelUnavailable(f"The model '{model.name}' could not be loaded: {failed[-1].reason}")
     return Route(queue=queue, doorbell=queue, needs_load=True, reason="nothing is loaded")
+
+
+def disabled(model: Model) -> ModelDisabled:
+    """What those are told who ask for a model that is, or wait for it."""
+    return ModelDisabled(f"The model '{model.name}' is disabled. An admin enables it with 'localai-q models edit "
+                         f"{model.name} --no-disabled'.", param="model")  # fmt: skip
 
 
 def _share(queue: str, pool: Pool, load: Load, matched: Mapping[str, float], guards: Guards, turn: int) -> Route:

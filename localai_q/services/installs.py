@@ -7,11 +7,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from rich.filesize import decimal
 
 from localai_q.bus import journal
+from localai_q.cluster import sources
 from localai_q.cluster.backends import MOST_ATTEMPTS
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Board, Fleet
@@ -112,8 +112,11 @@ def _base_of(services: Services, url: str) -> Record:
 
 
 def _web(url: str) -> str:
-    if not galleries.GITHUB.fullmatch(url) and urlsplit(url).scheme not in ("http", "https"):
+    if galleries.GITHUB.fullmatch(url):
+        return url
+    if not url.startswith(("http://", "https://")):
         raise InvalidValue(f"{url[:200]!r} is no URL of the form https://host/path.", param="url")
+    sources.parse(url)
     return url
 
 
@@ -158,7 +161,8 @@ def import_uri(services: Services, uri: str, *, name: str = "", preload: bool = 
 
     Raises: as `install`.
     """
-    if uri.startswith(("http://", "https://", "github:")) and urlsplit(uri).path.endswith((".yaml", ".yml")):
+    path = uri.partition("#")[0].partition("?")[0]
+    if uri.startswith(("http://", "https://", "github:")) and path.partition("@")[0].endswith((".yaml", ".yml")):
         return install(services, url=uri, name=name, preload=preload)
     source = source_of(uri)
     document = checked(Document, {"name": name or _name_of(source), "source": source})
@@ -305,7 +309,7 @@ def switched(services: Services, name: str, field: str, action: str, words: Mapp
     if action not in words:
         raise InvalidValue(f"The action needs to be one of: {', '.join(words)}.", param="action")
     shown = models.edit(services, name, {field: words[action]})
-    return {"success": True, "message": f"Model '{name}': {field} is {words[action]}".lower(), field: shown[field]}
+    return {"success": True, "message": f"Model '{name}': {field} is {str(words[action]).lower()}", field: shown[field]}
 
 
 def estimate(services: Services, name: str) -> Record:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -89,11 +90,12 @@ def put(services: Services, document: Document, *, force: bool = False) -> tuple
     """
     with services.db.transaction() as db:
         known = models.by_name(db, document.name)
-    if known:
-        given = document.model_fields_set
-        return _change(services, document.name, document.config.like, given=given, force=force), False
-    add(services, document.name, document.config)
-    return shown(services, document.name), True
+    if not known:
+        with suppress(Conflict):  # by somebody who has added it a moment ago
+            add(services, document.name, document.config)
+            return shown(services, document.name), True
+    given = document.model_fields_set
+    return _change(services, document.name, document.config.like, given=given, force=force), False
 
 
 def _merged(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
@@ -214,7 +216,8 @@ def remove(services: Services, name: str) -> None:
         removed = ModelNotFound(f"The model '{name}' was removed.")
         shared = {replica.job_id for replica in replicas.every(db)}  # models can share a stage, e.g. of their backend
         stages = [job_rows.by_id(db, r.job_id) for r in own if r.job_id and r.job_id not in shared]
-        jobs.end_at_once(services, db, [job for job in stages if job], removed)
+        fetches = [job for job in job_rows.open_fetches(db, model.id) if job.id not in shared]
+        jobs.end_at_once(services, db, {job.id: job for job in (*stages, *fetches) if job}.values(), removed)
     for replica in own:
         if replica.state is not ReplicaState.FAILED:
             services.doorbells.ring(names.STOP_REPLICA, replica.id, queue=names.node_queue(replica.node_id))

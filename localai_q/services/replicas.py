@@ -18,11 +18,12 @@ from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import Facts, File, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import MOST_REASONS, Action, Drop, GiveUp, Note, Place, Retry, Stop, plan
+from localai_q.cluster.routing import disabled
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.stages import Step, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
 from localai_q.cluster.wishes import Unmet
-from localai_q.errors import ModelNotFound, ModelUnavailable, Unavailable, to_record
+from localai_q.errors import ModelDisabled, ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.services import galleries, node_users
 from localai_q.services import jobs as job_services
 from localai_q.services.backends import request_for
@@ -111,9 +112,9 @@ def _act(services: Services, action: Action, known: dict[str, Model]) -> None:
         case Drop():
             _drop(services, action)
         case GiveUp():
-            name = known[action.model_id].name
-            error = ModelUnavailable(f"The model '{name}' could not be loaded: {action.reason}")
-            fail_waiting(services, action.model_id, error)
+            model = known[action.model_id]
+            error = ModelUnavailable(f"The model '{model.name}' could not be loaded: {action.reason}")
+            fail_waiting(services, model.id, disabled(model) if model.config.disabled else error)
 
 
 def _note(services: Services, model: Model, unmet: Unmet | None) -> None:
@@ -196,7 +197,7 @@ def _patience(services: Services) -> float:
     return UNHEALTHY_AFTER * services.settings.heartbeat
 
 
-def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound) -> None:
+def fail_waiting(services: Services, model_id: str, error: ModelUnavailable | ModelNotFound | ModelDisabled) -> None:
     """End every job that waits for this model, with the reason."""
     line = names.model_queue(model_id)
     end = End(state=JobState.FAILED, error=to_record(error))

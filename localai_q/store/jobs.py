@@ -119,6 +119,12 @@ def fetches(db: Connection, *, model_id: str, source: str, limit: int) -> list[J
     return [_job(row) for row in db.execute(query.order_by(jobs.c.created_at.desc()).limit(limit))]
 
 
+def open_fetches(db: Connection, model_id: str) -> list[Job]:
+    """The fetches of a model's files that have not ended."""
+    query = select(jobs, literal("").label("subject")).where(jobs.c.kind == "fetch_model", jobs.c.model_id == model_id)
+    return [_job(row) for row in db.execute(query.where(jobs.c.state == JobState.OPEN))]
+
+
 def end(db: Connection, job_id: str, end: End, *, attempt: int, node_id: str | None = None) -> str | None:
     """Write a job's end, once, and return its kind; None if it has an end already. What a person has asked is erased."""
     target = JobState(end.state)

@@ -24,7 +24,7 @@ from workers.node import children as module
 from workers.node import leftovers
 from workers.node.children import Children, Load
 from workers.node.installer import install_backend
-from workers.node.stalls import LONGEST, Watch, longest
+from workers.node.stalls import LEAST_READ, LONGEST, Watch, longest
 
 
 class Node:
@@ -181,7 +181,7 @@ def test_a_backend_that_never_answers_is_ended_too(node: Node, never_ready: Path
 
 def test_a_large_file_has_longer_and_what_is_busy_for_ever_ends_too(tmp_path: Path) -> None:
     watch = Watch(os.getpid(), 5.0)
-    load = Load(watch, longest(3 << 30, 5.0), tmp_path / "none")
+    load = Load(watch, longest(3 << 30, 5.0), LONGEST, tmp_path / "none")
     assert load.longest == 65.0
     watch._moved = lambda: False
     looks = 1
@@ -195,6 +195,24 @@ def test_a_large_file_has_longer_and_what_is_busy_for_ever_ends_too(tmp_path: Pa
         "loading is busy for ever: nothing was heard of its progress for 21601 s, 21601 s after it began"
     )
     assert longest(1 << 60, 5.0) == LONGEST
+
+
+def test_a_load_that_works_but_reads_nothing_any_more_is_ended(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BUSY", 3.0)
+    reason = node.hears(node.start(options=["load_work_ms:600000"]), "failed")
+    assert re.match(r"loading is busy for ever: it has read nothing for [0-9]+ s, [0-9]+ s after it began", reason), (
+        reason
+    )
+
+
+def test_a_load_that_reads_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(LEAST_READ))
+    watch = Watch(os.getpid(), 5.0)
+    load = Load(watch, 5.0, 2.0, tmp_path / "none")
+    for _ in range(6):
+        (tmp_path / "file").read_bytes()
+        assert load.verdict() == ""
+    assert [bool(load.verdict()) for _ in range(4)][-1]
 
 
 def test_a_jobs_worker_that_hangs_is_started_again(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

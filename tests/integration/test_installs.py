@@ -12,7 +12,7 @@ from file_server import FileServer, Remote, serve
 from test_galleries import BOMB
 from test_replicas_service import stage
 
-from localai_q import network
+from localai_q import names, network
 from localai_q.cluster.nodes import Node
 from localai_q.config import load_settings
 from localai_q.errors import (
@@ -85,6 +85,12 @@ class TestGalleries:
             {"name": "mine", "url": str(tmp_path / "models.yaml"), "models": 3, "error": None}]  # fmt: skip
         with pytest.raises(Conflict):
             installs.install(own, wanted="mine@again")
+
+    def test_an_entry_is_the_same_for_all_who_install_it(self, services: Services, tmp_path: Path) -> None:
+        own = listing(services, tmp_path, "- {name: x, config_file: {parameters: {model: 'ollama://x'}}}")
+        for name in ("one", "two"):
+            installs.install(own, wanted="x", name=name)
+            assert model_named(own, name).config.source == "ollama://x"
 
     def test_a_wrong_entry_of_theirs_leaves_the_others(self, services: Services, tmp_path: Path) -> None:
         own = listing(services, tmp_path, THEIRS + "- {name: 'not a name', files: []}\n")
@@ -181,6 +187,7 @@ class TestGalleries:
             ({}, InvalidValue, "either 'id' or 'url'"),
             ({"wanted": "tiny", "url": "https://h/x"}, InvalidValue, "either 'id' or 'url'"),
             ({"url": "/etc/passwd"}, InvalidValue, "is no URL"),
+            ({"url": "https://[x"}, InvalidValue, "is no URL"),
             ({"url": "file:///etc/passwd"}, InvalidValue, "is no URL"),
             ({"wanted": "tiny", "overrides": {"nonsense": 1}}, InvalidRequest, "'nonsense'"),
             ({"wanted": "tiny", "files": [{}]}, InvalidValue, "'files' go with"),
@@ -230,6 +237,16 @@ class TestPreloading:
         installs.preload(services)
         config = model_named(services, "m").config
         assert (config.sha256, config.loras[0].sha256) == (None, None)
+
+    def test_a_fetch_ends_with_its_model(self, services: Services, node: Node) -> None:
+        add_model(services, "stays", source="ollama://y", preload=True)
+        installs.preload(services)
+        kept = installs.installation(services, model_named(services, "stays").id)["job"]
+        add_model(services, source="ollama://x", preload=True)
+        installs.preload(services)
+        assert len(services.leases.waiting(names.node_jobs_queue(node.id))) == 2
+        models.remove(services, "m")
+        assert services.leases.waiting(names.node_jobs_queue(node.id)) == [kept]
 
     def test_a_fetch_that_failed_is_shown_and_tried_later(self, services: Services, node: Node) -> None:
         uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
@@ -283,6 +300,8 @@ class TestImports:
         for uri, error in (
             ("https://h/x.gguf", InvalidValue),
             ("nonsense:x", InvalidValue),
+            ("https://[x.yaml", InvalidValue),
+            ("https://[x", InvalidValue),
             ("ollama://smollm2:135m", Conflict),
         ):
             with pytest.raises(error):
@@ -300,6 +319,9 @@ class TestImports:
     def test_a_model_is_switched_by_localais_words(self, services: Services) -> None:
         add_model(services, "m")
         assert installs.switched(services, "m", "disabled", "disable", {"disable": True})["disabled"] is True
+        add_model(services, "Big")
+        said = installs.switched(services, "Big", "pinned", "pin", {"pin": True})
+        assert said["message"] == "Model 'Big': pinned is true"
         with pytest.raises(InvalidValue, match="one of: pin"):
             installs.switched(services, "m", "pinned", "pun", {"pin": True})
 

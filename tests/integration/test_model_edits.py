@@ -11,7 +11,7 @@ from sqlalchemy import text
 from localai_q import names
 from localai_q.bus.leases import Lease, Refusal
 from localai_q.cluster.jobs import Keep
-from localai_q.cluster.models import AROUND_REPLICAS, ModelConfig
+from localai_q.cluster.models import AROUND_REPLICAS, Document, ModelConfig
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import COMING_UP, ReplicaState
@@ -306,3 +306,18 @@ class TestReplicas:
             model_rows.learn(db, model_named(services, "m"), FACTS)
         models.edit(services, "m", {"slots": 2})
         assert model_named(services, "m").facts == FACTS, "it is the same file"
+
+
+def test_who_applies_a_model_that_somebody_adds_meanwhile_changes_it(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add = models.add
+
+    def late(*what: object) -> object:
+        monkeypatch.setattr(models, "add", add)
+        models.put(services, Document(name="new", backend="echo", slots=3))
+        return add(*what)
+
+    monkeypatch.setattr(models, "add", late)
+    shown, new = models.put(services, Document(name="new", backend="echo", slots=2))
+    assert (shown["slots"], new) == (2, False)

@@ -365,6 +365,15 @@ def test_removing_a_model_tells_those_who_wait_and_stops_its_replicas(services: 
     assert all_replicas(services) == []
 
 
+def test_who_waits_for_a_model_that_is_disabled_is_told_what_others_are(services: Services, node: Node) -> None:
+    add_model(services)
+    waiting = ask(services)
+    models.edit(services, "m", {"disabled": True})
+    replicas.reconcile(services)
+    told = error_of(services, waiting)
+    assert (told["error"], "--no-disabled" in told["message"]) == ("ModelDisabled", True)
+
+
 def test_a_line_of_any_length_is_told_that_its_model_was_removed(services: Services, node: Node) -> None:
     line = names.model_queue(add_model(services))
     last = ask(services)

@@ -1,5 +1,7 @@
 """LocalAI's model YAML: each field is honoured, left out with a warning, or refused; none disappears."""
 
+from contextlib import suppress
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -116,6 +118,45 @@ def test_what_is_left_out_is_said(text: str, warning: str | None) -> None:
 def test_what_cannot_be_taken_is_refused_with_what_to_do(text: str, says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
         imported(f"name: m\n{text}")
+
+
+@pytest.mark.parametrize("field", [*SAME, "backend", "parameters", "template", "cache_type_k", "download_files", "mmproj",
+                                   "lora_adapters", "lora_scales", "options", "stopwords", "mirostat"])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        "x",
+        7,
+        True,
+        1.5,
+        ["x"],
+        [[]],
+        [None],
+        {"a": 1},
+        {"model": {}},
+        {"filename": 3},
+        [{"uri": 3}],
+        ["parallel:" + "9" * 5000],
+    ],
+)
+def test_whatever_a_field_holds_it_is_taken_or_refused(field: str, value: object) -> None:
+    content = {"name": "m", "backend": "echo", field: value}
+    before = repr(content)
+    with suppress(InvalidRequest):
+        assert translate(content, BACKENDS).document.config
+    assert repr(content) == before
+
+
+def test_what_is_translated_stays_as_it_was() -> None:
+    content = read_yaml(FULL)[0]
+    before = repr(content)
+    translate(content, BACKENDS)
+    assert repr(content) == before
+
+
+def test_a_template_that_is_no_object_is_refused() -> None:
+    with pytest.raises(InvalidValue, match="'template' must be an object"):
+        imported("{name: m, backend: echo, template: chatml}")
 
 
 def test_a_name_is_needed() -> None:

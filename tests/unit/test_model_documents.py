@@ -166,6 +166,7 @@ class TestYaml:
         assert read_yaml("a: 1\n---\n---\n- b\n") == [{"a": 1}, ["b"]]
         assert read_yaml(b'{"a": [1, "\\u00e9"]}') == [{"a": [1, "é"]}]
         assert read_yaml("") == []
+        assert read_yaml("{a: 2020-01-01, b: 2020-99-99}") == [{"a": "2020-01-01", "b": "2020-99-99"}]
         assert read_yaml('{"a": 1e-05, "b": -2E+3, "c": 1.5e3}') == [{"a": 1e-05, "b": -2000.0, "c": 1500.0}]
 
     def test_aliases_and_merged_keys_are_read(self) -> None:
@@ -188,12 +189,23 @@ class TestYaml:
             ('a: "\\0"', "character U\\+0000"),
             ('{"a": "\\ud800"}', "no YAML"),
             ("a: .nan", "is no number"),
+            ("a: !!binary AA==", "a tag makes a bytes"),
+            ("? !!binary aGk=\n: b", "a tag makes a bytes"),
+            ("a: !!set {x}", "a tag makes a set"),
+            ("a: [!!timestamp 2020-01-01]", "a tag makes a date"),
+            ("a: !!bool perhaps", "no YAML"),
+            ("a: 0x" + "f" * 5000, "a number is larger than"),
             (b"\xff\xfe\xff", "no YAML"),
         ],
     )  # fmt: skip
     def test_what_cannot_be_meant_is_refused(self, text: str, says: str) -> None:
         with pytest.raises(InvalidValue, match=says):
             read_yaml(text)
+
+    @pytest.mark.parametrize("field", ["size", "gpu_layers"])
+    def test_a_number_that_no_node_could_be_told_is_refused(self, field: str) -> None:
+        with pytest.raises(InvalidValue, match=f"'{field}'"):
+            checked(Document, {"name": "m", "source": "x", field: 1 << 60})
 
     def test_an_unknown_field_is_named(self) -> None:
         with pytest.raises(UnknownParameter, match=r"'loras\.0\.weight'"):

@@ -25,7 +25,7 @@ from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
 from workers.child import ALIVE, FINISH, ChildSpec, ReplicaSpec, read_statuses, write_spec
 from workers.node import leftovers
-from workers.node.stalls import LOOK, Watch, longest
+from workers.node.stalls import BUSY, LOOK, Watch, longest
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +45,17 @@ class Load:
 
     watch: Watch
     longest: float  # seconds that it may take without a sign that it moves
+    busiest: float  # seconds that it may work without reading anything
     log: Path  # of the backend
 
     def verdict(self) -> str:
         """Why it must end, `LOOK` seconds after this was asked last; empty as long as it may go on."""
-        if not self.watch.look() or self.watch.elapsed <= self.longest:
+        stalled = self.watch.look() and self.watch.elapsed > self.longest
+        if not stalled and self.watch.unread <= self.busiest:
             return ""
+        how = f"{self.watch}" if stalled else f"is busy for ever: it has read nothing for {self.watch.unread:.0f} s"
         words = tail(self.log, LAST_LINES).strip()
-        why = f"loading {self.watch}, {self.watch.elapsed:.0f} s after it began"
+        why = f"loading {how}, {self.watch.elapsed:.0f} s after it began"
         return f"{why}; the backend's last words: {words}" if words else why
 
 
@@ -335,7 +338,8 @@ def _load_of(child: Child, spec: ChildSpec) -> Load:
     assert spec.replica is not None
     file = spec.replica.model_file
     size = file.stat().st_size if file and file.is_file() else 0
-    return Load(Watch(child.process.pid, spec.load_stall), longest(size, spec.load_stall), spec.replica.log)
+    watch = Watch(child.process.pid, spec.load_stall)
+    return Load(watch, longest(size, spec.load_stall), longest(size, BUSY), spec.replica.log)
 
 
 def _hangs(child: Child) -> str:

@@ -16,6 +16,9 @@ IDLE_CPU = 0.01  # of a core: what a process uses that only waits, and more
 LEAST_CPU = 0.05  # seconds; the kernel counts in hundredths
 LEAST_READ = 1 << 20  # bytes
 PER_GIB = 20.0  # seconds that loading may take for each GiB, as LocalAI has it
+BUSY = (
+    900.0  # seconds, and those for each GiB, that loading may work without reading anything: templates can be endless
+)
 LONGEST = 6 * 3600.0  # seconds without a word, as LocalAI has it for loads: for what is busy for ever
 UNREADABLE = (psutil.Error, OSError, RuntimeError)  # psutil passes on some of what the system says
 
@@ -32,8 +35,10 @@ class Watch:
         self.elapsed = 0.0  # seconds
         self.still = 0.0  # seconds since anything moved
         self.silent = 0.0  # seconds since it has said something new
+        self.unread = 0.0  # seconds since it has read anything
         self._pid = pid
         self._patience = patience
+        self._read = 0  # bytes, when that was noted last
         self._seen: dict[int, tuple[float, int]] = {}
         self._at: Progress | None = None
 
@@ -47,6 +52,7 @@ class Watch:
         self.elapsed += LOOK
         self.still += LOOK
         self.silent += LOOK
+        self.unread += LOOK
         if self._moved():
             self.still = 0.0
         return self.still > self._patience or self.silent > LONGEST
@@ -60,6 +66,9 @@ class Watch:
     def _moved(self) -> bool:
         """Whether its processes have worked, read or changed since that was last so."""
         found = _readings(self._pid)
+        read = sum(amount for _, amount in found.values())
+        if abs(read - self._read) >= LEAST_READ:  # less, where a process has ended
+            self._read, self.unread = read, 0.0
         if found.keys() <= self._seen.keys():
             cpu = sum(used - self._seen[pid][0] for pid, (used, _) in found.items())
             read = sum(amount - self._seen[pid][1] for pid, (_, amount) in found.items())
