@@ -9,11 +9,12 @@ from typing import Any
 from flask import Response, request
 
 from api.openai.serving import EVENT_ID, KEEPALIVE
-from api.sse import HEADERS, comment, sse
+from api.sse import HEADERS, RETRY, comment, sse
 from api.streams import Following
 from api.web import caller, web
 from localai_q.bus.journal import Entry, Place
 from localai_q.cluster.events import End, Progress
+from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
 from localai_q.services import jobs
 
@@ -30,12 +31,12 @@ def follow(job_id: str) -> Response:
     after = _last_event(job_id)
     process = web()
     shown = jobs.show(process.services, job_id, caller())
-    following = Following(process.streams, job_id)
     kept = process.services.leases.kept(job_id)
-    if kept is None:
-        following.close()
-        return Response(sse(json.dumps(_end(shown))), headers=HEADERS)
-    following.follow(replace(kept, left=kept.left if shown["deadline"] else LONGEST), shown["model"] or "")
+    if kept is None:  # it ended long ago, or Redis has lost it, and is given it back soon
+        return Response(RETRY if shown["state"] == JobState.OPEN else sse(json.dumps(_end(shown))), headers=HEADERS)
+    following = Following(process.streams, job_id).follow(
+        replace(kept, left=kept.left if shown["deadline"] else LONGEST), shown["model"] or ""
+    )
 
     def frame(entry: Entry | None, silent: float) -> bytes:
         made = _frame(job_id, entry) if entry else b""

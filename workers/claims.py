@@ -21,7 +21,7 @@ from localai_q import names
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
 from localai_q.cluster.events import Delta, End, Event, decode
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, GenerationFailed, to_record
+from localai_q.errors import Cancelled, GenerationFailed, Paused, to_record
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class Claims:
         answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id, revision=self._revision)
         if isinstance(answer, Refusal):
             if answer.why == "cancelled":  # its owner died after it was asked to stop, and nobody else would end it
-                end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+                why = Paused() if self._leases.is_paused(job_id) else Cancelled()
+                end = End(state=JobState.CANCELLED, error=to_record(why))
                 self._leases.abort(job_id, line, end, by=self._node_id)
             return answer
         held = Held(self, answer)

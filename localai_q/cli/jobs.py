@@ -153,7 +153,9 @@ def _lines(api: Api, job_id: str) -> Iterator[str]:
                 if name == "id":
                     place = value
                 elif name == "data":
-                    event = _event(json.loads(value))
+                    if "error" in (said := json.loads(value)) and "type" not in said:
+                        break  # the API has lost sight of it; if it is not to be had, the next try says so
+                    event = _event(said)
                     attempt = re.fullmatch(r".*:([0-9]+)-[0-9]+", place)
                     yield from lines.of(int(attempt[1]) if attempt else 1, event)
                     if isinstance(event, End):

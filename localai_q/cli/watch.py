@@ -201,7 +201,7 @@ def _verdict(model: Record | None, replicas: list[Record], jobs: list[Record], i
     if model and "ready" in states:
         return str(model["name"])
     if model and states == {"failed"} and not jobs:
-        say(f"{model['name']} could not be loaded: {replicas[-1].get('reason') or 'no reason was given'}")
+        say(shown(f"{model['name']} could not be loaded: {replicas[-1].get('reason') or 'no reason was given'}"))
         say("the cluster is up without it: see 'localai-q models --help', or the log of the node, for what to do")
         return str(model["name"])
     if idle > NO_WORK:

@@ -102,8 +102,10 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
         if became := services.leases.abort(job_id, kept.line, end):
             return CANCELLED[became]
         ended = journal.latest(services.redis, [job_id]).get(job_id)
-        if isinstance(ended, End) and not is_pause(ended.error):
-            return ended.state
+        if isinstance(ended, End):
+            if not is_pause(ended.error):
+                return ended.state
+            apply_ends(services)  # a pause that nobody has written yet could not be ended
     job = _existing(services, job_id, asker)
     if job.is_paused:
         with services.db.transaction() as db:

@@ -12,16 +12,20 @@ from waiting import LIMIT, wait_for
 
 from api import events as api_events
 from localai_q import names
+from localai_q.cli.client import Api
+from localai_q.cli.jobs import _lines
 from localai_q.cluster.backends import MOST_ATTEMPTS, Op
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, ReplicaState
+from localai_q.config import load_settings
 from localai_q.services import backends, jobs, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import backends as wish_rows
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as replica_rows
+from workers.claims import Claims
 
 FAILED = End(state=JobState.FAILED, error={"error": "Unavailable", "message": "no network"})
 
@@ -273,6 +277,48 @@ def test_what_is_paused_is_no_history_and_is_not_pruned(services: Services, node
     assert http.post("/api/jobs/prune", json={"older_than": 0}).json()["removed"] == 0
     assert http.post(f"/api/jobs/{job_id}/retry").status_code == 202
     assert http.delete("/api/operations/history").json()["removed"] == 1
+
+
+def test_what_was_paused_a_moment_ago_can_be_cancelled(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    http.post(f"/api/jobs/{job_id}/pause").raise_for_status()
+    assert http.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelled"
+    jobs.apply_ends(services)
+    assert operations(http) == []
+    assert [one["outcome"] for one in operations(http, "/history")] == ["cancelled"]
+
+
+def test_what_was_to_be_paused_when_its_owner_died_is_paused(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    job_id, line = fetch(services, node), names.node_jobs_queue(node.id)
+    lease = claim(services, job_id, line, node.id)
+    assert http.post(f"/api/jobs/{job_id}/pause").status_code == 200
+    jobs.bereave(services, lease.owner, line, "it was killed")
+    Claims(services.redis, services.leases, owner="other", node_id=node.id, lease=30.0).claim(job_id, line)
+    jobs.apply_ends(services)
+    assert [(one["jobID"], one["phase"]) for one in operations(http)] == [(job_id, "paused")]
+
+
+def test_of_what_redis_has_lost_no_end_is_told(services: Services, node: Node, http: httpx.Client) -> None:
+    job_id = fetch(services, node)
+    services.redis.flushdb()
+    assert events(http, job_id) == []
+
+
+def test_a_log_that_the_api_loses_sight_of_is_gone_on_with(
+    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = fetch(services, node)
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    services.leases.append([(lease, lease.last_index + 1, [Progress(stage="downloading")])])
+    monkeypatch.setattr(api_events, "LONGEST", -LIMIT)
+    key = http.headers["authorization"].split()[1]
+    lines = _lines(Api(load_settings(api_url=str(http.base_url), api_key=key)), job_id)
+    assert next(lines) == "downloading"
+    reading = threading.Timer(3.0, services.leases.finish, (lease, lease.last_index + 2, FAILED), {"node_id": node.id})
+    reading.start()
+    assert list(lines) == ["failed: no network"]
 
 
 def test_what_was_cancelled_is_not_paused_afterwards(services: Services, node: Node, http: httpx.Client) -> None:

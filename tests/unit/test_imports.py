@@ -74,6 +74,15 @@ def test_what_is_damaged_or_not_there_says_so(folder: Path) -> None:
         imports.listed(str(folder / "nowhere"), [folder])
 
 
+def test_what_is_no_file_holds_nobody_up(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.gguf")
+    (folder / "round.gguf").symlink_to("round.gguf")
+    (folder / "device.gguf").symlink_to("/dev/zero")
+    assert set(names(imports.listed("", [folder / "below" / ".."]))) == {"one.gguf", "two.GGUF"}
+    with pytest.raises(InvalidValue, match="no file"):
+        imports.importable(str(folder / "pipe.gguf"), [folder])
+
+
 def test_lists_and_walks_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imports, "MOST_FILES", 1)
     told = imports.listed("", [folder])
