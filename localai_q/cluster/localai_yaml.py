@@ -28,6 +28,10 @@ SAME = {  # LocalAI's names: ours
 }  # fmt: skip
 ENGINE_OPTIONS = ("pooling", "gpu_layers", "cache_ram")  # of theirs that our engine has, too
 ALWAYS = ("use_jinja", "jinja")
+UNSAID = (  # of ours, what their form has no word for, so that a model keeps it when it is written anew
+    "preload", "spread_all", "min_replicas", "max_replicas", "idle_timeout", "selector", "route_policy", "min_prefix_match",
+    "balance_abs_threshold", "balance_rel_threshold", "memory", "fit_context", "chat_template",
+)  # fmt: skip
 
 LEFT_OUT = {
     **dict.fromkeys(("description", "usage", "known_usecases", "known_input_modalities", "known_output_modalities"),

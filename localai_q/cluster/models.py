@@ -146,7 +146,7 @@ class ModelConfig(BaseModel):
         values = self.model_dump()
         files = [values, *(values[name] for name in ("mmproj", "draft_model") if values[name]), *values["loras"]]
         for file, content in zip(files, contents, strict=False):
-            if not file["sha256"]:
+            if not file["sha256"] or (not file["size"] and file["sha256"] == content.get("sha256")):
                 file |= {"sha256": content.get("sha256"), "size": content.get("size")}
         return ModelConfig.model_validate(values)
 

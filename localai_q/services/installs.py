@@ -16,7 +16,7 @@ from localai_q.cluster.backends import MOST_ATTEMPTS
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.localai_yaml import Imported, merged, source_of, translate
+from localai_q.cluster.localai_yaml import UNSAID, Imported, merged, source_of, translate
 from localai_q.cluster.memory import need
 from localai_q.cluster.models import Document, Model
 from localai_q.cluster.placement import best
@@ -144,15 +144,16 @@ def import_documents(services: Services, text: bytes) -> list[Record]:
 
 
 def edit(services: Services, name: str, text: bytes) -> Record:
-    """Let a model be as a document in LocalAI's form says.
+    """Let a model be as a document in LocalAI's form says; what that form has no word for stays.
 
     Raises: as `install`; ModelNotFound: there is none of that name.
     """
     found = translate({"name": name, **_one(read_yaml(text))}, _backends(services))
     if found.document.name != name:
         raise Conflict(f"A model keeps its name: this one is '{name}', not '{found.document.name}'.")
-    models.named(services, name)
-    shown, _ = models.put(services, found.document)
+    known = models.named(services, name).config
+    kept = {field: getattr(known, field) for field in UNSAID}
+    shown, _ = models.put(services, found.document.model_copy(update=kept))
     return {"name": name, "revision": shown["revision"], "warnings": found.warnings}
 
 

@@ -311,6 +311,11 @@ class TestImports:
         add_model(services, "m", slots=9)
         found = installs.edit(services, "m", b"backend: echo\nthreads: 3\nf16: true\n")
         assert (found["revision"], len(found["warnings"]), model_named(services, "m").config.slots) == (2, 1, 4)
+        models.edit(services, "m", {"preload": True, "max_replicas": 3, "selector": {"a": "b"}})
+        found = installs.edit(services, "m", b"backend: echo\nthreads: 3\npinned: true\n")
+        config = model_named(services, "m").config
+        assert (found["revision"], config.preload, config.max_replicas, config.selector, config.pinned) == (
+            2, True, 3, {"a": "b"}, True)  # fmt: skip
         with pytest.raises(Conflict, match="keeps its name"):
             installs.edit(services, "m", b"name: x\nbackend: echo\n")
         with pytest.raises(ModelNotFound):

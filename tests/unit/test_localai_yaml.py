@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localai_q.cluster.localai_yaml import LEFT_OUT, REFUSED, SAME, merged, source_of, translate
+from localai_q.cluster.localai_yaml import LEFT_OUT, REFUSED, SAME, UNSAID, merged, source_of, translate
+from localai_q.cluster.models import Document
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidRequest, InvalidValue
 
@@ -152,6 +153,13 @@ def test_what_is_translated_stays_as_it_was() -> None:
     before = repr(content)
     translate(content, BACKENDS)
     assert repr(content) == before
+
+
+def test_what_a_model_keeps_is_said_by_no_field_of_theirs() -> None:
+    said = {*SAME.values(), "backend", "source", "sha256", "size", "mirrors", "origin", "mmproj", "draft_model", "loras",
+            "cache_type", "slots", "options", "parameters"}  # fmt: skip
+    assert said.isdisjoint(UNSAID)
+    assert {*Document.model_fields} == said | {*UNSAID}
 
 
 def test_a_template_that_is_no_object_is_refused() -> None:

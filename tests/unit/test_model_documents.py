@@ -54,6 +54,8 @@ class TestFiles:
         anew = config(loras=(Adapter(source=HUB.format("y")),), slots=9).like(known)
         assert (anew.sha256, anew.size, anew.slots, anew.loras) == (A, 100, 9, (known.loras[1],))
         assert config(source=HUB.format("other")).like(known).sha256 is None
+        assert config(sha256=A).like(known).size == 100
+        assert config(sha256=B).like(known).size == 0
 
     def test_they_need_a_model(self) -> None:
         with pytest.raises(ValueError, match="give 'source'"):
