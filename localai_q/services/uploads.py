@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 BLOCK = 1 << 20
 HEADROOM = 1 << 30  # bytes that uploads leave free on the disk
 
+_NAME = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
 _digests: dict[Path, tuple[int, Any]] = {}  # of parts that this process has received without a gap: up to where, and it
 
@@ -87,7 +88,7 @@ def path_of(services: Services, sha256: str) -> Path:
     Raises:
         InvalidValue: that is not a SHA-256.
     """
-    if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+    if not _NAME.fullmatch(sha256):
         raise InvalidValue("A file is named by its SHA-256: 64 characters of 0-9 and a-f.", param="sha256")
     return services.settings.home / "files" / sha256
 
@@ -192,9 +193,9 @@ def sweep(services: Services) -> None:
 def kept_since(services: Services, seconds: float) -> set[str]:
     """The whole files, by SHA-256, that came more than so many seconds ago."""
     limit, found = time.time() - seconds, set()
-    for path in (services.settings.home / "files").glob("[0-9a-f]*"):
+    for path in (services.settings.home / "files").glob("*"):
         with suppress(OSError):
-            if path.stat().st_mtime < limit:
+            if _NAME.fullmatch(path.name) and path.stat().st_mtime < limit:
                 found.add(path.name)
     return found
 

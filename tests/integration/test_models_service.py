@@ -196,8 +196,9 @@ def test_an_uploaded_file_that_nothing_names_goes_after_a_while(services: Servic
     add_model(services, backend="xllamacpp", source=f"store:{sha256}", sha256=sha256)
     models.forget_unnamed(services)
     assert files(services) == sorted([SHA, sha256])
+    (services.settings.home / "files" / "a-note.txt").touch()  # somebody else's
     long_ago = time.time() - services.settings.upload_ttl - 60
     for name in files(services):
         os.utime(services.settings.home / "files" / name, (long_ago, long_ago))
     models.forget_unnamed(services)
-    assert files(services) == [sha256]
+    assert files(services) == sorted([sha256, "a-note.txt"])
