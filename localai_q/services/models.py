@@ -249,7 +249,7 @@ def check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
     source = sources.parse(file.source, mirrors)
     if isinstance(source, sources.Stored) and not uploads.path_of(services, source.sha256).exists():
         raise InvalidValue(
-            "The file of this model has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
+            f"The file {file.source} has not been uploaded: PUT it to /api/files/<sha256> first.", param="source"
         )
     if not file.sha256 and not isinstance(source, sources.TELLS_SHA256):
         raise InvalidValue(f"The model's file {file.source} needs its SHA-256, so that every node has the same one.",

@@ -145,7 +145,7 @@ class TestDocuments:
         for content, sha256 in zip((own, adapter), digests, strict=True):
             upload(services, content, sha256)
         model = {"backend": "xllamacpp", "source": f"store:{digests[0]}", "sha256": digests[0]}
-        for lora, says in (({"source": f"store:{SHA}", "sha256": SHA}, "has not been uploaded"),
+        for lora, says in (({"source": f"store:{SHA}", "sha256": SHA}, f"The file store:{SHA} has not been uploaded"),
                            ({"source": "https://host/x.gguf"}, "needs its SHA-256"),
                            ({"source": "nonsense"}, "is no source")):  # fmt: skip
             with pytest.raises(InvalidValue, match=says):
