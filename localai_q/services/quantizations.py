@@ -40,6 +40,7 @@ from localai_q.errors import (
     InvalidValue,
     LocalAIError,
     NotFound,
+    Unavailable,
     UnsupportedByModel,
 )
 from localai_q.gallery.catalog import BackendEntry
@@ -424,7 +425,7 @@ def _forget_output(services: Services, quantization_id: str) -> None:
 def _forget(services: Services, sha256: str) -> None:
     """Delete what has come of a file, unless something needs that."""
     models.forget_stored(services, {sha256})
-    with suppress(NotFound):
+    with suppress(NotFound, Conflict, Unavailable):  # what comes at this moment is refused at its end, or swept
         uploads.give_up(services, sha256)
 
 

@@ -18,13 +18,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from localai_q.config import sync
 from localai_q.errors import (
     BodyTooLarge,
     Conflict,
     InvalidValue,
+    LocalAIError,
     NoRoom,
     NotFound,
     TooManyUploads,
@@ -40,7 +41,6 @@ HEADROOM = 1 << 30  # bytes that uploads leave free on the disk
 
 _NAME = re.compile(r"[0-9a-f]{64}")
 _CONTENT_RANGE = re.compile(r"bytes (?:([0-9]{1,18})-([0-9]{1,18})|\*)/([0-9]{1,18})")
-_digests: dict[Path, tuple[int, Any]] = {}  # of parts that this process has received without a gap: up to where, and it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,15 +133,16 @@ def receive(services: Services, sha256: str, stream: IO[bytes], chunk: Chunk) ->
             if chunk.total is not None and written < chunk.total:
                 return Received(size=written, whole=False)
             with _alone(file, part, written):
-                _check(file, part, sha256, written)
-                sync(part)
-                _need_same(file, part)  # it may have been given up while it was checked
+                _check(file, part, sha256)
+                os.fsync(file.fileno())
                 part.replace(target)
+                sync(target.parent)
     except (Conflict, Unavailable):  # it is somebody else's
         raise
     except BaseException as error:
         if chunk.total is None:  # nobody could go on with it
-            part.unlink(missing_ok=True)
+            with suppress(LocalAIError):
+                _remove(part)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise NoRoom(f"The disk of {target.parent} became full.") from error
         raise
@@ -153,10 +154,11 @@ def give_up(services: Services, sha256: str) -> None:
 
     Raises:
         NotFound: there is none on its way.
+        Unavailable: somebody writes or checks it at this moment.
     """
     parts = _parts(path_of(services, sha256))
     for part in parts:
-        part.unlink(missing_ok=True)
+        _remove(part)
     if not parts:
         raise NotFound(f"No upload of '{sha256}' is on its way.")
 
@@ -184,10 +186,9 @@ def sweep(services: Services) -> None:
     for path in (services.settings.home / "files").glob(".*"):
         with suppress(OSError):
             if path.stat().st_mtime < limit:
-                path.unlink()
+                with suppress(LocalAIError):
+                    _remove(path)
                 log.info("%s was not gone on with, and is removed", path.name)
-    for part in [part for part in _digests if not part.exists()]:
-        del _digests[part]
 
 
 def kept_since(services: Services, seconds: float) -> set[str]:
@@ -210,10 +211,16 @@ def _part(services: Services, target: Path, chunk: Chunk) -> Path:
         if len(list(target.parent.glob(".*.part"))) >= services.settings.max_uploads:
             raise TooManyUploads
     others = [other for other in target.parent.glob(".*.part") if other != part]
-    missing = sum(map(_missing, others)) + (chunk.total or 0) - (part.stat().st_size if part.exists() else 0)
+    missing = sum(map(_missing, others)) + (_missing(part) if part.exists() else chunk.total or 0)
     if shutil.disk_usage(target.parent).free < missing + HEADROOM:
         raise NoRoom(f"The disk of {target.parent} has no room for this file.")
     return part
+
+
+def _remove(part: Path) -> None:
+    """Remove a part, unless somebody writes or checks it."""
+    with suppress(FileNotFoundError), part.open("rb") as file, _alone(file, part):
+        part.unlink()
 
 
 def _parts(target: Path) -> list[Path]:
@@ -240,48 +247,38 @@ def _begin(file: IO[bytes], part: Path, chunk: Chunk) -> int:
 
 def _write(file: IO[bytes], part: Path, stream: IO[bytes], at: int, most: int) -> int:
     """Write what comes behind `at`; where the part ends then."""
-    known, digest = _digests.pop(part, (0, None)) if at else (0, hashlib.sha256())
-    try:
-        while block := stream.read(BLOCK):
-            if at + len(block) > most:
-                raise BodyTooLarge(f"The file is larger than LOCALAI_Q_MAX_UPLOAD allows ({most} bytes).")
-            with _alone(file, part, at):
-                file.write(block)
-                file.flush()
-            if digest and known == at:
-                digest.update(block)
-                known += len(block)
-            at += len(block)
-    finally:
-        if digest:
-            _digests[part] = known, digest
+    while block := stream.read(BLOCK):
+        if at + len(block) > most:
+            raise BodyTooLarge(f"The file is larger than LOCALAI_Q_MAX_UPLOAD allows ({most} bytes).")
+        with _alone(file, part, at):
+            file.write(block)
+            file.flush()
+        at += len(block)
     return at
 
 
-def _check(file: IO[bytes], part: Path, sha256: str, size: int) -> None:
-    """Refuse and remove another content than the name says."""
-    known, digest = _digests.pop(part, (0, None))
-    if known != size:  # another process has received a part of it
-        digest = hashlib.sha256()
-        file.seek(0)
-        while block := file.read(BLOCK):
-            digest.update(block)
-            time.sleep(0)  # others are served meanwhile
+def _check(file: IO[bytes], part: Path, sha256: str) -> None:
+    """Refuse and remove another content than the name says. All is read again: several may have written it."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while block := file.read(BLOCK):
+        digest.update(block)
+        time.sleep(0)  # others are served meanwhile
     if digest.hexdigest() != sha256:
         part.unlink(missing_ok=True)
         raise InvalidValue(f"The file's SHA-256 is {digest.hexdigest()}, not {sha256}.", param="sha256")
 
 
 @contextmanager
-def _alone(file: IO[bytes], part: Path, at: int) -> Iterator[None]:
-    """Be the only one, across processes, to change a part that ends here."""
+def _alone(file: IO[bytes], part: Path, at: int | None = None) -> Iterator[None]:
+    """Be the only one, across processes, to change or remove a part, which must end here if that is said."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise Unavailable("Somebody else writes or checks this upload at the moment.") from error
     try:
         _need_same(file, part)
-        if os.fstat(file.fileno()).st_size != at:
+        if at is not None and os.fstat(file.fileno()).st_size != at:
             raise Conflict("Somebody else goes on with this upload.")
         yield
     finally:

@@ -42,12 +42,6 @@ TOTAL = len(CONTENT)
 HALF = TOTAL // 2
 
 
-@pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process has received nothing yet."""
-    monkeypatch.setattr(uploads, "_digests", {})
-
-
 def files(services: Services) -> list[str]:
     folder = services.settings.home / "files"
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
@@ -81,12 +75,9 @@ def test_a_file_is_read_back_from_any_byte(services: Services) -> None:
         assert b"".join(blocks) == CONTENT[start:]
 
 
-@pytest.mark.parametrize("same_process", [True, False])
-def test_a_file_comes_in_parts_through_any_process(services: Services, same_process: bool) -> None:
+def test_a_file_comes_in_parts(services: Services) -> None:
     assert put(services, 0, HALF) == uploads.Received(size=HALF, whole=False)
     assert uploads.state(services, SHA) == uploads.Received(size=HALF, whole=False)
-    if not same_process:
-        uploads._digests.clear()
     assert put(services, HALF).whole
     assert files(services) == [SHA]
     assert b"".join(uploads.read(services, SHA, 0)[1]) == CONTENT
@@ -176,27 +167,30 @@ def give_up_and_begin_anew(services: Services) -> None:
     put(services, 0, HALF)
 
 
-@pytest.mark.parametrize("moment", ["while it comes", "while it is checked"])
-def test_who_was_given_up_brings_no_part_of_another_one_to_light(
-    services: Services, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_who_was_given_up_brings_no_part_of_another_one_to_light(services: Services) -> None:
     put(services, 0, TOTAL - 1)
-    content: io.BytesIO = io.BytesIO(CONTENT[-1:])
-    if moment == "while it comes":
-        content = Interrupted(CONTENT[-1:], lambda: give_up_and_begin_anew(services))
-    else:
-        check = uploads._check
-
-        def checked(*given: object) -> None:
-            monkeypatch.setattr(uploads, "_check", check)
-            check(*given)
-            give_up_and_begin_anew(services)
-
-        monkeypatch.setattr(uploads, "_check", checked)
+    last = Interrupted(CONTENT[-1:], lambda: give_up_and_begin_anew(services))
     with pytest.raises(Conflict, match="given up"):
-        uploads.receive(services, SHA, content, Chunk(size=1, start=TOTAL - 1, total=TOTAL))
+        uploads.receive(services, SHA, last, Chunk(size=1, start=TOTAL - 1, total=TOTAL))
     assert uploads.state(services, SHA) == uploads.Received(size=HALF, whole=False)
     assert put(services, HALF).whole
+
+
+def test_what_is_checked_is_not_given_up(services: Services) -> None:
+    put(services, 0, HALF)
+    (part,) = (services.settings.home / "files").glob(".*.part")
+    with part.open("rb") as file, uploads._alone(file, part), pytest.raises(Unavailable, match="writes or checks"):
+        uploads.give_up(services, SHA)
+    uploads.give_up(services, SHA)
+
+
+def test_what_two_have_written_with_different_content_is_found_out(services: Services) -> None:
+    put(services, 0, HALF)
+    (part,) = (services.settings.home / "files").glob(".*.part")
+    part.write_bytes(bytes(HALF))  # another process has begun it anew, with another file
+    with pytest.raises(InvalidValue, match=SHA):
+        put(services, HALF)
+    assert files(services) == []
 
 
 def test_who_comes_late_with_the_same_file_leaves_the_whole_one_as_it_is(
