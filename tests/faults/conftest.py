@@ -62,8 +62,13 @@ def cluster(homes: Path) -> Iterator[Cluster]:
 def files(cluster: Cluster) -> Files:
     """Descriptors at the start, when every pool has seen a crowd."""
     crowd = Ledger(cluster)
-    for caller in [crowd.ask("warm up") for _ in range(24)]:
-        caller.whole()
+    callers = [crowd.ask("warm up", ("echo", "echo-one")[number % 2]) for number in range(100)]
+    for number, caller in enumerate(callers):
+        if number % 4:
+            caller.cut(("FIN", "RST")[number % 2])
+        else:
+            caller.whole()
+    crowd.settle()
     return Files(cluster)
 
 

@@ -311,10 +311,10 @@ def test_the_log_of_a_job_is_followed_and_jobs_are_paused_and_pruned_by_the_comm
     assert " paused " in web.cli("jobs", "list", "--node", "logger", "--state", "cancelled")[1]
     assert "has ended" in web.cli("jobs", "pause", paused)[2]
     assert web.cli("jobs", "prune", "--older", "1h")[1] == "Removed 0 jobs.\n"
-    assert (
-        web.cli("jobs", "prune", "--older", "0s", "--state", "failed,cancelled", "--kind", "fetch_model")[1]
-        == "Removed 2 jobs.\n"
-    )
+    prune = ("jobs", "prune", "--older", "0s", "--state", "failed,cancelled", "--kind", "fetch_model")
+    assert web.cli(*prune)[1] == "Removed 1 jobs.\n"  # one that is paused can be gone on with
+    assert web.cli("jobs", "cancel", paused)[0] == 0
+    assert web.cli(*prune)[1] == "Removed 1 jobs.\n"
     assert "--older needs" in web.cli("jobs", "prune", "--older", "soon")[2]
 
 
@@ -597,11 +597,11 @@ def test_models_are_written_down_and_read_again_by_the_command_line(web: Web, tm
         assert (code, says in err) == (1, True), err
     assert "no model 'x'" in web.cli("models", "show", "x")[2]
     assert web.cli("models", "edit", "parrot", "--disabled")[0] == 0
+    assert wait_for(lambda: "parrot" not in {model["id"] for model in web.http.get("/v1/models").json()["data"]})
     asked = {"model": "parrot", "messages": [{"role": "user", "content": "Hi"}]}
     answer = web.http.post("/v1/chat/completions", json=asked)
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "model_disabled")
     assert web.cli("chat", "--model", "parrot", "Hi")[2].endswith("--no-disabled'.\n")
-    assert {model["id"] for model in web.http.get("/v1/models").json()["data"]}.isdisjoint({"parrot"})
     for name in ("parrot", "a/b:c"):
         assert web.cli("models", "remove", name)[0] == 0
 
