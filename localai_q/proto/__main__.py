@@ -1,7 +1,8 @@
 """Generates the stubs of `backend.proto`: `python -m localai_q.proto`. Owns where they lie and how they import.
 
-The package imports its stubs as `localai_q.proto.backend_pb2`; a backend is a folder of its own and imports them as
-plain modules. The generated files are committed; a test compares them with what this module would write.
+The package imports its stubs as `localai_q.proto.backend_pb2`; a backend is a folder of its own, into which the installer
+copies those of `workers/backends`, and imports them as plain modules. The generated files are committed; a test compares
+them with what this module would write.
 """
 
 from __future__ import annotations
@@ -17,9 +18,7 @@ STUBS = ("backend_pb2.py", "backend_pb2_grpc.py")
 # Folder of the repository -> the package that its stubs are imported from.
 TARGETS = {
     "localai_q/proto": "localai_q.proto",
-    "workers/backends/xllamacpp": "",
-    "workers/backends/llama_cpp": "",
-    "workers/backends/echo": "",
+    "workers/backends": "",
 }
 
 

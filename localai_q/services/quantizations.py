@@ -11,6 +11,7 @@ from typing import IO, Any
 from localai_q import names
 from localai_q.cluster import sources
 from localai_q.cluster.backends import Op, has
+from localai_q.cluster.builds import Build
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import File, Model, ModelConfig
@@ -43,7 +44,7 @@ from localai_q.errors import (
     Unavailable,
     UnsupportedByModel,
 )
-from localai_q.gallery.catalog import BackendEntry
+from localai_q.gallery.catalog import BackendEntry, BuildEntry
 from localai_q.services import galleries, models, uploads
 from localai_q.services import jobs as job_services
 from localai_q.services.backends import request_for
@@ -246,8 +247,7 @@ def _take(services: Services, step: Step, one: Quantization, job: Job | None) ->
 def _place(services: Services, one: Quantization) -> None:
     """Find it a node, and have that install the backend; if there is none, say why."""
     fleet, working = _fleet(services)
-    builds = galleries.backend(services, one.spec.backend).builds if one.spec.entry is None else _entry(one).builds
-    choice = choose(one, fleet, builds, working)
+    choice = choose(one, fleet, _builds(services, one), working)
     if choice.node_id is None:
         if choice.reasons != one.reasons:
             with services.db.transaction() as db:
@@ -263,8 +263,7 @@ def _quantize(services: Services, one: Quantization) -> None:
     spec, node_id = one.spec, str(one.node_id)
     own = Fleet(models=fleet.models, nodes=[node for node in fleet.nodes if node.id == node_id],
                 replicas=fleet.replicas, busy=fleet.busy, now=fleet.now, patience=fleet.patience)  # fmt: skip
-    builds = galleries.backend(services, spec.backend).builds if spec.entry is None else _entry(one).builds
-    choice = choose(one, own, builds, working - {node_id})
+    choice = choose(one, own, _builds(services, one), working - {node_id})
     if choice.node_id is None:
         with services.db.transaction() as db:
             rows.note(db, one, job_id=None, node_id=None, reasons=choice.reasons)
@@ -343,8 +342,11 @@ def _backend(services: Services, name: str) -> BackendEntry:
     return able[name] if name else next(iter(able.values()))
 
 
-def _entry(one: Quantization) -> BackendEntry:
-    return BackendEntry.model_validate(one.spec.entry)
+def _builds(services: Services, one: Quantization) -> dict[Build, BuildEntry]:
+    """How its backend is made: as it was when it was asked for, if a gallery lists it."""
+    if one.spec.entry is None:
+        return galleries.backend(services, one.spec.backend).builds
+    return BackendEntry.model_validate(one.spec.entry).builds
 
 
 def _source(services: Services, order: Order) -> tuple[Model | None, Source]:

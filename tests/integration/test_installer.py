@@ -45,7 +45,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A place for backends of the test's own."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    shutil.copy2(installer.SOURCES / "serving.py", folder)
+    for shared in installer.SOURCES.glob("*.py"):
+        shutil.copy2(shared, folder)
     shutil.copytree(installer.SOURCES / "echo", folder / "toy")
     monkeypatch.setattr(installer, "SOURCES", folder)
     return folder

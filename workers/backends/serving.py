@@ -1,7 +1,7 @@
 """What every Python backend needs to be one: the process, its socket, its life and death, and the model's lifecycle.
 
-A backend's folder brings `server.py` and the generated stubs; the installer puts this file and the others of this folder
-beside them. They import nothing but gRPC and those stubs. What the engine is, and how a request reaches it, is the folder's own.
+A backend's folder brings `server.py`; the installer puts this file, the generated stubs and the others of this folder
+beside it. They import nothing but gRPC and those stubs. What the engine is, and how a request reaches it, is the folder's own.
 """
 
 from __future__ import annotations
