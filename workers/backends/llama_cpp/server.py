@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
-
-# Its threads wait for each other some hundred times for each token. Waiting busily, which is libgomp's default, takes a
-# hundred times as long where something else needs a core. libgomp reads this when it is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     import serving
