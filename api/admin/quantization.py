@@ -67,6 +67,12 @@ def stop(quantization_id: str) -> dict[str, Any]:
     return quantizations.stop(web().services, quantization_id)
 
 
+@routes.post("/jobs/<id:quantization_id>/retry")
+def retry(quantization_id: str) -> dict[str, Any]:
+    """One that has failed or was stopped, under the same id."""
+    return quantizations.retry(web().services, quantization_id)
+
+
 @routes.post("/jobs/<id:quantization_id>/import")
 def import_model(quantization_id: str) -> tuple[dict[str, Any], int]:
     """Register the result as a model."""

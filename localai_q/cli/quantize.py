@@ -30,7 +30,9 @@ class _Group(TyperGroup):
 
 
 app = typer.Typer(
-    cls=_Group, no_args_is_help=True, help="Quantize models: 'quantize MODEL --type q4_k_m'. List, show, stop, import."
+    cls=_Group,
+    no_args_is_help=True,
+    help="Quantize models: 'quantize MODEL --type q4_k_m'. List, show, stop, retry, import.",
 )
 
 Id = Annotated[str, typer.Argument(help="The quantization's id, as 'list' shows it.")]
@@ -137,6 +139,12 @@ def watch(quantization: Id, as_json: AsJson = False) -> None:
 def stop(quantization: Id) -> None:
     """Stop a quantization."""
     print(f"{quantization}: {connect().call('POST', '/api/quantization/jobs/{}/stop', quantization)['status']}")
+
+
+@app.command("retry")
+def retry(quantization: Id) -> None:
+    """Begin a quantization anew that has failed or was stopped, as it was asked for. 'watch' shows how far it is."""
+    print(f"{quantization}: {connect().call('POST', '/api/quantization/jobs/{}/retry', quantization)['status']}")
 
 
 @app.command("delete")

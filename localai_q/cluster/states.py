@@ -69,6 +69,12 @@ JOB_MOVES: dict[JobState, frozenset[JobState]] = {
     JobState.CANCELLED: frozenset(),
 }
 
+QUANTIZATION_MOVES: dict[JobState, frozenset[JobState]] = {  # it stays the same one when it is tried again
+    **JOB_MOVES,
+    JobState.FAILED: frozenset({JobState.OPEN}),
+    JobState.CANCELLED: frozenset({JobState.OPEN}),
+}
+
 
 def sources(moves: Mapping[State, frozenset[State]], target: State) -> list[State]:
     """The states from which a move to `target` is allowed."""

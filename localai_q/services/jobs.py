@@ -164,7 +164,9 @@ def retry(services: Services, job_id: str, asker: ApiKey) -> str:
     if job.kind not in NODE_JOBS or request is None:
         raise Conflict(f"Job '{job_id}' is none of a node: send its request again.")
     if "quantization" in request:
-        raise Conflict(f"Job '{job_id}' is a step of a quantization: ask for that again.")
+        raise Conflict(
+            f"Job '{job_id}' is a step of a quantization: localai-q quantize retry {request['quantization']} tries that again."
+        )
     if job.state not in (JobState.FAILED, JobState.CANCELLED):
         raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
     if is_orphan:

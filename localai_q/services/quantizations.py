@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import IO, Any
@@ -14,7 +14,7 @@ from localai_q.cluster.backends import Op, has
 from localai_q.cluster.builds import Build
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import File, Model, ModelConfig
+from localai_q.cluster.models import Model, ModelConfig
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import (
     CAPABILITY,
@@ -88,15 +88,12 @@ def create(services: Services, order: Order) -> dict[str, Any]:
     """
     entry = _backend(services, order.backend)
     model, source = _source(services, order)
-    _check(services, source, source.mirrors, "model")
-    for name, file in (("text", order.text), ("imatrix", order.extra_options.imatrix)):
-        if file:
-            _check(services, file, (), name)
     spec = Spec(
         source=source, quantization_type=order.quantization_type, backend=entry.name, text=order.text,
         entry=galleries.record(services, entry.name), options=order.extra_options, model=model.name if model else "",
         config=model.config if model else ModelConfig(),
     )  # fmt: skip
+    _check(services, spec)
     name = order.name or default_name(order.model, order.quantization_type)
     with services.db.transaction() as db:
         if rows.count(db) >= MOST:
@@ -136,6 +133,27 @@ def stop(services: Services, quantization_id: str) -> dict[str, Any]:
             _abort(services, one.job_id)
         _forget_output(services, quantization_id)
     return show(services, quantization_id)
+
+
+def retry(services: Services, quantization_id: str) -> dict[str, Any]:
+    """Begin a quantization anew that has failed or was stopped, as it was asked for. Answers like `show`.
+
+    What a node still has of it, as the source, is not fetched or made again.
+
+    Raises:
+        NotFound: there is none of that id.
+        Conflict: it has not failed and was not stopped, or its node has not stopped yet.
+        InvalidValue: a file cannot be fetched any more.
+    """
+    one = _existing(services, quantization_id)
+    _check(services, one.spec)
+    with services.db.transaction() as db:
+        if not rows.reopen(db, one.id):
+            raise Conflict(f"Quantization '{one.id}' is {status(one, '')}: only what has failed or was stopped can be "
+                           "tried again.")  # fmt: skip
+        if job_rows.is_quantizing(db, one.id):
+            raise Conflict(f"The node of quantization '{one.id}' has not stopped it yet: try again in a moment.")
+    return show(services, one.id)
 
 
 def remove(services: Services, quantization_id: str) -> None:
@@ -380,12 +398,14 @@ def _file(order: Order) -> Source:
     return Source(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
 
 
-def _check(services: Services, file: File, mirrors: Sequence[str], param: str) -> None:
-    """Refuse a file that no node could fetch."""
-    try:
-        models.check_file(services, file, mirrors)
-    except InvalidValue as error:
-        raise InvalidValue(error.message, param=param) from error
+def _check(services: Services, spec: Spec) -> None:
+    """Refuse files that no node could fetch."""
+    for param, file in (("model", spec.source), ("text", spec.text), ("imatrix", spec.options.imatrix)):
+        try:
+            if file:
+                models.check_file(services, file, file.mirrors if isinstance(file, Source) else ())
+        except InvalidValue as error:
+            raise InvalidValue(error.message, param=param) from error
 
 
 # --- what is there

@@ -106,6 +106,12 @@ def find_open(db: Connection, *, kind: str, line: str, request: dict[str, Any]) 
     return found
 
 
+def is_quantizing(db: Connection, quantization_id: str) -> bool:
+    """Whether a job that makes the file of this quantization has not ended."""
+    made_for = jobs.c.request["quantization"].astext == quantization_id
+    return bool(db.execute(select(exists().where(jobs.c.state == JobState.OPEN, made_for))).scalar_one())
+
+
 def newest(db: Connection, *, kind: str, line: str, limit: int) -> list[Job]:
     """Jobs of a kind in a line without their requests, the newest first."""
     query = select(*LISTED).where(jobs.c.kind == kind, jobs.c.line == line)

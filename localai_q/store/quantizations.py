@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Connection, Row, delete, func, insert, select, update
 
 from localai_q.cluster.quantizing import Failure, Quantization, Spec
-from localai_q.cluster.states import JOB_MOVES, JobState, sources
+from localai_q.cluster.states import QUANTIZATION_MOVES, JobState, sources
 from localai_q.names import new_id
 from localai_q.store.tables import quantizations as rows
 
@@ -53,9 +53,13 @@ def note(db: Connection, one: Quantization, **values: Any) -> bool:
 
 def end(db: Connection, quantization_id: str, state: JobState, **values: Any) -> bool:
     """End a quantization; False if it has ended before."""
-    open_one = (rows.c.id == quantization_id) & rows.c.state.in_(sources(JOB_MOVES, state))
-    values |= {"state": state, "job_id": None, "reasons": {}, "ended_at": func.now()}
-    return db.execute(update(rows).where(open_one).values(values)).rowcount == 1
+    values |= {"job_id": None, "reasons": {}, "ended_at": func.now()}
+    return _move(db, quantization_id, state, values)
+
+
+def reopen(db: Connection, quantization_id: str) -> bool:
+    """Open one anew that has failed or was stopped; False of any other."""
+    return _move(db, quantization_id, JobState.OPEN, {"node_id": None, "failures": [], "error": "", "ended_at": None})
 
 
 def note_import(db: Connection, quantization_id: str, name: str) -> None:
@@ -70,6 +74,11 @@ def forget_output(db: Connection, quantization_id: str) -> None:
 
 def remove(db: Connection, quantization_id: str) -> None:
     db.execute(delete(rows).where(rows.c.id == quantization_id))
+
+
+def _move(db: Connection, quantization_id: str, state: JobState, values: dict[str, Any]) -> bool:
+    movable = (rows.c.id == quantization_id) & rows.c.state.in_(sources(QUANTIZATION_MOVES, state))
+    return db.execute(update(rows).where(movable).values(state=state, **values)).rowcount == 1
 
 
 def _quantization(row: Row[Any]) -> Quantization:

@@ -21,7 +21,7 @@ from localai_q.cluster.events import End, Progress
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
 from localai_q.cluster.states import JobState
-from localai_q.errors import Conflict, NotFound
+from localai_q.errors import Conflict, InvalidValue, NotFound
 from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -307,8 +307,84 @@ def test_a_job_that_is_cancelled_stops_it_and_is_not_tried_again(services: Servi
     jobs.cancel(services, job_id, admin)
     jobs.apply_ends(services)
     assert shown(services, made)["status"] == "stopped"
-    with pytest.raises(Conflict, match="a step of a quantization"):
+    with pytest.raises(Conflict, match=f"localai-q quantize retry {made}"):
         jobs.retry(services, job_id, admin)
+
+
+@pytest.mark.parametrize("how", ["failed", "stopped"])
+def test_what_has_failed_or_was_stopped_is_tried_again_as_it_was_asked_for(
+    services: Services, node: Node, http: httpx.Client, how: str
+) -> None:
+    made = begun(services, node, extra_options={"pure": True}, name="mine")
+    give(http, made, node)
+    if how == "failed":
+        end(services, made, node, error="InvalidValue")
+    else:
+        quantizations.stop(services, made)
+        jobs.apply_ends(services)
+    ended = shown(services, made)
+    assert ended["status"] == how
+    again = http.post(f"/api/quantization/jobs/{made}/retry").raise_for_status().json()
+    assert (again["id"], again["status"], again["message"], again["ended"]) == (
+        made,
+        "queued",
+        "waits for a node",
+        None,
+    )
+    kept = ("name", "source", "extra_options", "quantization_type", "backend", "created")
+    assert [again[field] for field in kept] == [ended[field] for field in kept]
+    assert again["node"] is None
+    shown(services, made)
+    end(services, made, node)
+    assert request_of(services, shown(services, made)["job"])["options"]["pure"] is True
+    assert give(http, made, node) == 201
+    end(services, made, node, **MADE)
+    assert shown(services, made)["status"] == "completed"
+
+
+def test_what_is_tried_again_has_as_many_attempts_as_at_first(services: Services) -> None:
+    made = ask(services)
+    for number in range(2 * MOST_ATTEMPTS):
+        if number == MOST_ATTEMPTS:
+            assert (quantizations.retry(services, made)["failures"], shown(services, made)["state"]) == ([], "open")
+        at = ready_node(services, f"n{number}", f"s{number}")
+        shown(services, made)
+        end(services, made, at, error="Unavailable")
+        shown(services, made)
+    assert shown(services, made)["status"] == "failed"
+
+
+def test_what_is_open_done_or_not_there_is_not_tried_again(services: Services, node: Node, http: httpx.Client) -> None:
+    made = begun(services, node)
+    with pytest.raises(Conflict, match="is queued: only what has failed or was stopped"):
+        quantizations.retry(services, made)
+    give(http, made, node)
+    end(services, made, node, **MADE)
+    shown(services, made)
+    assert http.post(f"/api/quantization/jobs/{made}/retry").status_code == 409
+    assert shown(services, made)["status"] == "completed"
+    assert http.post("/api/quantization/jobs/nothing/retry").status_code == 404
+
+
+def test_what_its_node_has_not_stopped_yet_is_not_tried_again(services: Services, node: Node) -> None:
+    made = begun(services, node)
+    lease = claim(services, quantizations.show(services, made)["job"], names.node_jobs_queue(node.id), node.id)
+    quantizations.stop(services, made)
+    with pytest.raises(Conflict, match="has not stopped it yet"):
+        quantizations.retry(services, made)
+    assert shown(services, made)["status"] == "stopped"
+    services.leases.finish(lease, lease.last_index + 1, End(state=JobState.CANCELLED), node_id=node.id)
+    jobs.apply_ends(services)
+    assert quantizations.retry(services, made)["status"] == "queued"
+
+
+def test_what_has_lost_its_source_is_not_tried_again(services: Services, http: httpx.Client) -> None:
+    http.put(f"/api/files/{SHA}", content=RESULT).raise_for_status()
+    made = ask(services, model=f"store:{SHA}")
+    quantizations.stop(services, made)
+    models.forget_stored(services, {SHA})
+    with pytest.raises(InvalidValue, match="has not been uploaded"):
+        quantizations.retry(services, made)
 
 
 def test_only_its_node_sends_its_file_and_only_the_right_one(

@@ -12,6 +12,7 @@ from localai_q.cluster.states import (
     COMING_UP,
     JOB_MOVES,
     NODE_MOVES,
+    QUANTIZATION_MOVES,
     REPLICA_MOVES,
     JobState,
     NodeState,
@@ -19,7 +20,7 @@ from localai_q.cluster.states import (
     sources,
 )
 
-TABLES = [(NodeState, NODE_MOVES), (ReplicaState, REPLICA_MOVES), (JobState, JOB_MOVES)]
+TABLES = [(NodeState, NODE_MOVES), (ReplicaState, REPLICA_MOVES), (JobState, JOB_MOVES), (JobState, QUANTIZATION_MOVES)]
 
 # What `services.replicas` makes of a step that changes the state.
 MOVE_OF = {
@@ -58,6 +59,7 @@ def test_every_state_can_be_reached_from_the_first(moves, first) -> None:
 def test_what_has_ended_stays_ended() -> None:
     assert REPLICA_MOVES[ReplicaState.GONE] == frozenset()
     assert [state for state, targets in JOB_MOVES.items() if targets] == [JobState.OPEN]
+    assert QUANTIZATION_MOVES[JobState.DONE] == frozenset()
 
 
 @pytest.mark.parametrize(("states", "moves"), TABLES)
