@@ -20,7 +20,7 @@ wheels: $(VENV)/.tests-installed ## Compile what backends need compiled, once fo
 	@$(BIN)/python -m workers.node.wheels
 
 test: wheels ## Run the tests
-	@$(BIN)/pytest -n 2
+	@$(BIN)/pytest -n 3
 
 lint: $(VENV)/.tests-installed ## Check style, types and the direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports

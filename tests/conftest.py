@@ -24,7 +24,7 @@ from localai_q.embedded.valkey import Valkey
 
 TEMPLATE = "template_of_tests"
 SECRET_TOKEN = "join-us"
-ONE_PROCESS = ("e2e", "faults")  # folders whose tests share a cluster
+ONE_PROCESS = ("shared", "faults")  # folders whose tests share a cluster
 counter = itertools.count(1)
 
 
@@ -135,3 +135,15 @@ def services(settings: Settings, redis_client: redis.Redis):
 
     app.conf.broker_url = settings.redis_url
     return connect(settings)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model's file, named by its SHA-256 as a node has it."""
+    from localai_q.gallery import catalog
+    from workers.node.fetcher import Wanted, fetch
+    from workers.node.sources import Access
+
+    model = catalog.default_model()
+    wanted = Wanted(source=model.source, sha256=model.sha256)
+    return fetch(wanted, tmp_path_factory.mktemp("models"), Access(load_settings(), "", "", ""), lambda _: None)

@@ -19,13 +19,10 @@ import pytest
 from gguf_files import lora
 from waiting import LIMIT, wait_for
 
-from localai_q.config import load_settings
 from localai_q.gallery import catalog
 from localai_q.proto import backend_pb2 as pb
 from localai_q.proto import backend_pb2_grpc
-from workers.node.fetcher import Wanted, fetch
 from workers.node.installer import install_backend, python_of
-from workers.node.sources import Access
 
 OPTIONS = [("grpc.max_receive_message_length", 50 << 20), ("grpc.max_send_message_length", 50 << 20)]
 TOOL = {
@@ -107,15 +104,6 @@ def alive(pid: int) -> bool:
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("backends")
     return {name: install_backend(catalog.backend(name), root, lambda _: None) for name in ("echo", "xllamacpp")}
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = catalog.default_model()
-    access = Access(load_settings(), "", "", "")
-    return fetch(
-        Wanted(source=model.source, sha256=model.sha256), tmp_path_factory.mktemp("models"), access, lambda _: None
-    )
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 from gguf_files import lora
-from test_backends import TOOL, Running, bad_files, chat, check_embeddings, completion, refused, text_of, weights
+from test_backends import TOOL, Running, bad_files, chat, check_embeddings, completion, refused, text_of
 from waiting import wait_for
 
 from localai_q.config import load_settings
@@ -18,8 +18,6 @@ from localai_q.proto import backend_pb2 as pb
 from workers.node.installer import Kit, install_backend
 from workers.node.sources import Access
 from workers.node.wheels import Wheels
-
-__all__ = ["weights"]
 
 # `make wheels` compiles what this backend needs, once for a machine; whoever runs this file alone first waits for it.
 pytestmark = pytest.mark.timeout(3600)

@@ -33,7 +33,6 @@ from localai_q.store import jobs as job_rows
 from localai_q.store import quantizations as rows
 from workers.child import ChildSpec
 from workers.identity import Identity
-from workers.node.fetcher import Wanted, fetch
 from workers.node.installer import Kit, install_backend, python_of
 from workers.node.jobs import Jobs
 from workers.node.sources import Access
@@ -56,13 +55,6 @@ def backends(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(backends: Path) -> Path:
     return (backends / "llama-cpp" / "current").resolve()
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model, access = catalog.default_model(), Access(load_settings(), "", "", "")
-    wanted = Wanted(source=model.source, sha256=model.sha256)
-    return fetch(wanted, tmp_path_factory.mktemp("models"), access, lambda _: None)
 
 
 class Quantizer:

@@ -4,11 +4,14 @@ import base64
 import json
 import re
 import time
+from typing import Any
 
 import httpx
 import pytest
-from e2e_cluster import CHAT_MODEL, Cluster, until
+from e2e_cluster import CHAT_MODEL, Cluster, processes_of, until
 from waiting import LIMIT
+
+from localai_q.gallery import catalog
 
 SECRET = "zebra-quartz-violin"
 
@@ -189,3 +192,22 @@ def test_basic_auth_is_what_flower_wants(cluster: Cluster) -> None:
     token = base64.b64encode(f"admin:{cluster.state()['flower_password']}".encode()).decode()
     response = httpx.get(cluster.ready["flower_url"] + "/workers", headers={"Authorization": f"Basic {token}"})
     assert response.status_code == 200
+
+
+def test_what_a_node_has_read_of_a_fetched_file_is_what_is_booked(cluster: Cluster) -> None:
+    def ready() -> list[Any]:
+        return [each for each in cluster.replicas(CHAT_MODEL) if (each["node"], each["state"]) == ("alpha", "ready")]
+
+    (replica,) = until(ready, LIMIT, "the default model")
+    blob = cluster.home / "worker/nodes/alpha/models/blobs" / catalog.default_model().sha256
+    assert replica["memory"]["ram"] > 3 * blob.stat().st_size, (
+        "the guess of a header that nobody has read is 1.2 times the file"
+    )
+    (backend,) = [
+        process
+        for process, line in processes_of(cluster.home).items()
+        if "server.py" in line and replica["id"] in " ".join(line)
+    ]
+    assert any(str(blob) == file.path for file in backend.memory_maps())
+    assert backend.memory_info().rss < replica["memory"]["ram"]
+    assert blob.name in cluster.node("alpha")["hardware"]["files"]
