@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from flask import Blueprint, Response, g, request
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from api import files
 from api.bodies import parse
 from api.web import web
 from localai_q.cluster.hardware import Hardware
@@ -124,12 +125,13 @@ def find_wheel(node_id: str, digest: str) -> dict[str, Any]:
 
 
 @routes.put("/wheels/<digest>")
-def give_wheel(node_id: str, digest: str) -> tuple[dict[str, Any], int]:
-    """The body is a wheel that the node has compiled, `sha256` its content; a header has the key."""
-    request.max_content_length = LARGEST_WHEEL
+def give_wheel(node_id: str, digest: str) -> Response | tuple[dict[str, Any], int]:
+    """The body is a wheel that the node has compiled, or the next part of it; `sha256` is its content, a header has the
+    key."""
+    chunk = files.chunk(LARGEST_WHEEL)
     key = parse(WheelKey, request.headers.get(WHEEL_HEADER, "").encode())
-    sha256, size = request.args.get("sha256", ""), request.content_length
-    return wheels.take(web().services, g.node, digest, key, sha256, request.stream, size), 201
+    sha256 = request.args.get("sha256", "")
+    return files.received(sha256, wheels.take(web().services, g.node, digest, key, sha256, request.stream, chunk))
 
 
 @routes.post("/drain")
@@ -149,12 +151,12 @@ def deregister(node_id: str) -> dict[str, Any]:
 
 
 @routes.put("/quantizations/<id:quantization_id>/result/<sha256>")
-def receive(node_id: str, quantization_id: str, sha256: str) -> tuple[dict[str, Any], int]:
-    """The file that the node has made; the body is the file."""
+def receive(node_id: str, quantization_id: str, sha256: str) -> Response | tuple[dict[str, Any], int]:
+    """The body is the file that the node has made, or the next part of it."""
     services = web().services
-    request.max_content_length = services.settings.max_upload
-    size = request.content_length
-    return quantizations.receive(services, g.node, quantization_id, sha256, request.stream, size), 201
+    chunk = files.chunk(services.settings.max_upload)
+    found = quantizations.receive(services, g.node, quantization_id, sha256, request.stream, chunk)
+    return files.received(sha256, found)
 
 
 @routes.get("/unnamed")

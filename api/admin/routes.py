@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from flask import Blueprint, Response, request
 from pydantic import BaseModel, ConfigDict, Field
 
+from api import files
 from api.bodies import parse
 from api.metrics import CONTENT_TYPE
 from api.strictjson import load_object
@@ -287,19 +288,18 @@ def remove_model(name: str) -> dict[str, Any]:
 def has_file(sha256: str) -> Response:
     """200 if the file was uploaded, 308 and how far it is if it is on its way, 404 if not."""
     found = uploads.state(web().services, sha256)
-    return Response(headers={"Content-Length": str(found.size)}) if found.whole else _incomplete(found)
+    return Response(headers={"Content-Length": str(found.size)}) if found.whole else files.incomplete(found)
 
 
 @routes.put("/api/files/<sha256>")
 def put_file(sha256: str) -> Response | tuple[dict[str, Any], int]:
     """Upload a model's file: the body is the file, or with `Content-Range` the next part of it."""
-    request.max_content_length = web().services.settings.max_upload
     told = request.headers.get("X-Content-SHA256", sha256)
     if told != sha256:
         raise Conflict(f"'X-Content-SHA256' says {told[:64]!r}: the file has changed since its upload began.")
-    chunk = uploads.Chunk.of(request.headers.get("Content-Range"), request.content_length)
-    received = uploads.receive(web().services, sha256, request.stream, chunk)
-    return ({"sha256": sha256, "size": received.size}, 201) if received.whole else _incomplete(received)
+    services = web().services
+    chunk = files.chunk(services.settings.max_upload)
+    return files.received(sha256, uploads.receive(services, sha256, request.stream, chunk))
 
 
 @routes.delete("/api/files/<sha256>")
@@ -307,11 +307,6 @@ def give_up_file(sha256: str) -> dict[str, Any]:
     """Remove what has come of a file that is on its way."""
     uploads.give_up(web().services, sha256)
     return {"sha256": sha256, "removed": True}
-
-
-def _incomplete(found: uploads.Received) -> Response:
-    there = {"Range": f"bytes=0-{found.size - 1}"} if found.size else {}
-    return Response(status=308, headers={"X-File-Size": str(found.size), **there})
 
 
 @routes.get("/api/keys")

@@ -45,10 +45,19 @@ class Api:
         """
         with self.errors():
             quoted = [quote(part, safe="") for part in parts]
-            response = self.http.request(method, path.format(*quoted), **more)
+        response = self.exchange(method, path.format(*quoted), **more)
         self.check(response)
         answer: Record = response.json() if response.content else {}
         return answer
+
+    def exchange(self, method: str, path: str, **request: Any) -> httpx.Response:
+        """What the API answers, also if it refuses.
+
+        Raises:
+            InvalidValue, Unavailable: as `call`.
+        """
+        with self.errors():
+            return self.http.request(method, path, **request)
 
     @contextmanager
     def errors(self) -> Iterator[None]:

@@ -21,11 +21,11 @@ from localai_q.cli import importing
 from localai_q.cli.client import Api, connect
 from localai_q.cli.jobs import POLL, need_done, wait
 from localai_q.cli.show import AsJson, rows, when
-from localai_q.cli.uploads import blocks, send
 from localai_q.cli.watch import display
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, NotFound, Unavailable
+from localai_q.sending import blocks, send
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
@@ -358,7 +358,7 @@ def upload(api: Api, file: Path) -> dict[str, Any]:
     with Progress(*columns, transient=True) as progress:
         sha256 = _hash(file, progress, size)
         task = progress.add_task("uploading", total=size)
-        send(api, file, sha256, lambda done: progress.update(task, completed=done))
+        send(api, f"/api/files/{sha256}", file, lambda done: progress.update(task, completed=done))
     return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
 
 

@@ -39,7 +39,6 @@ from localai_q.errors import (
     Cancelled,
     Conflict,
     InvalidValue,
-    LocalAIError,
     NotFound,
     Unavailable,
     UnsupportedByModel,
@@ -207,13 +206,13 @@ def download(services: Services, quantization_id: str, start: int) -> tuple[str,
 
 
 def receive(
-    services: Services, node: Node, quantization_id: str, sha256: str, stream: IO[bytes], size: int | None
-) -> dict[str, Any]:
-    """Take the file that a node has made.
+    services: Services, node: Node, quantization_id: str, sha256: str, stream: IO[bytes], chunk: uploads.Chunk
+) -> uploads.Received:
+    """Take the file that a node has made, or a part of it.
 
     Raises:
         NotFound: the node makes no such file any more.
-        InvalidValue, BodyTooLarge, Unavailable: as `uploads.receive`.
+        InvalidValue, WrongOffset, BodyTooLarge, Unavailable: as `uploads.receive`.
     """
     uploads.path_of(services, sha256)
     before = _made_by(services, node, quantization_id)
@@ -222,12 +221,9 @@ def receive(
     if before.output and before.output != sha256:
         _forget(services, before.output)
     try:
-        received = uploads.receive(services, sha256, stream, uploads.Chunk(size=size, total=size))
-        _made_by(services, node, quantization_id)
-    except LocalAIError:
-        _forget(services, sha256)
-        raise
-    return {"sha256": sha256, "size": received.size}
+        return uploads.receive(services, sha256, stream, chunk)
+    finally:
+        _need_wanted(services, node, quantization_id, sha256)
 
 
 def advance(services: Services) -> None:
@@ -432,6 +428,15 @@ def _made_by(services: Services, node: Node, quantization_id: str) -> Quantizati
     if one is None or one.state is not JobState.OPEN or one.node_id != node.id:
         raise NotFound(f"Node '{node.name}' does not work on quantization '{quantization_id}' any more.")
     return one
+
+
+def _need_wanted(services: Services, node: Node, quantization_id: str, sha256: str) -> None:
+    """Delete what has come of a file for a quantization that was stopped meanwhile, and say so."""
+    try:
+        _made_by(services, node, quantization_id)
+    except NotFound:
+        _forget(services, sha256)
+        raise
 
 
 def _forget_output(services: Services, quantization_id: str) -> None:

@@ -12,7 +12,7 @@ from localai_q.cluster.builders import LABEL, MAKE, awaited, is_builder
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.cluster.wheels import Built, WheelKey
-from localai_q.errors import Conflict, Forbidden, InvalidValue, NotFound, Unavailable
+from localai_q.errors import Conflict, Forbidden, InvalidValue, NotFound
 from localai_q.gallery.catalog import BackendEntry
 from localai_q.services import galleries, jobs, models, uploads
 from localai_q.services.wiring import Services
@@ -45,15 +45,15 @@ def told(services: Services, asker: Node, digest: str, backend: str) -> dict[str
 
 
 def take(
-    services: Services, giver: Node, digest: str, key: WheelKey, sha256: str, stream: IO[bytes], size: int | None
-) -> dict[str, Any]:
-    """Keep what a builder has compiled; the first that was given of a key stays. Returns the wheel as `listed` shows it.
+    services: Services, giver: Node, digest: str, key: WheelKey, sha256: str, stream: IO[bytes], chunk: uploads.Chunk
+) -> uploads.Received:
+    """Keep what a builder has compiled, once all of it has come; the first that was given of a key stays.
 
     Raises:
         Forbidden: the node has no such label from an admin.
         InvalidValue: the key is another one, or the content is not what its SHA-256 says.
         Conflict: no backend needs it, or there are too many.
-        BodyTooLarge, Unavailable: as `uploads.receive` has it.
+        BodyTooLarge, WrongOffset, Unavailable: as `uploads.receive` has it.
     """
     if not is_builder(giver):
         raise Forbidden(
@@ -67,12 +67,12 @@ def take(
     with services.db.transaction() as db:
         before, count = wheels.by_digest(db, digest), len(wheels.contents(db))
     if before and uploads.path_of(services, before.sha256).exists():
-        return _shown(before, entries)
+        return uploads.Received(size=before.size, whole=True)
     if count >= MOST:
         raise Conflict(f"There are {count} wheels already: 'localai-q backends wheels' shows them.")
-    received = uploads.receive(services, sha256, stream, uploads.Chunk(size=size, total=size))
+    received = uploads.receive(services, sha256, stream, chunk)
     if not received.whole:
-        raise Unavailable(f"Only {received.size} bytes of the wheel have come.")
+        return received
     built = Built(key=key, sha256=sha256, size=received.size, node=giver.name)
     with services.db.transaction() as db:
         before = wheels.by_digest(db, digest)
@@ -80,7 +80,7 @@ def take(
     if before and before.sha256 != sha256:
         models.forget_stored(services, {before.sha256})
     log.info("node %s gave the wheel %s", giver.name, key.filename, extra={"action": "wheel"})
-    return _shown(built, entries)
+    return received
 
 
 def listed(services: Services) -> list[dict[str, Any]]:

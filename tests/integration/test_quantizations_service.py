@@ -22,7 +22,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, InvalidValue, NotFound
-from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations
+from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations, uploads
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import quantizations as rows
@@ -92,11 +92,15 @@ def end(services: Services, made: str, at: Node, error: str = "", **result: Any)
 
 
 def give(
-    http: httpx.Client, made: str, at: Node, content: bytes = RESULT, sha256: str = SHA, secret: str = SECRET
-) -> int:
-    """The node sends its file; the status of the answer."""
+    http: httpx.Client, made: str, at: Node, content: bytes = RESULT, sha256: str = SHA, secret: str = SECRET,
+    part: tuple[int, int] | None = None,
+) -> int:  # fmt: skip
+    """The node sends its file, or a part of it; the status of the answer."""
     url = f"/api/node/{at.id}/quantizations/{made}/result/{sha256}"
-    return http.put(url, content=content, headers={"Authorization": f"Bearer {secret}"}).status_code
+    headers = {"Authorization": f"Bearer {secret}"}
+    if part:
+        content, headers["Content-Range"] = content[slice(*part)], f"bytes {part[0]}-{part[1] - 1}/{len(content)}"
+    return http.put(url, content=content, headers=headers).status_code
 
 
 def begun(services: Services, at: Node, **order: Any) -> str:
@@ -397,6 +401,34 @@ def test_only_its_node_sends_its_file_and_only_the_right_one(
     assert give(http, made, node, sha256="x") == 400
     assert files(services) == []
     assert give(http, "nothing", node) == 404
+
+
+def test_the_file_comes_in_parts_of_which_a_refusal_takes_none_away(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    made = begun(services, node)
+    assert give(http, made, node, part=(0, 9)) == 308
+    assert give(http, made, node, part=(10, 12)) == 416
+    end(services, made, node, **MADE)
+    assert shown(services, made)["failures"][0]["reason"] == "its file has not come to the API's store"
+    assert len(files(services)) == 1, "another attempt goes on with it"
+    quantizations.stop(services, made)
+    assert files(services) == []
+
+
+def test_what_comes_after_it_was_stopped_goes(services: Services, node: Node, http: httpx.Client) -> None:
+    made = begun(services, node)
+    give(http, made, node, part=(0, 9))
+    receive = uploads.receive
+
+    def late(*given: Any) -> uploads.Received:
+        quantizations.stop(services, made)
+        return receive(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uploads, "receive", late)
+        assert give(http, made, node, part=(0, 12)) == 404
+    assert files(services) == []
 
 
 def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Services, node: Node, http) -> None:

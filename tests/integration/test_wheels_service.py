@@ -21,6 +21,7 @@ from localai_q.errors import Conflict, Forbidden, InvalidValue, NotFound
 from localai_q.gallery.catalog import Archive, BackendEntry, BuildEntry
 from localai_q.names import WHEEL_HEADER
 from localai_q.services import cleaning, fleet, galleries, holders, jobs, keys, models, nodes, uploads, wheels
+from localai_q.services.uploads import Chunk, Received
 from localai_q.services.wiring import Services
 from localai_q.store import nodes as node_rows
 
@@ -76,9 +77,17 @@ def labelled(services: Services, node: Node, value: str = "true") -> Node:
 
 
 def give(services: Services, giver: Node, wheel: WheelKey | None = None, content: bytes = CONTENT) -> dict[str, Any]:
+    """The wheel as it is listed then."""
     wheel = wheel or key()
-    sha256 = hashlib.sha256(content).hexdigest()
-    return wheels.take(services, giver, wheel.digest, wheel, sha256, io.BytesIO(content), len(content))
+    assert take(services, giver, wheel.digest, wheel, hashlib.sha256(content).hexdigest(), content).whole
+    return next(one for one in wheels.listed(services) if one["id"] == wheel.digest)
+
+
+def take(
+    services: Services, giver: Node, digest: str, wheel: WheelKey, sha256: str, content: bytes = CONTENT
+) -> Received:
+    chunk = Chunk(size=len(content), total=len(content))
+    return wheels.take(services, giver, digest, wheel, sha256, io.BytesIO(content), chunk)
 
 
 def stored(services: Services) -> list[bytes]:
@@ -137,11 +146,11 @@ def test_what_is_not_what_it_says_is_refused(
     services: Services, builder: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InvalidValue, match=f"SHA-256 is {SHA256}, not"):
-        wheels.take(services, builder, key().digest, key(), "0" * 64, io.BytesIO(CONTENT), len(CONTENT))
+        take(services, builder, key().digest, key(), "0" * 64)
     with pytest.raises(InvalidValue, match="64 characters"):
-        wheels.take(services, builder, key().digest, key(), "../../etc/passwd", io.BytesIO(CONTENT), len(CONTENT))
+        take(services, builder, key().digest, key(), "../../etc/passwd")
     with pytest.raises(InvalidValue, match="not the one of the path"):
-        wheels.take(services, builder, "0" * 64, key(), SHA256, io.BytesIO(CONTENT), len(CONTENT))
+        take(services, builder, "0" * 64, key(), SHA256)
     monkeypatch.setattr(wheels, "MOST", 0)
     with pytest.raises(Conflict, match="0 wheels already"):
         give(services, builder)
@@ -274,6 +283,19 @@ def test_nodes_give_and_ask_with_their_own_secret(services: Services, http: Any,
     assert http.get(f"/api/node/{other.id}/files/{SHA256}", headers=OWN).data == CONTENT
 
 
+def test_a_wheel_comes_in_parts_and_counts_when_it_is_whole(services: Services, http: Any, builder: Node) -> None:
+    def part(start: int, end: int) -> int:
+        path = f"/api/node/{builder.id}/wheels/{key().digest}?sha256={SHA256}"
+        headers = {**OWN, WHEEL_HEADER: json.dumps(key().model_dump()),
+                   "Content-Range": f"bytes {start}-{end - 1}/{len(CONTENT)}"}  # fmt: skip
+        return http.put(path, data=CONTENT[start:end], headers=headers).status_code
+
+    assert (part(0, 9), part(10, 12)) == (308, 416)
+    assert wheels.listed(services) == []
+    assert part(9, len(CONTENT)) == 201
+    assert wheels.listed(services)[0]["sha256"] == SHA256
+
+
 @pytest.mark.parametrize(
     "header", ["", "{", "[]", '{"package": "a"}', json.dumps({**key().model_dump(), "package": "../x"}),
                json.dumps({**key().model_dump(), "more": 1})],
@@ -287,6 +309,7 @@ def test_what_is_too_large_is_refused(
 ) -> None:
     monkeypatch.setattr(node_routes, "LARGEST_WHEEL", 10)
     assert put(http, builder).status_code == 413
+    assert put(http, builder, **{"Content-Range": f"bytes 0-0/{len(CONTENT)}"}, content=CONTENT[:1]).status_code == 413
     assert stored(services) == []
 
 

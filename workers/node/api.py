@@ -6,10 +6,10 @@ import json
 import logging
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,14 +18,14 @@ from localai_q import __version__
 from localai_q.cluster.wheels import WheelKey
 from localai_q.errors import Conflict, Forbidden, LocalAIError, NotFound, StartupError, Unavailable
 from localai_q.names import WHEEL_HEADER
+from localai_q.sending import send
 from workers.identity import Identity
 from workers.node.installer import certificates
 
 log = logging.getLogger(__name__)
 
 TIMEOUT = httpx.Timeout(10.0, connect=5.0)
-SENDING = httpx.Timeout(60.0, read=600.0)  # of a file, which the API checks when it has all of it
-PIECE = 1 << 20  # bytes of a file that are sent at once
+FOR_OTHERS = 60.0  # seconds without a byte more after which what is a gift for other nodes is given up
 POLL = 1.0  # seconds between two questions while the node waits for approval, or for the API to come up
 REMIND = 30.0  # seconds between two lines that say what is waited for
 PATIENCE = 5.0  # seconds before the first such line about an API that does not answer: it may be starting, too
@@ -64,8 +64,8 @@ class NodeApi:
         self._call("POST", f"holders/{sha256}/{holder_id}/wrong", {})
 
     def give(self, quantization_id: str, sha256: str, path: Path, sent: Callable[[int], object]) -> None:
-        """Send what was made for a quantization. `sent` is told of the bytes that are on their way."""
-        self._send(f"quantizations/{quantization_id}/result/{sha256}", path, sent)
+        """Send what was made for a quantization. `sent` is told how many bytes are there."""
+        send(self, f"quantizations/{quantization_id}/result/{sha256}", path, sent)
 
     def wheel(self, digest: str, backend: str) -> dict[str, Any]:
         """Who has compiled a wheel, as `localai_q.services.wheels.told` tells it."""
@@ -73,7 +73,8 @@ class NodeApi:
 
     def give_wheel(self, key: WheelKey, sha256: str, path: Path, sent: Callable[[int], object]) -> None:
         """Give a wheel to all; `Forbidden` if no admin has labelled this node for that."""
-        self._send(f"wheels/{key.digest}?sha256={sha256}", path, sent, **{WHEEL_HEADER: json.dumps(key.model_dump())})
+        headers = {WHEEL_HEADER: json.dumps(key.model_dump())}
+        send(self, f"wheels/{key.digest}?sha256={sha256}", path, sent, headers=headers, patience=FOR_OTHERS)
 
     def announce_secret(self, secret_hash: str) -> None:
         """Say what the next secret will be; from now on both count, until the next one is used."""
@@ -95,18 +96,34 @@ class NodeApi:
                 raise
             return self._ask(method, path, body, newer)  # the other was withdrawn on the way
 
-    def _send(self, path: str, file: Path, sent: Callable[[int], object], **headers: str) -> None:
-        headers |= {**_bearer(self._identity.secret()), "Content-Length": str(file.stat().st_size)}
-        with _errors(), file.open("rb") as content:
-            url = f"/api/node/{self._id}/{path}"
-            response = self._http.put(url, content=_told(content, sent), headers=headers, timeout=SENDING)
-        if not response.is_success:
-            _raise(response)
+    def exchange(
+        self, method: str, path: str, *, headers: Mapping[str, str] | None = None, **request: Any
+    ) -> httpx.Response:
+        """What the API answers at a path of this node, also if it refuses.
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None, secret: str) -> dict[str, Any]:
+        Raises:
+            Unavailable: it does not, or the secret that it was asked with has just been replaced.
+        """
+        secret = self._identity.secret()
+        response = self._request(method, path, secret, headers=headers, **request)
+        if response.status_code == httpx.codes.FORBIDDEN and self._identity.secret() != secret:
+            raise Unavailable("the node's secret was replaced on the way")
+        return response
+
+    def check(self, answer: httpx.Response) -> None:
+        """Raise what the API has answered, if it refused."""
+        if not answer.is_success:
+            _raise(answer)
+
+    def _request(
+        self, method: str, path: str, secret: str, headers: Mapping[str, str] | None = None, **request: Any
+    ) -> httpx.Response:
         with _errors():
             url = f"/api/node/{self._id}/{path}"
-            response = self._http.request(method, url, json=body, headers=_bearer(secret))
+            return self._http.request(method, url, headers={**(headers or {}), **_bearer(secret)}, **request)
+
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None, secret: str) -> dict[str, Any]:
+        response = self._request(method, path, secret, json=body)
         if response.status_code >= httpx.codes.BAD_REQUEST:
             _raise(response)
         try:
@@ -144,13 +161,6 @@ def register(url: str, token: str, name: str, identity: Identity, hardware: dict
                 say_at = time.monotonic() + REMIND
             pending = bool(answer)
             time.sleep(POLL if answer else POLL / 4)
-
-
-def _told(file: IO[bytes], sent: Callable[[int], object]) -> Iterator[bytes]:
-    """The file in pieces; each is told of before it goes."""
-    while block := file.read(PIECE):
-        sent(file.tell())
-        yield block
 
 
 def _bearer(secret: str) -> dict[str, str]:

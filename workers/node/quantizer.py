@@ -1,8 +1,9 @@
 """Makes a quantized file on this node, and gives it to the API.
 
 Fetches what that needs (`workers.node.fetcher`), checks the source's header (`localai_q.gguf`), has the quantizer of the
-backend do the work in a process of its own (`workers/backends/llama_cpp/quantize.py`), sends the result to the API, and
-keeps it (`workers.node.store`). Where and when that is done is decided in `localai_q.cluster.quantizing`.
+backend do the work in a process of its own (`workers/backends/llama_cpp/quantize.py`), keeps the result (`workers.node.store`)
+and sends it to the API; an attempt that could not do that is gone on with. Where and when that is done is decided in
+`localai_q.cluster.quantizing`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from localai_q.cluster.sources import OnNode, parse
 from localai_q.errors import InvalidValue, NotFound, Unavailable
 from workers import versions
 from workers.node import fetcher
-from workers.node.digests import Digest
 from workers.node.downloads import Report as Bytes
 from workers.node.downloads import hash_file
 from workers.node.fetcher import wanted_of
@@ -74,6 +74,25 @@ class _Work:
         self._options = Options.model_validate(request["options"])
 
     def result(self) -> dict[str, Any]:
+        note = self._store.part(self._id, "made.part")
+        made = self._made_before(note)
+        if made is None:
+            made = self._made()
+            note.write_text(json.dumps(made))
+        self._give(made)
+        note.unlink()
+        return made
+
+    def _made_before(self, note: Path) -> dict[str, Any] | None:
+        """What an attempt has made here that could not give it to the API."""
+        try:
+            made: dict[str, Any] = json.loads(note.read_text())
+            return made if self._store.find(made["sha256"]) else None
+        except (OSError, ValueError):
+            return None
+
+    def _made(self) -> dict[str, Any]:
+        """Make the file and keep it; the result."""
         source = self._fetched(self._request["source"], self._report)
         before = _checked(source, self._options)
         text = self._fetched(self._request["text"]) if self._request["text"] else None
@@ -83,11 +102,10 @@ class _Work:
             try:
                 bits = BITS.get(self._request["type"], OTHER_BITS)
                 self._store.need_room(int(before.parameters * bits / 8))
-                measured = self._made(source, part, text, imatrix)
+                measured = self._quantized(source, part, text, imatrix)
                 with part.open("rb") as file:
                     found = hash_file(file, part.stat().st_size, Bytes(self._hashing))
                 facts = gguf.read_facts(part)
-                self._give(part, found)
                 self._store.keep(part, found.sha256, found.beginnings)
             finally:
                 part.unlink(missing_ok=True)
@@ -103,7 +121,7 @@ class _Work:
                 raise Unavailable(error.message) from error  # another node may have it
             raise
 
-    def _made(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
+    def _quantized(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
         """Have the backend's program make the file and measure it; what it has measured."""
         folder, descriptor = versions.hold(versions.pointer(self._backends, str(self._request["engine"])))
         try:
@@ -131,12 +149,12 @@ class _Work:
             os.close(descriptor)
         raise Unavailable("the quantizer has ended without a word")
 
-    def _give(self, part: Path, found: Digest) -> None:
-        api = self._access.peers
+    def _give(self, made: dict[str, Any]) -> None:
+        api, sha256, report = self._access.peers, made["sha256"], Bytes(self._report)
         if api is None:
             raise Unavailable("there is no API to give the file to")
-        report = Bytes(self._report)
-        api.give(self._id, found.sha256, part, lambda sent: report("uploading", sent, found.size))
+        path = self._store.folder / sha256
+        api.give(self._id, sha256, path, lambda sent: report("uploading", sent, made["size"]))
 
     def _hashing(self, progress: Progress) -> None:
         self._report(replace(progress, stage="hashing"))
