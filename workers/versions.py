@@ -80,11 +80,12 @@ def switch(root: Path, name: str, folder: str) -> None:
 
 def remove(root: Path, name: str) -> bool:
     """Remove a backend; what runs of it keeps its files until it ends. False if it was not installed."""
-    there = pointer(root, name).is_symlink()
-    if there:
-        with alone(root / name):
-            pointer(root, name).unlink(missing_ok=True)
-            tidy_alone(root / name)
+    if not (root / name).is_dir():
+        return False
+    with alone(root / name):
+        there = pointer(root, name).is_symlink()
+        pointer(root, name).unlink(missing_ok=True)
+        tidy_alone(root / name)
     return there
 
 

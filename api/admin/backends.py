@@ -9,9 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.admin.routes import limit_of
 from api.bodies import parse
+from api.strictjson import load_object
 from api.web import caller, web
 from localai_q.cluster.backends import Op
-from localai_q.gallery.catalog import Name
+from localai_q.documents import checked
+from localai_q.gallery.catalog import External, Name
 from localai_q.services import backends, galleries, jobs, nodes, operations, wheels
 
 routes = Blueprint("backends", __name__)
@@ -40,6 +42,10 @@ class Apply(Narrowed):
     """What to install on all nodes."""
 
     id: Name
+
+
+class Given(Narrowed, External):
+    """A backend that the cluster does not know yet."""
 
 
 @routes.get("/api/nodes/<node>/backends")
@@ -89,15 +95,22 @@ def check_upgrades() -> dict[str, Any]:
 @routes.post("/backends/apply")
 def apply() -> tuple[dict[str, Any], int]:
     """Install on every node that can run it; those that are away install it when they are back."""
-    body = parse(Apply, request.get_data())
-    return _everywhere(Op.INSTALL, body.id, body)
+    return _applied(), 202
+
+
+@routes.post("/api/backends/install-external")
+def install_external() -> tuple[dict[str, Any], int]:
+    """The same with the answer that LocalAI gives to this."""
+    made = _applied()
+    return {"jobID": made["uuid"], "message": made["message"]}, 202
 
 
 @routes.post("/backends/upgrade/<name>", defaults={"op": Op.UPGRADE})
 @routes.post("/backends/delete/<name>", defaults={"op": Op.DELETE})
 def change_everywhere(op: Op, name: str) -> tuple[dict[str, Any], int]:
     """On every node that has it."""
-    return _everywhere(op, name, parse(Narrowed, request.get_data()))
+    body = parse(Narrowed, request.get_data())
+    return backends.change_everywhere(web().services, op, name, only=body.nodes, selector=body.selector), 202
 
 
 @routes.get("/backends/jobs")
@@ -166,6 +179,10 @@ def forget_ended_operations() -> dict[str, Any]:
     return {"success": True, "removed": operations.forget_history(web().services)}
 
 
-def _everywhere(op: Op, name: str, narrowed: Narrowed) -> tuple[dict[str, Any], int]:
-    made = backends.change_everywhere(web().services, op, name, only=narrowed.nodes, selector=narrowed.selector)
-    return made, 202
+def _applied() -> dict[str, Any]:
+    content = {name: value for name, value in load_object(request.get_data() or b"{}").items() if value != ""}
+    if "uri" in content:
+        given = checked(Given, content)
+        return backends.install_external(web().services, given, only=given.nodes, selector=given.selector)
+    body = checked(Apply, content)
+    return backends.change_everywhere(web().services, Op.INSTALL, body.id, only=body.nodes, selector=body.selector)

@@ -44,6 +44,9 @@ def list_backends(
 @app.command("install")
 def install(
     name: Name, node: Node = "", everywhere: All = False, selector: Selector = None, no_wait: NoWait = False,
+    uri: Annotated[str, typer.Option(help="Of an archive that becomes a new backend of this name.")] = "",
+    sha256: Annotated[str, typer.Option(help="The SHA-256 of that archive, unless a registry tells it.")] = "",
+    alias: Annotated[str, typer.Option(help="With --uri: another name by which models can name it.")] = "",
     as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Install a backend where it is not.
@@ -55,8 +58,13 @@ def install(
         localai-q backends install xllamacpp --node attic
 
         localai-q backends install xllamacpp --all --selector zone=home
+
+        localai-q backends install mine --all --uri oci://ghcr.io/me/mine:1.2
     """
-    _change("install", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json)
+    given = {"uri": uri, "name": name, "sha256": sha256, "alias": alias} if uri else {}
+    if (sha256 or alias) and not uri:
+        raise InvalidValue("--sha256 and --alias go with --uri")
+    _change("install", name, node, everywhere, selector or [], no_wait=no_wait, as_json=as_json, given=given)
 
 
 @app.command("upgrade")
@@ -119,14 +127,15 @@ def wheels(
 
 
 def _change(
-    op: str, name: str, node: str, everywhere: bool, selector: list[str], *, no_wait: bool, as_json: bool
-) -> None:
+    op: str, name: str, node: str, everywhere: bool, selector: list[str], *, no_wait: bool, as_json: bool,
+    given: dict[str, str] | None = None,
+) -> None:  # fmt: skip
     if bool(node) == everywhere:
         raise InvalidValue(f"say where to {op} {name}: --node NAME or --all")
     if selector and not everywhere:
         raise InvalidValue("--selector narrows --all")
     api = connect()
-    if node:
+    if node and not given:
         job_id = str(api.call("POST", f"/api/nodes/{{}}/backends/{op}", node, json={"backend": name})["jobID"])
         if no_wait:
             print(job_id)
@@ -136,9 +145,9 @@ def _change(
     labels = dict(pair.split("=", 1) for pair in selector if "=" in pair)
     if len(labels) != len(selector):
         raise InvalidValue(f"--selector needs key=value, each key once: {' '.join(selector)}")
-    body: dict[str, Any] = {"selector": labels}
+    body: dict[str, Any] = {"selector": labels, "nodes": [node] if node else []}
     if op == "install":
-        made = api.call("POST", "/backends/apply", json={"id": name, **body})
+        made = api.call("POST", "/backends/apply", json={**(given or {"id": name}), **body})
     else:
         made = api.call("POST", f"/backends/{op}/{{}}", name, json=body)
     if no_wait:

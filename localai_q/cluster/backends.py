@@ -125,15 +125,17 @@ class Targets:
 
 def targets(
     op: Op, backend: str, builds: Collection[Build], nodes: Sequence[Node], *, only: Collection[str] = (),
-    selector: Mapping[str, str] | None = None,
+    selector: Mapping[str, str] | None = None, wished: Collection[str] = (),
 ) -> Targets:  # fmt: skip
     """Who a request is for: an install for all nodes that can run it, anything else for those that have it.
 
     Args:
         only: ids or names of nodes; none: all.
         selector: labels that they must have.
+        wished: ids of nodes that are still to get it, which it is deleted on, too.
     """
-    reasons = {node.id: _not_for(op, backend, builds, node, only, selector or {}) for node in nodes}
+    theirs = wished if op is Op.DELETE else ()
+    reasons = {node.id: _not_for(op, backend, builds, node, only, selector or {}, theirs) for node in nodes}
     return Targets(
         nodes=[node for node in nodes if not reasons[node.id]],
         others={node.name: reason for node in nodes if (reason := reasons[node.id])},
@@ -141,8 +143,9 @@ def targets(
 
 
 def _not_for(
-    op: Op, backend: str, builds: Collection[Build], node: Node, only: Collection[str], selector: Mapping[str, str]
-) -> str:
+    op: Op, backend: str, builds: Collection[Build], node: Node, only: Collection[str], selector: Mapping[str, str],
+    wished: Collection[str],
+) -> str:  # fmt: skip
     if only and node.id not in only and node.name not in only:
         return "it is not named"
     if not node.approved:
@@ -151,7 +154,7 @@ def _not_for(
         return f"it lacks the label {', '.join(missing)}"
     if op is Op.INSTALL and choose(builds, node.hardware) is None:
         return f"it has {', '.join(suitable(node.hardware))}, and the backend is made for {', '.join(builds)}"
-    if op is not Op.INSTALL and not has(node, backend):
+    if op is not Op.INSTALL and not has(node, backend) and node.id not in wished:
         return "it does not have it"
     return ""
 

@@ -66,7 +66,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    backend: str = Field("xllamacpp", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")
+    backend: str = Field("xllamacpp", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
     source: str = Field("", max_length=2000)
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)

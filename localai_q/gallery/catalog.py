@@ -7,6 +7,7 @@ has installed to `localai_q.store`.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
@@ -21,12 +22,14 @@ from pydantic import (
     StringConstraints,
     TypeAdapter,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
 from localai_q.cluster.builds import Build
 from localai_q.cluster.models import Document, ModelName
-from localai_q.cluster.sources import TELLS_SHA256, parse
+from localai_q.cluster.sources import TELLS_SHA256, Image, parse
 from localai_q.cluster.sources import Source as AnySource
 from localai_q.cluster.wheels import Level
 from localai_q.documents import read_yaml
@@ -79,6 +82,7 @@ SettingName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$
 SettingValue = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]{0,500}$")]
 _Entry = TypeVar("_Entry", bound=BaseModel)
 Capability = Literal["chat", "completion", "embedding", "rerank", "tokenize", "quantize", "shard"]
+SERVES: tuple[Capability, ...] = ("chat", "completion", "embedding", "rerank", "tokenize")  # what models are for
 
 
 class Archive(BaseModel):
@@ -87,7 +91,15 @@ class Archive(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: Source
-    sha256: Digest
+    sha256: Digest | None = Field(None, validate_default=True)  # None: its source tells it
+
+    @field_validator("sha256")
+    @classmethod
+    def _can_be_checked(cls, sha256: str | None, info: ValidationInfo) -> str | None:
+        source = info.data.get("source")
+        if source and not sha256 and not isinstance(_parsed_source(source), TELLS_SHA256):
+            raise ValueError(f"{source} needs its SHA-256, for it does not tell it itself")
+        return sha256
 
 
 class CompiledPackage(BaseModel):
@@ -136,12 +148,42 @@ class BackendEntry(BaseModel):
     takes: tuple[Literal["chat_template", "mmproj", "draft_model", "loras"], ...] = ()  # of a model's document
     most_slots: int | None = Field(None, ge=1, le=256)  # requests that one replica works on at once; None: any number
     gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
+    alias: Name | None = None  # another name by which models can name it
 
     @model_validator(mode="after")
     def _is_made_of_something(self) -> Self:
         if any((build.archive is None) == (self.source is None) for build in self.builds.values()):
             raise ValueError("it needs either 'source', or an 'archive' in each of its 'builds'")
         return self
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """It as it goes with a job: a node knows a backend by its name only."""
+        return self.model_dump(mode="json", exclude={"alias"})
+
+
+class External(Archive):
+    """A backend that an admin gives the archive of, in the words of LocalAI's API."""
+
+    source: Source = Field(alias="uri")
+    name: Name
+    alias: Name | None = None
+
+    @property
+    def entry(self) -> BackendEntry:
+        """It as an entry: for any machine, and for all that models are for, as nobody knows better before it is asked."""
+        archive = Archive(source=self.source, sha256=self.sha256)
+        return BackendEntry(name=self.name, alias=self.alias, version=self._version, description=f"From {self.source}",
+                            builds={"cpu": BuildEntry(archive=archive)}, capabilities=SERVES)  # fmt: skip
+
+    @property
+    def _version(self) -> str:
+        """The beginning of the digest, or the tag or revision that the source names."""
+        if self.sha256:
+            return self.sha256[:12]
+        found = _parsed_source(self.source)
+        told = found.reference if isinstance(found, Image) else getattr(found, "revision", "")
+        return re.sub(r"^[^A-Za-z0-9]|[^A-Za-z0-9.+_-]", "x", told.removeprefix("sha256:"))[:64]
 
 
 class ModelEntry(Document):

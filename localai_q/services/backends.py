@@ -28,14 +28,16 @@ from localai_q.cluster.builds import Build
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Conflict, NotFound
+from localai_q.gallery.catalog import External
 from localai_q.services import galleries
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
-from localai_q.store import backends, jobs, nodes
+from localai_q.store import backends, jobs, models, nodes
 from localai_q.store.engine import clock
 
 log = logging.getLogger(__name__)
 
+MOST_EXTERNAL = 32  # backends that admins give the archive of
 ENDED = (WishState.DONE, WishState.DEAD, WishState.CANCELLED)
 
 
@@ -78,7 +80,8 @@ def available(services: Services) -> list[dict[str, Any]]:
         known = nodes.every(db)
     return [
         {"name": entry.name, "version": entry.version, "description": entry.description,
-         "capabilities": list(entry.capabilities), "builds": list(entry.builds), "most_slots": entry.most_slots,
+         "alias": entry.alias, "capabilities": list(entry.capabilities), "builds": list(entry.builds),
+         "most_slots": entry.most_slots,
          "installed": any(has(node, entry.name) for node in known),
          "nodes": [node.name for node in known if has(node, entry.name)]}
         for entry in galleries.backends(services)
@@ -165,18 +168,74 @@ def change_everywhere(
     """
     builds, entry = _builds(services, op, name), _record(services, op, name)
     with services.db.transaction() as db:
-        known = nodes.every(db)
-        if unknown := set(only) - {node.id for node in known} - {node.name for node in known}:
-            raise NotFound(f"There is no node '{min(unknown)}'. 'localai-q nodes list' shows them.")
-        chosen = targets(op, name, builds, known, only=only, selector=selector)
-        if not chosen.nodes:
-            reasons = "; ".join(f"{node}: {reason}" for node, reason in chosen.others.items())
-            raise Conflict(f"No node is to {op} backend '{name}': {reasons or 'there is no node'}.")
-        operation_id = names.new_id()
-        for node in chosen.nodes:
-            backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id, entry=entry))
-    log.info("%s of backend %s on %d nodes", op, name, len(chosen.nodes), extra={"action": "backends"})
-    return operation(services, operation_id)
+        forgotten = op is Op.DELETE and not only and not selector and _forget_external(db, name)
+        operation_id = _want(db, op, name, builds, entry, only, selector, may_be_none=forgotten)
+    return _begun(services, op, name, operation_id)
+
+
+def install_external(
+    services: Services, given: External, *, only: Collection[str] = (), selector: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Let there be a backend of this archive, in the place of what was given under its name, and have nodes install it.
+
+    Returns:
+        The operation, as `operation` shows it.
+
+    Raises:
+        NotFound: there is no such node.
+        Conflict: its name or alias is another backend's, there are too many, or it is for no node.
+    """
+    entry = given.entry
+    own = {name for name in (entry.name, entry.alias) if name}
+    others = galleries.backends(services)
+    with services.db.transaction() as db:
+        there = {record["name"] for record in backends.external(db)}
+        for other in others:
+            if own & {other.name, other.alias} and not (other.name == entry.name and other.name in there):
+                raise Conflict(
+                    f"There is a backend '{other.name}' already, by a name of this one: give it another name."
+                )
+        if len(there | {entry.name}) > MOST_EXTERNAL:
+            raise Conflict(f"There are {MOST_EXTERNAL} such backends: delete one first, or list them in a gallery.")
+        backends.keep_external(db, entry.name, entry.model_dump(mode="json"))
+        operation_id = _want(db, Op.INSTALL, entry.name, entry.builds, entry.record, only, selector)
+    return _begun(services, Op.INSTALL, entry.name, operation_id)
+
+
+def _want(
+    db: Any, op: Op, name: str, builds: Collection[Build], entry: dict[str, Any] | None, only: Collection[str],
+    selector: Mapping[str, str] | None, *, may_be_none: bool = False,
+) -> str:  # fmt: skip
+    """Enter what is wanted of a backend for every node that it is for; the id of the operation."""
+    known = nodes.every(db)
+    if unknown := set(only) - {node.id for node in known} - {node.name for node in known}:
+        raise NotFound(f"There is no node '{min(unknown)}'. 'localai-q nodes list' shows them.")
+    wished = {wish.node_id for wish in backends.every(db, states=(WishState.OPEN,)) if wish.backend == name}
+    chosen = targets(op, name, builds, known, only=only, selector=selector, wished=wished)
+    if not chosen.nodes and not may_be_none:
+        reasons = "; ".join(f"{node}: {reason}" for node, reason in chosen.others.items())
+        raise Conflict(f"No node is to {op} backend '{name}': {reasons or 'there is no node'}.")
+    operation_id = names.new_id()
+    for node in chosen.nodes:
+        backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id, entry=entry))
+    return operation_id
+
+
+def _begun(services: Services, op: Op, name: str, operation_id: str) -> dict[str, Any]:
+    with services.db.transaction() as db:
+        found = backends.every(db, operation=operation_id)
+    log.info("%s of backend %s on %d nodes", op, name, len(found), extra={"action": "backends"})
+    return _operations(services, found)[0] if found else _operation(operation_id, op, name, [], {}, {})
+
+
+def _forget_external(db: Any, name: str) -> bool:
+    """Forget what was given under this name, unless models need it; False if it is none of these backends."""
+    if not backends.forget_external(db, name):
+        return False
+    if users := [model.name for model in models.every(db) if model.config.backend == name]:
+        raise Conflict(f"The backend '{name}' is that of {len(users)} models, as of '{users[0]}': remove them first, or give "
+                       "them another backend.")  # fmt: skip
+    return True
 
 
 def operation(services: Services, operation_id: str) -> dict[str, Any]:
@@ -293,23 +352,24 @@ def _operations(services: Services, found: list[Wish]) -> list[dict[str, Any]]:
     by_id: dict[str, list[Wish]] = {}
     for wish in found:
         by_id.setdefault(wish.operation, []).append(wish)
-    return [_operation(wishes, known, progress) for wishes in by_id.values()]
+    return [_operation(key, wishes[0].op, wishes[0].backend, wishes, known, progress) for key, wishes in by_id.items()]
 
 
-def _operation(wishes: list[Wish], known: dict[str, Node], progress: dict[str, float]) -> dict[str, Any]:
+def _operation(
+    operation_id: str, op: Op, name: str, wishes: list[Wish], known: dict[str, Node], progress: dict[str, float]
+) -> dict[str, Any]:
     """A request for many nodes: LocalAI's names of what is known of a job, and what is on each node."""
     parts = [100.0 if wish.state in ENDED else progress.get(wish.job_id or "", 0.0) for wish in wishes]
     errors = [f"{known[wish.node_id].name}: {wish.last_error}" for wish in wishes if wish.last_error]
     ended = sum(wish.state in ENDED for wish in wishes)
-    op, name = wishes[0].op, wishes[0].backend
     return {
-        "uuid": wishes[0].operation,
-        "status": f"/backends/jobs/{wishes[0].operation}",
+        "uuid": operation_id,
+        "status": f"/backends/jobs/{operation_id}",
         "gallery_element_name": name,
         "op": op,
         "deletion": op is Op.DELETE,
         "processed": ended == len(wishes),
-        "progress": round(sum(parts) / len(parts), 1),
+        "progress": round(sum(parts) / len(parts), 1) if parts else 100.0,
         "message": f"{op} of {name}: {ended} of {len(wishes)} nodes",
         "error": "; ".join(errors) or None,
         "nodes": [

@@ -1,4 +1,5 @@
-"""What can be installed by name: what this version comes with, and what is in the galleries that settings name.
+"""What can be installed by name: what this version comes with, what admins have given the archive of, and what is in the
+galleries that settings name.
 
 A gallery is read anew after `FRESH` seconds, in the background, by each process for itself. What was read stays if that
 fails. Addresses that sources of models may not lead to are refused here, too.
@@ -10,7 +11,8 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +24,7 @@ from localai_q.gallery import catalog
 from localai_q.gallery.catalog import BackendEntry, ForeignEntry, ModelEntry
 from localai_q.network import Network
 from localai_q.services.wiring import Services
+from localai_q.store import backends as rows
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +82,27 @@ _of_models: dict[str, Gallery[AnyModel]] = {}
 
 def backends(services: Services) -> list[BackendEntry]:
     """Every backend that can be installed; of two that have one name the first."""
-    return _entries(_galleries(services))
+    return _firsts(catalog.catalog().backends, external(services), _listed(services))
 
 
 def backend(services: Services, name: str) -> BackendEntry:
-    """The backend of that name.
+    """The backend of that name, or else of that alias.
 
     Raises:
         NotFound: there is none; the message lists those that are.
     """
-    known = {entry.name: entry for entry in backends(services)}
+    found = backends(services)
+    known = {entry.alias: entry for entry in found} | {entry.name: entry for entry in found}
     if name not in known:
-        raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {', '.join(known)}")
+        names = ", ".join(entry.name for entry in found)
+        raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {names}")
     return known[name]
+
+
+def external(services: Services) -> list[BackendEntry]:
+    """The backends that admins have given the archive of."""
+    with services.db.transaction() as db:
+        return [BackendEntry.model_validate(record) for record in rows.external(db)]
 
 
 def look(services: Services) -> None:
@@ -107,13 +118,14 @@ def read_anew(services: Services) -> None:
 
 def gpu_backends(services: Services) -> frozenset[str]:
     """The backends that use the GPUs of their node, as far as galleries have been read: this waits for nothing."""
-    return frozenset(entry.name for entry in _entries(_galleries(services, wait=False)) if entry.gpu)
+    found = _firsts(catalog.catalog().backends, _listed(services, wait=False))
+    return frozenset(entry.name for entry in found if entry.gpu)
 
 
 def record(services: Services, name: str) -> dict[str, Any] | None:
-    """The entry of a gallery, as it goes with a job; None for a backend of this version, which nodes have themselves."""
-    entries = {entry.name: entry for gallery in reversed(_galleries(services)) for entry in gallery.entries}
-    return entries[name].model_dump(mode="json") if name in entries else None
+    """The entry of a backend, as it goes with a job; None for one of this version, which nodes have themselves."""
+    found = {entry.name: entry for entry in _firsts(external(services), _listed(services))}
+    return found[name].record if name in found else None
 
 
 def shown(services: Services) -> list[dict[str, Any]]:
@@ -176,10 +188,17 @@ def _galleries(services: Services, *, wait: bool = True) -> list[Gallery[Backend
     return found
 
 
-def _entries(found: list[Gallery[BackendEntry]]) -> list[BackendEntry]:
-    """This version's own backends, and those of galleries."""
-    listed = {entry.name: entry for gallery in reversed(found) for entry in gallery.entries}
-    return [*catalog.catalog().backends, *listed.values()]
+def _listed(services: Services, *, wait: bool = True) -> list[BackendEntry]:
+    """What the galleries list."""
+    return [entry for gallery in _galleries(services, wait=wait) for entry in gallery.entries]
+
+
+def _firsts(*lists: Iterable[BackendEntry]) -> list[BackendEntry]:
+    """All of these; of two that have one name the first."""
+    found: dict[str, BackendEntry] = {}
+    for entry in chain(*lists):
+        found.setdefault(entry.name, entry)
+    return list(found.values())
 
 
 def read_text(place: str, settings: Settings) -> str:

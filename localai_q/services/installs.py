@@ -183,7 +183,9 @@ def _added(services: Services, found: Imported, *, preload: bool) -> Record:
 
 
 def _backends(services: Services) -> list[str]:
-    return [entry.name for entry in galleries.backends(services)]
+    """The names by which models can name backends."""
+    found = galleries.backends(services)
+    return [entry.name for entry in found] + [entry.alias for entry in found if entry.alias]
 
 
 # --- how far they are

@@ -231,6 +231,7 @@ def remove(services: Services, name: str) -> None:
 def _checked(services: Services, config: ModelConfig, *, given: Collection[str]) -> ModelConfig:
     """The configuration as nodes can load it; what none could load is refused."""
     entry = galleries.backend(services, config.backend)
+    config = config.model_copy(update={"backend": entry.name})  # which nodes know it by
     if missing := [name for name in config.needs if name not in entry.takes]:
         takes = ", ".join(entry.takes) or "none of them"
         raise InvalidValue(f"The backend '{entry.name}' does not take '{missing[0]}'; of {', '.join(NOT_FOR_ALL)} it takes "

@@ -1,4 +1,4 @@
-"""Queries on what is wanted of backends on nodes."""
+"""Queries on what is wanted of backends on nodes, and on those that admins have given the archive of."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.backends import Op, Wish, WishState
 from localai_q.store.tables import backend_wishes as wishes
+from localai_q.store.tables import external_backends as externals
 
 
 def want(db: Connection, wish: Wish) -> None:
@@ -51,6 +52,22 @@ def dismiss(db: Connection, operation: str) -> int:
     """Delete what has ended of a request for many nodes; how many wishes."""
     ended = wishes.c.state != WishState.OPEN
     return db.execute(delete(wishes).where(wishes.c.operation == operation, ended)).rowcount
+
+
+def external(db: Connection) -> list[dict[str, Any]]:
+    """The entries that admins have given, the oldest first."""
+    return list(db.execute(select(externals.c.entry).order_by(externals.c.created_at, externals.c.name)).scalars())
+
+
+def keep_external(db: Connection, name: str, entry: dict[str, Any]) -> None:
+    """Keep an entry, in the place of one of that name."""
+    statement = upsert(externals).values(name=name, entry=entry)
+    db.execute(statement.on_conflict_do_update(index_elements=[externals.c.name], set_={"entry": entry}))
+
+
+def forget_external(db: Connection, name: str) -> bool:
+    """Delete an entry; False if there is none of that name."""
+    return db.execute(delete(externals).where(externals.c.name == name)).rowcount == 1
 
 
 def _wish(row: Row[Any]) -> Wish:

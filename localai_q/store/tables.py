@@ -161,6 +161,14 @@ backend_wishes = Table(  # `cluster.backends.Wish`
     _created(),
 )
 
+external_backends = Table(  # that admins have given the archive of
+    "external_backends",
+    metadata,
+    Column("name", Text, primary_key=True),
+    Column("entry", JSONB, nullable=False),  # `gallery.catalog.BackendEntry`
+    _created(),
+)
+
 quantizations = Table(  # `cluster.quantizing.Quantization`
     "quantizations",
     metadata,

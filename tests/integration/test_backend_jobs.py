@@ -16,7 +16,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled
 from localai_q.gallery.catalog import BackendEntry, backend
-from localai_q.services import jobs, keys, nodes
+from localai_q.services import backends, galleries, jobs, keys, models, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers import versions
@@ -177,3 +177,80 @@ def test_the_api_on_many_nodes(services: Services, node: Node, call) -> None:
     call("POST", "/backends/delete/echo", 409)
     call("GET", "/backends/jobs/nothing", 404)
     assert {entry["name"] for entry in call("GET", "/backends/available")} >= {"echo", "xllamacpp"}
+
+
+def test_an_archive_that_an_admin_gives_becomes_a_backend_that_models_can_name(
+    services: Services, node: Node, worker: Jobs, echo: Path, root: Path, tmp_path: Path, call
+) -> None:
+    archive = pack(tmp_path / "a.tgz", run_script(python_of(echo), echo))
+    given = {"uri": archive.source, "name": "mine.1", "alias": "chatty", "sha256": archive.sha256}
+    told = call("POST", "/backends/apply", 202, json=given)
+    assert (told["gallery_element_name"], [each["node_name"] for each in told["nodes"]]) == ("mine.1", ["n1"])
+    backends.fulfil(services)
+    worker.run(call("GET", told["status"])["nodes"][0]["job"])
+    jobs.apply_ends(services)
+    backends.fulfil(services)
+    assert call("GET", told["status"])["nodes"][0]["status"] == "done"
+    assert versions.pointer(root, "mine.1").is_symlink()
+    nodes.heartbeat(services, node, hardware={"backends": versions.installed(root)})
+    (shown,) = call("GET", "/backends")
+    assert (shown["name"], shown["nodes"][0]["version"]) == ("mine.1", archive.sha256[:12])
+    source = {"source": "https://x.example/m.gguf", "sha256": "1" * 64}
+    for name, backend_name in (("a", "chatty"), ("b", "mine.1")):
+        call("POST", "/api/models", 201, json={"name": name, "backend": backend_name, **source})
+        assert models.named(services, name).config.backend == "mine.1"
+    refused = call("POST", "/backends/delete/mine.1", 409)
+    assert "that of 2 models" in refused["error"]["message"]
+    for name in ("a", "b"):
+        call("DELETE", f"/api/models/{name}")
+    gone = call("POST", "/backends/delete/mine.1", 202)
+    backends.fulfil(services)
+    worker.run(call("GET", gone["status"])["nodes"][0]["job"])
+    assert versions.installed(root) == []
+    call("POST", "/api/models", 404, json={"name": "c", "backend": "chatty", **source})
+
+
+def test_an_archive_with_another_content_is_not_installed(
+    services: Services, node: Node, worker: Jobs, echo: Path, root: Path, tmp_path: Path, call
+) -> None:
+    archive = pack(tmp_path / "a.tgz", run_script(python_of(echo), echo))
+    told = call("POST", "/api/backends/install-external", 202,
+                json={"uri": archive.source, "name": "mine", "sha256": "0" * 64, "alias": ""})  # fmt: skip
+    backends.fulfil(services)
+    (there,) = call("GET", f"/backends/jobs/{told['jobID']}")["nodes"]
+    worker.run(there["job"])
+    state, error = result(services, there["job"])
+    assert (state, "expected" in error["message"]) == (JobState.FAILED, True), error
+    assert versions.installed(root) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "says"),
+    [
+        ({"uri": "https://x.example/b.tgz", "name": "mine"}, 400, "needs its SHA-256"),
+        ({"uri": "quay.io/x/y:1", "name": "mine"}, 400, "no source of a model's file"),
+        ({"uri": "file:/a/../b.tgz", "name": "mine", "sha256": "1" * 64}, 400, "must not have '..'"),
+        (
+            {"uri": "https://u:p@x.example/b.tgz", "name": "mine", "sha256": "1" * 64},
+            400,
+            "would be shown to everybody",
+        ),
+        ({"uri": "oci://x.example/b:1"}, 400, "Missing required parameter: 'name'"),
+        ({"uri": "oci://x.example/b:1", "name": "../mine"}, 400, "'name'"),
+        ({"uri": "oci://x.example/b:1", "name": "mine", "alias": "A b"}, 400, "'alias'"),
+        ({"uri": "oci://x.example/b:1", "name": "mine", "id": "echo"}, 400, "Unknown parameter: 'id'"),
+        ({"uri": "oci://x.example/b:1", "name": "echo"}, 409, "There is a backend 'echo'"),
+        ({"uri": "oci://x.example/b:1", "name": "mine", "alias": "echo"}, 409, "There is a backend 'echo'"),
+        ({"uri": "oci://x.example/b:1", "name": "mine", "nodes": ["n9"]}, 404, "no node 'n9'"),
+        ({"uri": "oci://x.example/b:1", "name": "mine", "selector": {"a": "b"}}, 409, "lacks the label a=b"),
+        ({"id": "echo", "alias": "x"}, 400, "Unknown parameter: 'alias'"),
+        ({"name": "mine"}, 400, "Missing required parameter: 'id'"),
+    ],
+)
+def test_what_cannot_become_a_backend_is_refused_and_leaves_nothing(
+    services: Services, node: Node, call, given: dict, status: int, says: str
+) -> None:
+    for path in ("/backends/apply", "/api/backends/install-external"):
+        assert says in call("POST", path, status, json=given)["error"]["message"]
+    assert galleries.external(services) == []
+    assert call("GET", "/backends/jobs") == {}

@@ -12,7 +12,8 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, NotFound
 from localai_q.gallery import catalog
-from localai_q.services import backends, jobs, nodes
+from localai_q.gallery.catalog import External
+from localai_q.services import backends, galleries, jobs, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import backends as wish_rows
 from localai_q.store import jobs as job_rows
@@ -240,3 +241,74 @@ def test_wishes_go_with_their_node_and_what_ended_is_forgotten(services: Service
     backends.change_everywhere(services, Op.INSTALL, "echo")
     nodes.remove(services, node.id, force=True)
     assert wishes(services) == []
+
+
+def give(services: Services, name: str = "mine", tag: str = "1", **more: object) -> dict:
+    return backends.install_external(services, External(uri=f"oci://x.example/b:{tag}", name=name, **more))
+
+
+def test_what_an_admin_gives_again_takes_the_place_of_what_was_given_before(services: Services) -> None:
+    node = ready_node(services)
+    give(services, alias="chatty")
+    give(services, tag="2", alias="chatty")
+    assert [(entry.name, entry.version, entry.alias) for entry in galleries.external(services)] == [
+        ("mine", "2", "chatty")
+    ]
+    backends.fulfil(services)
+    (job,) = open_jobs(services, node)
+    with services.db.transaction() as db:
+        request = job_rows.request(db, job.id)
+    assert request["entry"]["builds"]["cpu"]["archive"]["source"] == "oci://x.example/b:2"
+    assert "alias" not in request["entry"]
+    for name, alias in (("chatty", None), ("other", "chatty"), ("other", "mine")):
+        with pytest.raises(Conflict, match="There is a backend 'mine' already"):
+            give(services, name, alias=alias)
+
+
+def test_what_an_admin_gave_is_gone_from_all_nodes_when_it_is_deleted(services: Services) -> None:
+    here, coming, away = (ready_node(services, name) for name in ("here", "coming", "away"))
+    nodes.deregister(services, away)
+    give(services)
+    reports(services, here, {**ECHO, "name": "mine"})
+    told = backends.change_everywhere(services, Op.DELETE, "mine", only=["here"])
+    assert [entry.name for entry in galleries.external(services)] == ["mine"], "from one node only"
+    told = backends.change_everywhere(services, Op.DELETE, "mine")
+    assert states(told) == {"here": "open", "coming": "open", "away": "open"}
+    assert {wish.op for wish in wishes(services)} == {Op.DELETE}, "nobody is to install it any more"
+    assert galleries.external(services) == []
+    assert coming.id in {wish.node_id for wish in wishes(services)}
+
+
+def test_what_no_node_has_is_deleted_at_once(services: Services) -> None:
+    node = ready_node(services)
+    give(services)
+    backends.fulfil(services)
+    end(services, node, JobState.CANCELLED)
+    backends.fulfil(services)
+    told = backends.change_everywhere(services, Op.DELETE, "mine")
+    assert (told["processed"], told["progress"], told["nodes"]) == (True, 100.0, [])
+    with pytest.raises(Conflict, match="No node is to delete"):
+        backends.change_everywhere(services, Op.DELETE, "mine")
+
+
+def test_there_are_so_many_at_most(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MOST_EXTERNAL", 1)
+    ready_node(services)
+    give(services)
+    give(services, tag="2")
+    with pytest.raises(Conflict, match="There are 1 such backends"):
+        give(services, "other")
+
+
+@pytest.mark.parametrize(
+    ("given", "version"),
+    [
+        ({"uri": "https://x.example/b.tgz", "sha256": "ab" * 32}, "ab" * 6),
+        ({"uri": "oci://x.example/b:_1.2"}, "x1.2"),
+        ({"uri": f"oci://x.example/b@sha256:{'ab' * 32}"}, "ab" * 32),
+        ({"uri": "hf://o/r/b.tgz@refs/pr/1"}, "refsxprx1"),
+        ({"uri": "hf://o/r/b.tgz"}, "main"),
+    ],
+)
+def test_the_version_of_what_an_admin_gives_is_what_its_source_tells(given: dict, version: str) -> None:
+    assert External(name="mine", **given).entry.version == version

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
@@ -121,6 +123,11 @@ LAYER = {"mediaType": "application/vnd.ollama.image.model", "digest": f"sha256:{
 LICENSE = {"mediaType": "application/vnd.ollama.image.license", "digest": f"sha256:{'1' * 64}", "size": 5}
 
 
+ARCHITECTURE = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+OWN = {"digest": f"sha256:{'1' * 64}", "platform": {"os": sys.platform, "architecture": ARCHITECTURE}}
+OTHER = {"digest": f"sha256:{'2' * 64}", "platform": {"os": "unknown", "architecture": "unknown"}}
+
+
 class Registry:
     """A registry that gives a token to anybody, and nothing without it."""
 
@@ -187,7 +194,9 @@ def test_an_artifact_of_any_registry(tmp_path: Path, server: FileServer) -> None
     registry.manifest(
         {"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [{"digest": digest}]}, "many"
     )
-    for number, reference in enumerate((":v1", ":many", f"@{digest}")):
+    variants = [OTHER, {"digest": digest, "platform": OWN["platform"]}]
+    registry.manifest({"mediaType": "application/vnd.oci.image.index.v1+json", "manifests": variants}, "platforms")
+    for number, reference in enumerate((":v1", ":many", ":platforms", f"@{digest}")):
         source = f"oci://{server.host}/models/tiny{reference}"
         assert get(tmp_path / str(number), source, settings).name == DIGEST
     with pytest.raises(InvalidValue, match="an address of this cluster"):
@@ -197,11 +206,13 @@ def test_an_artifact_of_any_registry(tmp_path: Path, server: FileServer) -> None
 @pytest.mark.parametrize(
     ("manifest", "message"),
     [
-        ({"layers": []}, r"which layer of the image is the model; its layers: none"),
+        ({"layers": []}, r"which layer of the image is the file; its layers: none"),
         ({"layers": [LICENSE, {**LICENSE, "digest": f"sha256:{'2' * 64}"}]}, r"its layers: application/vnd.ollama"),
         ({"layers": [{**LAYER, "digest": "sha512:" + "0" * 128}]}, r"which is no SHA-256"),
         ({"layers": "many"}, r"its layers: none"),
-        ({"manifests": [{"digest": "sha256:" + "1" * 64}] * 2}, r"the image has 2 variants"),
+        ({"manifests": [{"digest": "sha256:" + "1" * 64}] * 2}, r"the image has 2 variants, and 0 of them"),
+        ({"manifests": [OTHER, OTHER]}, r"the image has 2 variants, and 0 of them"),
+        ({"manifests": [OWN, OWN]}, r"the image has 2 variants, and 2 of them"),
     ],
 )
 def test_images_that_are_no_model(

@@ -550,6 +550,11 @@ def test_a_backend_is_changed_on_all_nodes_by_the_command_line(web: Web, attic: 
     assert "aaaaaaaaaaaa" in web.cli("backends", "list")[1]
     assert json.loads(web.cli("backends", "list", "--json")[1])[0]["nodes"][0]["node_name"] == "attic"
     assert "xllamacpp" in web.cli("backends", "list", "--available")[1]
+    given = ("--uri", "https://x.example/b.tgz", "--sha256", "1" * 64, "--alias", "ours")
+    code, out, err = working(web, attic, "backends", "install", "mine", "--node", "attic", *given, end=INSTALLED)
+    assert (code, "attic" in out) == (0, True), err
+    shown = {one["name"]: one for one in json.loads(web.cli("backends", "list", "--available", "--json")[1])}
+    assert (shown["mine"]["alias"], shown["mine"]["description"]) == ("ours", "From https://x.example/b.tgz")
     code, out, _ = web.cli("backends", "delete", "echo", "--all", "--no-wait")
     assert (code, json.loads(web.http.get(f"/backends/jobs/{out.strip()}").text)["op"]) == (0, "delete")
     nodes.deregister(web.services, attic)
@@ -565,6 +570,9 @@ def test_a_backend_is_changed_on_all_nodes_by_the_command_line(web: Web, attic: 
         (("install", "echo", "--node", "a", "--selector", "x=y"), "--selector narrows --all"),
         (("install", "echo", "--all", "--selector", "x"), "--selector needs key=value"),
         (("install", "ghost", "--all"), "no backend 'ghost'"),
+        (("install", "mine", "--all", "--alias", "x"), "--alias go with --uri"),
+        (("install", "mine", "--all", "--uri", "https://x.example/b.tgz"), "needs its SHA-256"),
+        (("install", "mine", "--node", "attic", "--uri", "oci://x.example/b:1"), "no node 'attic'"),
         (("delete", "echo", "--all"), "No node is to delete backend 'echo'"),
     ],
 )

@@ -105,7 +105,7 @@ ARCHIVE = "{archive: {source: 'https://x.example/b.tgz', sha256: '" + "0" * 64 +
         ("source: null", "either 'source', or an 'archive'"),
         (
             "source: null, builds: {cpu: {archive: {source: 'https://x.example/b.tgz'}}}",
-            "archive.sha256: Field required",
+            "archive.sha256: .*needs its SHA-256",
         ),
         (f"source: null, builds: {{cpu: {ARCHIVE}, rocm: {{}}}}", "either 'source', or an 'archive'"),
     ],

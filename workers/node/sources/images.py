@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import ipaddress
 import json
+import platform
 import re
 from typing import Any
 from urllib.parse import urlencode, urlsplit
@@ -30,6 +31,7 @@ INDEXES = (
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
 MODELS = ("application/vnd.ollama.image.model", "application/vnd.docker.ai.gguf.v3")  # media types of a model's layer
+ARCHITECTURES = {"x86_64": "amd64", "aarch64": "arm64"}  # registries' names by those of Python
 TITLE = "org.opencontainers.image.title"
 HINT = "only public images can be fetched"
 
@@ -43,7 +45,7 @@ def resolve(image: Image, net: Network, *, ollama: str) -> Origin:
     registry = _Registry(net, f"{base}/v2/{image.repository}", trust)
     manifest = registry.manifest(image.reference)
     if _media_type(manifest) in INDEXES:
-        manifest = registry.manifest(_only(manifest))
+        manifest = registry.manifest(_chosen(manifest))
     layer = _model_layer(manifest)
     digest = _digest(layer)
     size = layer.get("size")
@@ -127,12 +129,20 @@ def _media_type(manifest: dict[str, Any]) -> str:
     return given if isinstance(given, str) else INDEXES[0] if "manifests" in manifest else MANIFESTS[0]
 
 
-def _only(index: dict[str, Any]) -> str:
-    """The one manifest of an index: a model is the same on every platform."""
-    found = _parts(index, "manifests")
+def _chosen(index: dict[str, Any]) -> str:
+    """The one manifest of an index, or else the one for machines like this: a model is the same on every platform."""
+    every = _parts(index, "manifests")
+    found = every if len(every) == 1 else [manifest for manifest in every if _is_for_this_machine(manifest)]
     if len(found) != 1:
-        raise InvalidValue(f"the image has {len(found)} variants: name one by its digest, @sha256:…", param="source")
+        raise InvalidValue(f"the image has {len(every)} variants, and {len(found)} of them are for a machine like this: name "
+                           "one by its digest, @sha256:…", param="source")  # fmt: skip
     return f"sha256:{_digest(found[0])}"
+
+
+def _is_for_this_machine(manifest: dict[str, Any]) -> bool:
+    told, machine = manifest.get("platform"), platform.machine().lower()
+    own = (platform.system().lower(), ARCHITECTURES.get(machine, machine))
+    return isinstance(told, dict) and (told.get("os"), told.get("architecture")) == own
 
 
 def _model_layer(manifest: dict[str, Any]) -> dict[str, Any]:
@@ -145,7 +155,7 @@ def _model_layer(manifest: dict[str, Any]) -> dict[str, Any]:
         if found:
             break
     kinds = ", ".join(str(layer.get("mediaType"))[:80] for layer in layers[:10]) or "none"
-    raise InvalidValue(f"it cannot be told which layer of the image is the model; its layers: {kinds}", param="source")
+    raise InvalidValue(f"it cannot be told which layer of the image is the file; its layers: {kinds}", param="source")
 
 
 def _parts(manifest: dict[str, Any], name: str) -> list[dict[str, Any]]:
