@@ -6,6 +6,7 @@ What a node does is done by the test; how it does it is tested in `test_quantize
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +229,38 @@ def test_a_node_without_idle_cores_gives_it_up_before_the_file_is_made(
     nodes.drain(services, node)
     given_up = shown(services, made)
     assert (given_up["job"], given_up["reasons"], given_up["failures"]) == (None, {"n1": "draining"}, [])
+
+
+@pytest.mark.parametrize("killed_before", ["note", "end"])
+def test_control_that_dies_between_two_steps_goes_on_where_it_was(
+    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, killed_before: str
+) -> None:
+    def advance() -> None:
+        """Control is killed before it writes down what it has done, and another one follows."""
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, killed_before, killed)
+            with suppress(Killed):
+                quantizations.advance(services)
+        quantizations.advance(services)
+
+    made = ask(services)
+    advance()
+    end(services, made, node)
+    advance()
+    assert give(http, made, node) == 201
+    end(services, made, node, **MADE)
+    advance()
+    assert quantizations.show(services, made)["status"] == "completed"
+    with services.db.transaction() as db:
+        assert sorted(job.kind for job in job_rows.listed(db)) == ["install_backend", "quantize"]
+
+
+class Killed(Exception):
+    pass
+
+
+def killed(*_: object, **__: object) -> None:
+    raise Killed
 
 
 def test_what_fails_everywhere_fails_after_some_attempts(services: Services) -> None:

@@ -154,6 +154,7 @@ class _Work:
         if api is None:
             raise Unavailable("there is no API to give the file to")
         path = self._store.folder / sha256
+        report("uploading", 0, made["size"])
         api.give(self._id, sha256, path, lambda sent: report("uploading", sent, made["size"]))
 
     def _hashing(self, progress: Progress) -> None:
