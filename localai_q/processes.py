@@ -33,6 +33,7 @@ def spawn(
     pass_fds: Sequence[int] = (),
     user: str | None = None,
     death_signal: signal.Signals = signal.SIGKILL,
+    session: bool = True,
 ) -> subprocess.Popen[bytes]:
     """Start `argv` in a session of its own, to be signalled when its parent ends, however that ends.
 
@@ -46,6 +47,8 @@ def spawn(
         cwd: the child's folder; None: this process's own.
         pass_fds: file descriptors that stay open in the child.
         user: the system user to become; needs root.
+        death_signal: see above.
+        session: False: only a group of its own, so that who kills this process's session kills all that it starts, too.
 
     Raises:
         OSError: the log or the folder cannot be opened. A program that cannot be run exits with 127.
@@ -62,7 +65,8 @@ def spawn(
             stdout=output,
             stderr=output,
             pass_fds=pass_fds,
-            start_new_session=True,
+            start_new_session=session,
+            process_group=None if session else 0,
         )
     finally:
         if output is not None:

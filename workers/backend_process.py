@@ -46,7 +46,7 @@ class BackendProcess:
         self._socket.unlink(missing_ok=True)
         env = child_environment(LOCALAI_GRPC_AUTH_TOKEN=token, LOCALAI_Q_CHILD_SPEC="")
         command = [*_program(folder, threads), "--addr", f"unix:{socket}"]
-        self.process: subprocess.Popen[bytes] = spawn(command, env=env, log=log, cwd=folder)
+        self.process: subprocess.Popen[bytes] = spawn(command, env=env, log=log, cwd=folder, session=False)
         self._channel = grpc.insecure_channel(f"unix:{socket}", options=OPTIONS)
         self.stub = backend_pb2_grpc.BackendStub(self._channel)
 

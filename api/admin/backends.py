@@ -71,6 +71,7 @@ def list_backends() -> list[dict[str, Any]]:
 
 
 @routes.get("/backends/available")
+@routes.get("/backends/known")
 def list_available() -> list[dict[str, Any]]:
     return backends.available(web().services)
 

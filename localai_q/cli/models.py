@@ -24,7 +24,7 @@ from localai_q.cli.show import AsJson, rows, when
 from localai_q.cli.watch import display
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
-from localai_q.errors import InvalidValue, NotFound, Unavailable
+from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.sending import blocks, send
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
@@ -188,7 +188,10 @@ def apply_models(
         if not isinstance(name, str):
             raise InvalidValue(f"document {number} of {file} is no model: it needs a name, and other fields beside it")
         query = {"force": "true"} if force else {}
-        shown = api.call("PUT", "/api/models/{}", name, json=document, params=query)
+        try:
+            shown = api.call("PUT", "/api/models/{}", name, json=document, params=query)
+        except LocalAIError as error:
+            raise LocalAIError(f"{name}: {error.message}") from error
         print(f"{name} is at revision {shown['revision']}.")
 
 

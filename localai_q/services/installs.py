@@ -21,6 +21,7 @@ from localai_q.cluster.memory import need
 from localai_q.cluster.models import Document, Model
 from localai_q.cluster.placement import best
 from localai_q.cluster.preloads import Standing, standing
+from localai_q.cluster.states import JobState
 from localai_q.documents import checked, read_yaml
 from localai_q.errors import Conflict, InvalidValue, NotFound
 from localai_q.gallery.catalog import ForeignEntry, ModelEntry
@@ -225,7 +226,8 @@ def _installation(model: Model, stand: Standing, fetches: list[Job], progress: M
     done, total = (event.done, event.total) if event else (0.0, 0.0)
     there = stand is Standing.THERE or not model.config.files
     idle = not model.config.preload and stand in (Standing.DUE, Standing.WAITING)
-    error = (fetches[0].error or {}).get("message") if fetches and not there else None
+    cancelled = stand is Standing.GIVEN_UP and fetches[0].state is JobState.CANCELLED
+    error = (fetches[0].error or {}).get("message") if fetches and not (there or cancelled) else None
     message = "completed" if there else "fetched when somebody asks for it" if idle else f"its files are {stand}"
     return {
         "uuid": model.id,
@@ -235,7 +237,7 @@ def _installation(model: Model, stand: Standing, fetches: list[Job], progress: M
         "message": message,
         "error": error,
         "deletion": False,
-        "cancelled": stand is Standing.GIVEN_UP and not error,
+        "cancelled": cancelled,
         "file_name": model.config.source,
         "file_size": decimal(int(total)) if total else "",
         "downloaded_size": decimal(int(done)) if done else "",

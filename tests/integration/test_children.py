@@ -159,6 +159,17 @@ def test_a_replica_that_hangs_is_noticed_killed_and_reported(node: Node, monkeyp
     assert node.running() == {calm: "ready"}, "one that says that it is alive stays as it is"
 
 
+def test_what_a_backend_has_started_ends_with_a_replica_that_is_killed(node: Node, never_ready: Path) -> None:
+    (never_ready / "run.sh").write_text("#!/bin/sh\nsleep 300 & echo $!\nwait\n")
+    replica_id = node.start(backend=never_ready)
+    log = node.home / "logs" / f"backend-{replica_id}.log"
+    assert wait_for(lambda: log.exists() and log.read_text().strip())
+    started = psutil.Process(int(log.read_text()))
+    node.process(replica_id).kill()
+    node.hears(replica_id, "failed")
+    assert not psutil.wait_procs([started], timeout=LIMIT)[1]
+
+
 def test_a_load_that_hangs_is_ended_with_all_its_processes_and_one_that_works_goes_on(node: Node) -> None:
     node.load_stall = 3.0
     busy, hanging = node.start(options=["load_work_ms:6000"]), node.start(options=["load_ms:100000"])

@@ -14,8 +14,10 @@ from test_replicas_service import stage
 
 from localai_q import names, network
 from localai_q.cluster.nodes import Node
+from localai_q.cluster.states import JobState
 from localai_q.config import load_settings
 from localai_q.errors import (
+    Cancelled,
     Conflict,
     InvalidRequest,
     InvalidValue,
@@ -24,8 +26,9 @@ from localai_q.errors import (
     StartupError,
 )
 from localai_q.gallery import catalog
-from localai_q.services import galleries, holders, installs, models, nodes
+from localai_q.services import galleries, holders, installs, jobs, models, nodes
 from localai_q.services.wiring import Services
+from localai_q.store import jobs as job_rows
 
 A, B = "a" * 64, "b" * 64
 OURS = f"- {{name: tiny, source: 'https://x.example/t.gguf', sha256: {A}, size: 7, license: MIT, slots: 2}}"
@@ -255,6 +258,16 @@ class TestPreloading:
         installs.preload(services)
         shown = installs.installation(services, uuid)
         assert (shown["processed"], shown["error"], shown["message"]) == (False, "no route", "its files are waiting")
+
+    def test_a_fetch_that_was_cancelled_is_shown_so(self, services: Services, node: Node) -> None:
+        uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
+        installs.preload(services)
+        with services.db.transaction() as db:
+            (job,) = job_rows.open_fetches(db, uuid)
+        jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+        jobs.apply_ends(services)
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["cancelled"], shown["error"]) == (True, True, None)
 
     def test_a_model_that_nobody_asked_to_be_fetched_waits_for_its_first_request(
         self, services: Services, node: Node

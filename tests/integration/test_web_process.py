@@ -599,7 +599,7 @@ def test_models_are_written_down_and_read_again_by_the_command_line(web: Web, tm
     assert web.cli("models", "apply", str(file))[1] == "parrot is at revision 2.\n"
     assert json.loads(web.cli("models", "show", "parrot", "--json")[1])["slots"] == 3
     for text, says in (("- 1", "it needs a name"), ("", "no models in it"), ("a: [", "no YAML"),
-                       ("{name: parrot, slot: 1}", "Unknown parameter: 'slot'")):  # fmt: skip
+                       ("{name: parrot, slot: 1}", "parrot: Unknown parameter: 'slot'")):  # fmt: skip
         file.write_text(text)
         code, _, err = web.cli("models", "apply", str(file))
         assert (code, says in err) == (1, True), err

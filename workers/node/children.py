@@ -8,6 +8,7 @@ end before the children have been given their time to finish.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import subprocess
@@ -256,7 +257,8 @@ class Children:
 
         def follow() -> None:
             self._listen(child, read_end)
-            code = process.wait()
+            wait_for_end(process, math.inf)
+            code = kill_group(process)  # and what a backend leaves that was killed with it
             spec_path.unlink(missing_ok=True)  # of a child that ended before it read that
             on_exit(child, code)
 
