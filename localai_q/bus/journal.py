@@ -66,7 +66,8 @@ def tail(client: redis.Redis, job_id: str, count: int) -> list[Entry]:
     """The newest entries of a job, so many at most, in their order."""
     with broker_errors():
         rows = client.xrevrange(names.journal_key(job_id), count=count)
-    return [entry for place, fields in reversed(rows) if (entry := _entry(place, fields["e"]))]
+    found = [(place, _readable(fields)) for place, fields in reversed(rows)]
+    return [_placed(place, event) for place, event in found if event]
 
 
 def latest(client: redis.Redis, job_ids: list[str]) -> dict[str, Event]:
@@ -76,7 +77,7 @@ def latest(client: redis.Redis, job_ids: list[str]) -> dict[str, Event]:
         pipe.xrevrange(names.journal_key(job_id), count=1)
     with broker_errors():
         answers = pipe.execute() if job_ids else []
-    events = {job: decode(rows[0][1]["e"]) for job, rows in zip(job_ids, answers, strict=True) if rows}
+    events = {job: _readable(rows[0][1]) for job, rows in zip(job_ids, answers, strict=True) if rows}
     return {job: event for job, event in events.items() if event}
 
 
@@ -282,5 +283,17 @@ class Reader:
 
 def _entry(place: str, text: str) -> Entry | None:
     event = decode(text)
+    return _placed(place, event) if event else None
+
+
+def _placed(place: str, event: Event) -> Entry:
     attempt, _, index = place.partition("-")
-    return Entry(attempt=int(attempt), index=int(index), event=event) if event else None
+    return Entry(attempt=int(attempt), index=int(index), event=event)
+
+
+def _readable(fields: dict[str, str]) -> Event | None:
+    """The event of a row. Who looks at many jobs is not held up by what one node has written."""
+    try:
+        return decode(fields.get("e", ""))
+    except ValueError:
+        return None

@@ -11,6 +11,9 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+LARGEST = 1e18  # of any amount
+ENDS = ("done", "failed", "cancelled")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Delta:
@@ -85,7 +88,7 @@ class Usage:
 class End:
     """The one end of a job."""
 
-    state: str  # done | failed | cancelled
+    state: str  # one of `ENDS`
     usage: Usage = field(default_factory=Usage)
     timings: dict[str, float] = field(default_factory=dict)  # seconds by phase
     error: dict[str, Any] | None = None  # `errors.to_record`, when it failed
@@ -123,7 +126,20 @@ def encode(event: Event) -> str:
 
 
 def decode(text: str | bytes) -> Event | None:
-    """The event that `encode` wrote; None for a marker, which carries no event."""
+    """The event that `encode` wrote; None for a marker, which carries no event.
+
+    A node may have written anything: what is no amount is 0.
+
+    Raises:
+        ValueError: it is no event.
+    """
+    try:
+        return _decoded(text)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"this is no event: {str(text)[:100]!r}") from error
+
+
+def _decoded(text: str | bytes) -> Event | None:
     body = json.loads(text)
     match body.get("k"):
         case "d":
@@ -140,10 +156,18 @@ def decode(text: str | bytes) -> Event | None:
         case "v":
             return Vector(index=body["i"], values=tuple(body["v"]))
         case "p":
-            return Progress(stage=body["s"], done=body["d"], total=body["t"], unit=body["u"], note=body["n"])
+            return Progress(stage=str(body["s"]), done=_amount(body["d"]), total=_amount(body["t"]), unit=str(body["u"]),
+                            note=str(body["n"]))  # fmt: skip
         case "e":
             prompt, completion, cached = body["u"]
             usage = Usage(prompt=prompt, completion=completion, cached=cached)
-            return End(state=body["s"], usage=usage, timings=body["t"], error=body["x"], result=body["r"])
+            timings = {name: _amount(seconds) for name, seconds in body["t"].items()}
+            if body["s"] not in ENDS or not all(isinstance(part, dict | None) for part in (body["x"], body["r"])):
+                raise ValueError("this is no end")
+            return End(state=body["s"], usage=usage, timings=timings, error=body["x"], result=body["r"])
         case _:
             return None
+
+
+def _amount(value: Any) -> float:
+    return value if isinstance(value, int | float) and 0 <= value <= LARGEST else 0.0

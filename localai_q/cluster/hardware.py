@@ -14,6 +14,7 @@ from localai_q.cluster.nodes import MOST_SLOTS
 MOST_GPUS = 64
 MOST_FILES = 2000
 MOST_BACKENDS = 64
+LATEST = 1e11  # seconds since the epoch, of any time: later ones are no dates
 FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total": "vram_free"}
 
 Bytes = Annotated[int, Field(ge=0, le=1 << 60)]
@@ -56,7 +57,7 @@ class InstalledBackend(_Reading):
     version: str = Field(max_length=64)
     digest: Sha256  # of all that it was made of
     build: Word = ""
-    installed_at: float = Field(0.0, ge=0)  # seconds since the epoch
+    installed_at: float = Field(0.0, ge=0, le=LATEST, allow_inf_nan=False)  # seconds since the epoch
 
 
 class Hardware(_Reading):

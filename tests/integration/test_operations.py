@@ -321,6 +321,25 @@ def test_a_log_that_the_api_loses_sight_of_is_gone_on_with(
     assert list(lines) == ["failed: no network"]
 
 
+@pytest.mark.parametrize(
+    "written",
+    [{"e": '{"k":"p","s":"x","d":NaN,"t":1e999,"u":"bytes","n":""}'}, {"e": '{"k":"p"}'}, {"e": "{"}, {"x": "y"}],
+)
+def test_a_node_that_writes_nonsense_of_its_job_spoils_nothing_for_others(
+    services: Services, node: Node, http: httpx.Client, written: dict
+) -> None:
+    job_id, other = fetch(services, node), fetch(services, node, "other")
+    lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
+    services.redis.xadd(names.journal_key(job_id), written, id=f"{lease.attempt}-{lease.last_index + 1}")
+    shown = {one["jobID"]: one for one in operations(http)}
+    assert (set(shown), shown[job_id]["progress"]) == ({job_id, other}, 0)
+    assert {job["id"] for job in http.get("/api/jobs").raise_for_status().json()["jobs"]} == {job_id, other}
+    services.leases.finish(lease, lease.last_index + 2, FAILED, node_id=node.id)
+    end(services, node, other, FAILED)
+    assert {one["jobID"]: one["outcome"] for one in operations(http, "/history")} == dict.fromkeys(shown, "failed")
+    assert http.get(f"/api/jobs/{job_id}/log").text.endswith("failed: no network\n")
+
+
 def test_what_was_cancelled_is_not_paused_afterwards(services: Services, node: Node, http: httpx.Client) -> None:
     job_id = fetch(services, node)
     lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)

@@ -1,13 +1,15 @@
 """Events survive their journal, and pieces that are joined lose nothing."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from localai_q.cluster.events import Delta, End, Finish, Progress, Usage, Vector, decode, encode
+from localai_q.cluster.events import ENDS, LARGEST, Delta, End, Finish, Progress, Usage, Vector, decode, encode
 
 text = st.text(max_size=20)
 count = st.integers(0, 2**40)
 number = st.floats(allow_nan=False, allow_infinity=False)
+amount = st.floats(0, LARGEST) | st.integers(0, int(LARGEST))
 item = st.dictionaries(text, st.none() | st.booleans() | count | text, max_size=3)
 items = st.lists(item, max_size=3).map(tuple)
 deltas = st.builds(
@@ -17,12 +19,12 @@ events = st.one_of(
     deltas,
     st.builds(Finish, choice=st.integers(0, 99), reason=text),
     st.builds(Vector, index=count, values=st.lists(number, max_size=5).map(tuple)),
-    st.builds(Progress, stage=text, done=number, total=number, unit=text, note=text),
+    st.builds(Progress, stage=text, done=amount, total=amount, unit=text, note=text),
     st.builds(
         End,
-        state=text,
+        state=st.sampled_from(ENDS),
         usage=st.builds(Usage, prompt=count, completion=count, cached=count),
-        timings=st.dictionaries(text, number, max_size=3),
+        timings=st.dictionaries(text, amount, max_size=3),
         error=st.none() | item,
         result=st.none() | item,
     ),
@@ -39,6 +41,27 @@ def test_an_event_is_the_same_after_encoding_and_decoding(event):
 def test_an_encoded_event_is_one_line(event):
     assert "\n" not in encode(event)
     assert "\r" not in encode(event)
+
+
+@pytest.mark.parametrize(
+    "number", ["NaN", "Infinity", "-Infinity", "1e999", "1e19", "-1", '"7"', "null", "[1]", "1" * 400]
+)
+def test_what_is_no_amount_is_none(number: str) -> None:
+    told = decode(f'{{"k":"p","s":1,"d":{number},"t":{number},"u":"bytes","n":[]}}')
+    assert told == Progress(stage="1", done=0.0, total=0.0, unit="bytes", note="[]")
+    ended = decode(f'{{"k":"e","s":"done","u":[0,0,0],"t":{{"total":{number}}},"x":null,"r":null}}')
+    assert ended == End(state="done", timings={"total": 0.0})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "1", '{"k":"p"}', '{"k":"f"}', '{"k":"e","s":"open","u":[0,0,0],"t":{},"x":null,"r":null}',
+     '{"k":"e","s":"done","u":[],"t":{},"x":null,"r":null}', '{"k":"e","s":"done","u":[0,0,0],"t":{},"x":"no","r":null}',
+     '{"k":"e","s":"done","u":[0,0,0],"t":[],"x":null,"r":null}', '{"k":"v","i":0,"v":1}'],
+)  # fmt: skip
+def test_what_is_no_event_is_refused_in_one_way(text: str) -> None:
+    with pytest.raises(ValueError):
+        decode(text)
 
 
 def test_a_marker_carries_no_event():

@@ -17,6 +17,13 @@ def test_what_was_told_is_kept_and_what_nobody_knows_is_dropped() -> None:
     assert Hardware.model_validate({}).told() == {}
 
 
+BACKEND = {"name": "echo", "version": "1", "digest": "a" * 64}
+
+
+def test_a_backend_is_told_with_when_it_was_installed() -> None:
+    assert Hardware(backends=[{**BACKEND, "installed_at": 1e11}]).told()["backends"][0]["installed_at"] == 1e11
+
+
 @pytest.mark.parametrize(
     "told",
     [
@@ -25,6 +32,8 @@ def test_what_was_told_is_kept_and_what_nobody_knows_is_dropped() -> None:
         {"disk_total": 5, "disk_free": 6}, {"gpus": {}}, {"gpus": ["A"]}, {"gpus": [{"name": "A"}]},
         {"gpus": [{**GPU, "vram_free": 25 * GIB}]}, {"gpus": [{**GPU, "name": "A" * 129}]},
         {"gpus": [{**GPU, "index": n} for n in range(MOST_GPUS + 1)]}, {"os": "x" * 33}, {"arch": 64},
+        {"backends": [{**BACKEND, "installed_at": float("inf")}]}, {"backends": [{**BACKEND, "installed_at": float("nan")}]},
+        {"backends": [{**BACKEND, "installed_at": 1e12}]},
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(told: dict) -> None:
