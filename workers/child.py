@@ -39,6 +39,7 @@ class ReplicaSpec(BaseModel):
 
     id: str
     number: int
+    gpu: bool = False  # whether memory of GPUs was booked for it
     model: ModelSpec
     backend_folder: Path
     blobs: Path  # the node's files of models, by their SHA-256

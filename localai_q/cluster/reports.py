@@ -47,6 +47,7 @@ class Report(BaseModel):
     state: Literal["loading", "ready", "stopping", "failed"]
     slots: int = Field(ge=1, le=256)
     context_size: int = Field(0, ge=0, lt=1 << 31)  # tokens of one request
+    gpu: bool = False  # whether memory of GPUs was booked for it
     in_flight: int = Field(0, ge=0, le=1 << 20)  # requests that it works on
     tokens_per_second: Number = 0.0  # of one answer; 0: not measured yet
     load_seconds: Number = 0.0  # from its start until it was ready; 0: it is not yet

@@ -15,7 +15,7 @@ from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Report
 from localai_q.cluster.states import NodeState, ReplicaState
 from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
-from localai_q.services import galleries, jobs, node_users, reports
+from localai_q.services import jobs, node_users, reports
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import models, nodes, replicas
@@ -168,7 +168,7 @@ def heartbeat(
         if node.state in (NodeState.UNHEALTHY, NodeState.OFFLINE):
             nodes.move(db, node.id, node.serving_state)
         node = _existing(db, node.id)
-        found = reports.settle(db, node, reported, galleries.gpu_backends(services))
+        found = reports.settle(db, node, reported)
     _bereave(services, found.lost, reports.LOST)
     if found.adopt or found.ready or found.lost:
         services.redis.publish(names.WAKE_CHANNEL, node.id)
@@ -210,15 +210,18 @@ def replica_spec(services: Services, node: Node, replica_id: str) -> dict[str, A
     """What a node needs to start one of its replicas.
 
     Raises:
-        NotFound: it has no such replica.
+        NotFound: it has no such replica, or that was placed before its model was changed, and is about to be ended.
     """
     with services.db.transaction() as db:
         replica = replicas.by_id(db, replica_id)
         model = models.by_id(db, replica.model_id) if replica else None
     if replica is None or model is None or replica.node_id != node.id:
         raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
+    if replica.is_outdated(model):
+        raise NotFound(f"The model '{model.name}' was changed after replica '{replica_id}' was placed.")
     cut = {"context_size": replica.context_size} if replica.context_size else {}
-    return {"id": replica.id, "number": replica.number, "state": replica.state, "model": {**model.spec(), **cut}}
+    return {"id": replica.id, "number": replica.number, "state": replica.state, "gpu": replica.reserved.vram > 0,
+            "model": {**model.spec(), **cut}}  # fmt: skip
 
 
 def deregister(services: Services, node: Node) -> None:

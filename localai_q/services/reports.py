@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from localai_q.cluster.capacity import Booking, Seeker, Site, booking, weigh
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 LOST = "its process is gone, and nobody was told how it ended"
 
 
-def settle(db: Any, node: Node, reports: Sequence[Report], gpu_backends: Container[str]) -> Comparison:
+def settle(db: Any, node: Node, reports: Sequence[Report]) -> Comparison:
     """Bring the registry's rows of this node and its processes together; returns what was found.
 
-    Who calls holds the node's row: nothing is placed on it meanwhile. `gpu_backends`: those that use a node's GPUs.
+    Who calls holds the node's row: nothing is placed on it meanwhile.
     """
     own = replicas.every(db, node_id=node.id)
     known = {replica.id: replica for replica in own}
@@ -35,8 +35,7 @@ def settle(db: Any, node: Node, reports: Sequence[Report], gpu_backends: Contain
     strangers = replicas.known(db, [report.id for report in orphans])
     found = compare(node, reports, own, held, strangers)
     for report in found.adopt:
-        model = held[report.model_id]
-        _adopt(db, node, report, model, _booking(node, report, model, gpu=model.config.backend in gpu_backends))
+        _adopt(db, node, report, held[report.model_id])
     for replica in found.ready:
         replicas.move(db, replica.id, ReplicaState.READY)
     for replica in found.lost:
@@ -65,16 +64,16 @@ def _corrected(node: Node, report: Report, replica: Replica | None) -> Report:
     return report.model_copy(update=truth)
 
 
-def _adopt(db: Any, node: Node, report: Report, model: Model, booked: Booking) -> None:
-    replicas.enter(db, report.id, ReplicaState(report.state), booking=booked, model_id=model.id, node_id=node.id,
-                   number=report.number, revision=model.revision, slots=model.config.slots)  # fmt: skip
+def _adopt(db: Any, node: Node, report: Report, model: Model) -> None:
+    replicas.enter(db, report.id, ReplicaState(report.state), booking=_booking(node, report, model), model_id=model.id,
+                   node_id=node.id, number=report.number, revision=model.revision, slots=model.config.slots)  # fmt: skip
 
 
-def _booking(node: Node, report: Report, model: Model, *, gpu: bool) -> Booking:
+def _booking(node: Node, report: Report, model: Model) -> Booking:
     """What the process takes with the context that it was given, whatever is free: it has that already."""
     tokens = min(report.context_size or model.config.context_size, model.config.context_size)
     config = model.config.model_copy(update={"context_size": tokens, "fit_context": False})
-    return booking(model, weigh(Seeker(model.model_copy(update={"config": config}), gpu=gpu), Site(node, [])))
+    return booking(model, weigh(Seeker(model.model_copy(update={"config": config}), gpu=report.gpu), Site(node, [])))
 
 
 def _news(reports: Sequence[Report], fresh: Sequence[Measure]) -> set[str]:

@@ -97,7 +97,9 @@ def test_a_gallerys_backend_can_be_used_by_models_and_its_entry_goes_with_the_jo
     assert galleries.record(own, "echo") is None
 
 
-def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory(services: Services, gallery: Path) -> None:
+def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_has_not_read_it_yet(
+    services: Services, gallery: Path
+) -> None:
     gallery.write_text(ENTRY + "  gpu: true\n")
     own = naming(services, gallery)
     add_model(own, "m", backend="mine", memory=GB, source="https://x.example/m.gguf", sha256="1" * 64)
@@ -108,9 +110,10 @@ def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory(services: Ser
     replicas.place(own, model_named(own, "m"), node.id)
     placed = only(own)
     assert placed.reserved == Memory(vram=GB)
+    told = nodes.replica_spec(own, node, placed.id)
     with own.db.transaction() as db:
         db.execute(text("DELETE FROM replicas"))
-    nodes.heartbeat(own, node, hardware=has, reported=[reported(placed)])
+    nodes.heartbeat(services, node, hardware=has, reported=[reported(placed, gpu=told["gpu"])])
     assert only(own).reserved == Memory(vram=GB), "it is adopted with what it was booked with"
 
 

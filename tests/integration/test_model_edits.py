@@ -261,6 +261,23 @@ class TestReplicas:
         replicas.reconcile(services)
         assert by_revision(services) == {2: ReplicaState.INSTALLING}
 
+    def test_one_that_is_to_start_is_not_given_the_configuration_of_another_revision(self, services: Services) -> None:
+        node = ready_node(services)
+        add_model(services, slots=1)
+        ask(services)
+        old = until_loading(services)
+        assert nodes.replica_spec(services, node, old.id)["model"]["revision"] == 1
+        models.edit(services, "m", {"pinned": True})
+        assert nodes.replica_spec(services, node, old.id)["model"]["pinned"] is True
+        models.edit(services, "m", {"slots": 2})
+        with pytest.raises(NotFound, match="was changed after replica"):
+            nodes.replica_spec(services, node, old.id)
+        replicas.reconcile(services)
+        nodes.report_replica(services, node, old.id, ReplicaState.GONE, "")
+        new = until_loading(services)
+        told = nodes.replica_spec(services, node, new.id)["model"]
+        assert (new.revision, told["revision"], told["slots"]) == (2, 2, 2)
+
     def test_one_that_comes_up_is_dropped_with_its_stage_and_booking(self, services: Services) -> None:
         node = ready_node(services)
         add_model(services, memory=600)

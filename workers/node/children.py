@@ -91,6 +91,7 @@ class Child:
             "state": "stopping" if self.stopping else self.state,
             "slots": model.slots,
             "context_size": model.context_size,
+            "gpu": self.replica.gpu,
             "in_flight": self.in_flight,
             "tokens_per_second": round(self.tokens_per_second, 2),
             "load_seconds": round(self.load_seconds, 2),
