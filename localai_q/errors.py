@@ -209,6 +209,10 @@ class Unavailable(LocalAIError):
     retry_after = 2
 
 
+class NodeGone(Unavailable):
+    """The node ended before this was done."""
+
+
 class NoRoom(Unavailable):
     """The disk has no room for that."""
 

@@ -15,6 +15,7 @@ from localai_q.cluster.builds import Build, choose, suitable
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, NodeState
+from localai_q.errors import NodeGone
 
 REACHABLE = (NodeState.READY, NodeState.DRAINING, NodeState.DRAINED)
 FIRST_PAUSE = 30.0  # seconds before a wish that failed is tried again; each further time twice as long
@@ -86,7 +87,8 @@ def next_step(wish: Wish, job: Job | None, *, reachable: bool, now: float) -> St
         case JobState.CANCELLED:
             return Step.CANCELLED
         case JobState.FAILED:
-            return Step.FAILED if reachable else Step.AGAIN
+            went_away = not reachable or (job.error or {}).get("error") == NodeGone.__name__
+            return Step.AGAIN if went_away else Step.FAILED
     return Step.WAIT
 
 

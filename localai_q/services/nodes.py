@@ -14,7 +14,7 @@ from localai_q.cluster.hardware import refreshed
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Report
 from localai_q.cluster.states import NodeState, ReplicaState
-from localai_q.errors import Conflict, Forbidden, NotFound, Unavailable
+from localai_q.errors import Conflict, Forbidden, NodeGone, NotFound
 from localai_q.services import jobs, node_users, reports
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -343,7 +343,7 @@ def _clear(services: Services, db: Any, node: Node, why: str) -> list[Replica]:
     for replica in found:
         replicas.forget(db, replica.id)
     own = job_rows.open_in(db, names.node_jobs_queue(node.id))
-    jobs.end_at_once(services, db, own, Unavailable(f"The node '{node.name}' {why} before this was done."))
+    jobs.end_at_once(services, db, own, NodeGone(f"The node '{node.name}' {why} before this was done."))
     return found
 
 

@@ -196,6 +196,19 @@ def test_an_attempt_that_the_nodes_absence_has_ended_does_not_count(services: Se
     assert "has left" in wish.last_error
 
 
+def test_an_attempt_that_ended_with_the_nodes_process_does_not_count(services: Services) -> None:
+    node = ready_node(services)
+    backends.change_everywhere(services, Op.INSTALL, "echo")
+    backends.fulfil(services)
+    join(services, node.name)  # a new process of it, before anybody has noticed that the old one is gone
+    backends.fulfil(services)
+    (wish,) = wishes(services)
+    assert (wish.state, wish.attempts, wish.job_id) == (WishState.OPEN, 0, None)
+    assert "was started anew" in wish.last_error
+    backends.fulfil(services)
+    assert len(open_jobs(services, node)) == 1
+
+
 def test_a_later_wish_takes_the_place_of_the_one_before(services: Services) -> None:
     node = reports(services, ready_node(services), ECHO)
     backends.change_everywhere(services, Op.INSTALL, "echo")
