@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from localai_q.cluster.models import Document
+from localai_q.cluster.models import OF_ONE_FILE, Document
 from localai_q.cluster.sampling import Parameters
 from localai_q.documents import checked
 from localai_q.errors import InvalidValue
@@ -240,7 +240,12 @@ def source_of(uri: str) -> str:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """A document with another one over it, as an entry of a gallery has `overrides` over what it is made of."""
+    """A document with another one over it, as an entry of a gallery has `overrides` over what it is made of.
+
+    Of a file that comes from another source then, only what is said of that holds.
+    """
+    if over.get("source", base.get("source")) != base.get("source"):
+        base = {name: value for name, value in base.items() if name not in OF_ONE_FILE}
     both = {name for name in base.keys() & over.keys() if isinstance(base[name], dict) and isinstance(over[name], dict)}
     return {**base, **over, **{name: merged(base[name], over[name]) for name in both}}
 

@@ -28,6 +28,12 @@ AROUND_REPLICAS = frozenset({
     "route_policy", "min_prefix_match", "balance_abs_threshold", "balance_rel_threshold", "mirrors",
     "parameters", "system_prompt", "disabled", "preload", "origin",
 })  # fmt: skip
+OF_ONE_FILE: Mapping[str, Any] = {
+    "mirrors": (),
+    "sha256": None,
+    "size": 0,
+    "origin": "",
+}  # where nothing is known of it
 NOT_FOR_ALL = ("chat_template", "mmproj", "draft_model", "loras")  # fields that not every backend takes
 
 

@@ -147,6 +147,9 @@ def import_documents(services: Services, text: bytes) -> list[Record]:
 def edit(services: Services, name: str, text: bytes) -> Record:
     """Let a model be as a document in LocalAI's form says; what that form has no word for stays.
 
+    Returns `{"name", "config_revision", "pending_cleanup", "warnings"}`; `pending_cleanup` are the replicas of older
+    revisions that have not gone, each as `{"id", "node", "state", "revision"}`.
+
     Raises: as `install`; ModelNotFound: there is none of that name.
     """
     found = translate({"name": name, **_one(read_yaml(text))}, _backends(services))
@@ -155,7 +158,9 @@ def edit(services: Services, name: str, text: bytes) -> Record:
     known = models.named(services, name).config
     kept = {field: getattr(known, field) for field in UNSAID}
     shown, _ = models.put(services, found.document.model_copy(update=kept))
-    return {"name": name, "revision": shown["revision"], "warnings": found.warnings}
+    older = [each for each in shown["replicas"] if each["revision"] < shown["revision"] and each["state"] != "failed"]
+    left = [{field: each[field] for field in ("id", "node", "state", "revision")} for each in older]
+    return {"name": name, "config_revision": shown["revision"], "pending_cleanup": left, "warnings": found.warnings}
 
 
 def import_uri(services: Services, uri: str, *, name: str = "", preload: bool = True) -> Record:

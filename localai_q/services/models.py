@@ -10,7 +10,7 @@ from typing import Any
 from localai_q import gguf, names
 from localai_q.cluster import sources
 from localai_q.cluster.fleet import Fleet
-from localai_q.cluster.models import NOT_FOR_ALL, Document, Facts, File, Model, ModelConfig, fitted
+from localai_q.cluster.models import NOT_FOR_ALL, OF_ONE_FILE, Document, Facts, File, Model, ModelConfig, fitted
 from localai_q.cluster.placement import ruled_out
 from localai_q.cluster.routing import Snapshot
 from localai_q.cluster.states import ReplicaState
@@ -100,7 +100,7 @@ def put(services: Services, document: Document, *, force: bool = False) -> tuple
 
 def _merged(config: ModelConfig, changes: Mapping[str, Any]) -> ModelConfig:
     if changes.get("source", config.source) != config.source:  # what is true of one file is not of another
-        changes = {"mirrors": (), "sha256": None, "size": 0, **changes}
+        changes = {**OF_ONE_FILE, **changes}
     return checked(ModelConfig, {**config.model_dump(), **changes})
 
 

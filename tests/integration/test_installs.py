@@ -14,7 +14,7 @@ from test_replicas_service import stage
 
 from localai_q import names, network
 from localai_q.cluster.nodes import Node
-from localai_q.cluster.states import JobState
+from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.config import load_settings
 from localai_q.errors import (
     Cancelled,
@@ -26,9 +26,10 @@ from localai_q.errors import (
     StartupError,
 )
 from localai_q.gallery import catalog
-from localai_q.services import galleries, holders, installs, jobs, models, nodes
+from localai_q.services import galleries, holders, installs, jobs, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
+from localai_q.store import replicas as replica_rows
 
 A, B = "a" * 64, "b" * 64
 OURS = f"- {{name: tiny, source: 'https://x.example/t.gguf', sha256: {A}, size: 7, license: MIT, slots: 2}}"
@@ -88,6 +89,21 @@ class TestGalleries:
             {"name": "mine", "url": str(tmp_path / "models.yaml"), "models": 3, "error": None}]  # fmt: skip
         with pytest.raises(Conflict):
             installs.install(own, wanted="mine@again")
+
+    def test_what_is_known_of_a_file_does_not_hold_for_another_source(self, services: Services, tmp_path: Path) -> None:
+        more = f"mirrors: ['https://y.example/t'], draft_model: {{source: 'https://x.example/d', sha256: {B}, size: 3}}"
+        own = listing(services, tmp_path, OURS.removesuffix("}") + f", {more}}}")
+        drawn = {"source": "ollama://d"}
+        installs.install(own, wanted="tiny", overrides={"source": "ollama://t", "draft_model": drawn}, name="other")
+        config = model_named(own, "other").config
+        assert (config.source, config.sha256, config.size, config.mirrors) == ("ollama://t", None, 0, ())
+        assert (config.draft_model.sha256, config.draft_model.size, config.slots) == (None, 0, 2)
+        with pytest.raises(InvalidValue, match="needs its SHA-256"):
+            installs.install(own, wanted="tiny", overrides={"source": "https://z.example/t"}, name="third")
+        installs.install(own, wanted="tiny", overrides={"source": "https://z.example/t", "sha256": B}, name="third")
+        assert (model_named(own, "third").config.sha256, model_named(own, "third").config.size) == (B, 0)
+        installs.install(own, wanted="tiny", overrides={"source": "https://x.example/t.gguf"}, name="same")
+        assert (model_named(own, "same").config.sha256, model_named(own, "same").config.size) == (A, 7)
 
     def test_an_entry_is_the_same_for_all_who_install_it(self, services: Services, tmp_path: Path) -> None:
         own = listing(services, tmp_path, "- {name: x, config_file: {parameters: {model: 'ollama://x'}}}")
@@ -323,16 +339,31 @@ class TestImports:
     def test_a_model_is_made_as_a_document_says(self, services: Services) -> None:
         add_model(services, "m", slots=9)
         found = installs.edit(services, "m", b"backend: echo\nthreads: 3\nf16: true\n")
-        assert (found["revision"], len(found["warnings"]), model_named(services, "m").config.slots) == (2, 1, 4)
+        assert (found["config_revision"], len(found["warnings"]), model_named(services, "m").config.slots) == (2, 1, 4)
         models.edit(services, "m", {"preload": True, "max_replicas": 3, "selector": {"a": "b"}})
         found = installs.edit(services, "m", b"backend: echo\nthreads: 3\npinned: true\n")
         config = model_named(services, "m").config
-        assert (found["revision"], config.preload, config.max_replicas, config.selector, config.pinned) == (
+        assert (found["config_revision"], config.preload, config.max_replicas, config.selector, config.pinned) == (
             2, True, 3, {"a": "b"}, True)  # fmt: skip
         with pytest.raises(Conflict, match="keeps its name"):
             installs.edit(services, "m", b"name: x\nbackend: echo\n")
         with pytest.raises(ModelNotFound):
             installs.edit(services, "x", b"backend: echo\n")
+
+    def test_who_edits_is_told_which_replicas_of_older_revisions_have_not_gone(
+        self, services: Services, node: Node
+    ) -> None:
+        add_model(services, "m")
+        for on in (node, ready_node(services, "n2", "other")):
+            replicas.place(services, model_named(services, "m"), on.id)
+        with services.db.transaction() as db:
+            old, lost = replica_rows.every(db)
+            replica_rows.move(db, lost.id, ReplicaState.FAILED)
+        same = installs.edit(services, "m", b"backend: echo\nsystem_prompt: Be brief.\n")
+        assert (same["config_revision"], same["pending_cleanup"]) == (1, [])
+        found = installs.edit(services, "m", b"backend: echo\nthreads: 3\n")
+        assert (found["config_revision"], found["pending_cleanup"]) == (
+            2, [{"id": old.id, "node": "n1", "state": "placed", "revision": 1}])  # fmt: skip
 
     def test_a_model_is_switched_by_localais_words(self, services: Services) -> None:
         add_model(services, "m")

@@ -114,12 +114,12 @@ class TestFields:
         assert model_named(services, "m") == before
 
     def test_another_file_needs_its_own_sum(self, services: Services) -> None:
-        add_model(services, source="file:/x", sha256="a" * 64, size=5)
+        add_model(services, source="file:/x", sha256="a" * 64, size=5, origin="q8_0 of it")
         with pytest.raises(InvalidValue, match="needs its SHA-256"):
             models.edit(services, "m", {"source": "file:/y"})
         models.edit(services, "m", {"source": "file:/y", "sha256": "b" * 64})
         config = model_named(services, "m").config
-        assert (config.source, config.sha256, config.size) == ("file:/y", "b" * 64, 0)
+        assert (config.source, config.sha256, config.size, config.origin) == ("file:/y", "b" * 64, 0, "")
 
     def test_an_unknown_model_is_not_found(self, services: Services) -> None:
         with pytest.raises(ModelNotFound, match="no model 'm'"):
