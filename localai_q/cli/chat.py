@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from localai_q.cli.client import Api, connect
+from localai_q.cli.show import prose
 from localai_q.errors import LocalAIError, NotFound
 
 
@@ -48,12 +49,12 @@ def _ask() -> str | None:
 
 
 def _say(api: Api, model: str, messages: list[dict[str, str]], max_tokens: int) -> str:
-    """Print the answer as it comes; what was said before a Ctrl-C is kept."""
+    """Print the answer as it comes; what was said before a Ctrl-C is kept, as the model has said it."""
     said = ""
     try:
         for piece in answer(api, model, messages, max_tokens):
             said += piece
-            print(piece, end="", flush=True)
+            print(prose(piece), end="", flush=True)
     except KeyboardInterrupt:
         pass
     print()

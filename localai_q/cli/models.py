@@ -20,7 +20,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from localai_q.cli import importing
 from localai_q.cli.client import Api, connect
 from localai_q.cli.jobs import POLL, need_done, wait
-from localai_q.cli.show import AsJson, rows, when
+from localai_q.cli.show import AsJson, rows, text, when
 from localai_q.cli.watch import display
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
@@ -267,7 +267,7 @@ def _follow_install(api: Api, uuid: str) -> None:
 def _say_added(model: dict[str, Any]) -> None:
     print(f"Added {model['name']}. Try: localai-q chat --model {model['name']}")
     for warning in model["warnings"]:
-        print(f"  {warning}")
+        print(f"  {text(warning)}")
 
 
 @app.command("show")

@@ -102,7 +102,7 @@ def label_node(
         api.call("DELETE", "/api/nodes/{}/labels/{}", node, key)
     found = api.call("GET", "/api/nodes/{}/labels", node)
     for key, value in sorted(found["labels"].items()):
-        print(f"{key}={value}" + ("" if key in found["given"] else "  (found by itself)"))
+        print(f"{key}={text(value)}" + ("" if key in found["given"] else "  (found by itself)"))
 
 
 @app.command("limit")

@@ -1,4 +1,4 @@
-"""How the command line shows lists: a table for people, JSON for scripts."""
+"""How the command line shows what others have said: a table for people, JSON for scripts, texts as they are but harmless."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ from localai_q.cluster.joblog import shown
 PIPED_WIDTH = 240  # columns of a table that no terminal shows, so that lines can be searched and pasted
 WHOLE = ("id", "name")  # columns that are pasted into the next command
 NARROWEST = 8  # columns that any other is given, even if the terminal then breaks the lines
+
+_OBEYED = {
+    **dict.fromkeys([*range(ord(" ")), *range(0x7F, 0xA0), *range(0xD800, 0xE000)], "\N{REPLACEMENT CHARACTER}"),
+    ord("\n"): "\n", ord("\t"): "\t", ord("\r"): None,
+}  # fmt: skip  # controls, and halves of characters, which cannot be printed
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
@@ -56,6 +61,11 @@ def text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
     return shown(str(value))
+
+
+def prose(said: str) -> str:
+    """A text of several lines, or a piece of one, without what a terminal would obey."""
+    return said.translate(_OBEYED)
 
 
 def when(seconds: float | None) -> str | None:
