@@ -163,6 +163,29 @@ def test_a_holder_that_is_killed_in_the_middle_is_replaced_and_the_model_chats(
     assert fetched(nodes, "alpha-3") == ["done"]
 
 
+def test_where_the_only_holder_is_killed_the_source_goes_on(nodes: Cluster, source: FileServer) -> None:
+    content = os.urandom(96 << 20)
+    url = source.put("/alone.gguf", Remote(content))
+    add(nodes, "alone", "alpha", url, content)
+    until(lambda: nodes.node("alpha")["state"] == "ready", 60, "the node that was killed before")
+    assert answers(nodes, "alone")
+    until(lambda: reported(nodes, "alpha", content), 60, "the report of the file")
+    source.seen.clear()
+    add(nodes, "follows", "alpha-2", url, content)
+    whole = blob(nodes, "alpha-2", content)
+    with ThreadPoolExecutor(1) as pool:
+        said = pool.submit(answers, nodes, "follows")
+        with standing_still([nodes.process.pid]):  # it would start the holder again
+            with in_the_middle(nodes, whole.with_name(f".{whole.name}.part"), len(content)):
+                for process in processes_of_node(nodes, "alpha"):
+                    process.kill()
+            until(whole.exists, 60, "the whole file")
+        assert said.result()
+    assert whole.read_bytes() == content
+    (asked,) = source.ranges()
+    assert int(asked.removeprefix("bytes=").removesuffix("-")) >= PIECE
+
+
 def test_a_node_whose_disk_is_full_says_what_is_missing_serves_on_and_tries_again(
     nodes: Cluster, source: FileServer
 ) -> None:
