@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -60,16 +61,20 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(MAGIC)) == MAGIC
 
 
-def read_facts(path: Path) -> Facts:
-    """What the header of a GGUF file says.
+def read_facts(path: Path, *parts: Path) -> Facts:
+    """What the header of a model's GGUF file says, or the headers of all its files: `parts` are those behind the first.
 
     Raises:
-        InvalidValue: it is no whole GGUF header; the message says where it goes wrong.
-        OSError: it cannot be read.
+        InvalidValue: it is no whole GGUF header, or these are not all files of one model in their order; the message says
+            where it goes wrong.
+        OSError: one cannot be read.
     """
-    found = _read(path)
-    sizes = _sizes(found.tensors, found.length, _number(found.pairs, "general.alignment", ALIGNMENT), found.file_size)
-    return _facts(found.pairs, sizes, found.file_size)
+    found = [_one_of(each, number, len(parts) + 1) for number, each in enumerate((path, *parts), 1)]
+    _check_together([content for content, _ in found])
+    sizes = {name: size for _, each in found for name, size in each.items()}
+    if not sizes:
+        raise _damaged("it has no tensors")
+    return _facts(found[0][0].pairs, sizes, sum(content.file_size for content, _ in found))
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,6 @@ class Tensors:
 
     types: frozenset[str]  # as "q4_k"
     parameters: int  # numbers that they hold
-    parts: int  # files that the model has been split into
 
 
 def read_tensors(path: Path) -> Tensors:
@@ -91,7 +95,6 @@ def read_tensors(path: Path) -> Tensors:
     return Tensors(
         types=frozenset(TYPES.get(tensor.kind, f"type {tensor.kind}") for tensor in found.tensors),
         parameters=_bounded("parameters", sum(tensor.elements for tensor in found.tensors), MOST_PARAMETERS),
-        parts=_number(found.pairs, "split.count", 1),
     )
 
 
@@ -127,6 +130,39 @@ def _read(path: Path) -> _Content:
         pairs = dict(header.pair() for _ in range(header.counted(pair_count, "properties", MOST_PROPERTIES)))
         tensors = [header.tensor() for _ in range(header.counted(tensor_count, "tensors", MOST_TENSORS))]
         return _Content(pairs, tensors, header.at, size)
+
+
+def _one_of(path: Path, number: int, count: int) -> tuple[_Content, dict[str, int]]:
+    """A file's header, and the bytes of its tensors."""
+    try:
+        found = _read(path)
+        return found, _sizes(found)
+    except InvalidValue as error:
+        if count == 1:
+            raise
+        raise InvalidValue(f"File {number} of {count}: {error.message}", param=error.param) from error
+
+
+def _check_together(files: Sequence[_Content]) -> None:
+    """Refuse files that are not all of one model, in their order."""
+    count, total = len(files), sum(len(file.tensors) for file in files)
+    for number, file in enumerate(files, 1):
+        of, at = max(_number(file.pairs, "split.count", 1), 1), _number(file.pairs, "split.no", 0) + 1
+        if of > count == 1:
+            raise _apart(f"this one is one of {of}, and the others are missing; they come with the first of them where "
+                         f"that is called …-00001-of-{of:05}.gguf")  # fmt: skip
+        if of != count:
+            raise _apart(f"file {number} is one of {of}, and there are {count}")
+        if at != number:
+            raise _apart(f"file {number} of {count} says that it is file {at}")
+    if any(_number(file.pairs, "split.tensors.count", total) != total for file in files):
+        raise _apart(f"they have {total} tensors together, and one of them is of a model that has another number")
+    if count > 1 and len({tensor.name for file in files for tensor in file.tensors}) < total:
+        raise _apart("two of them have the same tensor")
+
+
+def _apart(why: str) -> InvalidValue:
+    return InvalidValue(f"These are not the files of one model: {why}.", param="source")
 
 
 def _damaged(why: str) -> InvalidValue:
@@ -216,18 +252,17 @@ class _Header:
             raise _damaged("it ends within its header")
 
 
-def _sizes(tensors: list[_Tensor], header: int, alignment: int, size: int) -> dict[str, int]:
+def _sizes(file: _Content) -> dict[str, int]:
     """The bytes of each tensor: up to the next one, or to the file's end."""
-    if not tensors:
-        raise _damaged("it has no tensors")
+    alignment = _number(file.pairs, "general.alignment", ALIGNMENT)
     if not alignment:
         raise _damaged("general.alignment cannot be 0")
-    begin = -(-header // alignment) * alignment
-    ordered = sorted(tensors, key=lambda tensor: tensor.offset)
-    if begin + ordered[-1].offset > size:
+    begin = -(-file.length // alignment) * alignment
+    ordered = sorted(file.tensors, key=lambda tensor: tensor.offset)
+    if ordered and begin + ordered[-1].offset > file.file_size:
         raise _damaged("it ends before its tensors do")
-    ends = [*(tensor.offset for tensor in ordered[1:]), size - begin]
-    return {tensor.name: end - tensor.offset for tensor, end in zip(ordered, ends, strict=True)}
+    ends = [*(tensor.offset for tensor in ordered[1:]), file.file_size - begin]
+    return {tensor.name: end - tensor.offset for tensor, end in zip(ordered, ends, strict=False)}
 
 
 def _facts(pairs: dict[str, _Value], sizes: dict[str, int], file_size: int) -> Facts:

@@ -2,6 +2,7 @@
 
 import random
 import struct
+from pathlib import Path
 
 SCALARS = {bool: (7, "<?"), int: (4, "<I"), float: (6, "<f")}
 
@@ -61,3 +62,75 @@ def lora(layers: int, width: int, rank: int = 4) -> bytes:
         header += text(name) + struct.pack("<IQQIQ", 2, *shape, 0, number * size)
     weights = [draw.gauss(0, 1) for _ in range(len(shapes) * width * rank)]
     return header + bytes(-len(header) % 32) + struct.pack(f"<{len(weights)}f", *weights)
+
+
+def split_into(folder: Path, whole: bytes, count: int, *, bare: bool = False) -> list[Path]:
+    """The same in a folder, under the names that an engine looks for."""
+    paths = [folder / f"m-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+    for path, content in zip(paths, split(whole, count, bare=bare), strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}  # bytes of a value, by its type
+
+
+def split(whole: bytes, count: int, *, bare: bool = False) -> list[bytes]:
+    """The files that llama.cpp's `gguf-split` makes of one; with `bare`, the first has properties only, as with
+    `--no-tensor-first-split`."""
+    _, tensors, pairs = struct.unpack_from("<IQQ", whole, 4)
+    begin = _after_pairs(whole, 24, pairs)
+    infos, end = _infos(whole, begin, tensors)
+    data = end + -end % 32
+    stops = [*(at for *_, at in infos[1:]), len(whole) - data]
+    blocks = [(head, whole[data + at : data + stop]) for (head, at), stop in zip(infos, stops, strict=False)]
+    full = count - bare
+    groups = [[]] * bare + [blocks[len(blocks) * n // full : len(blocks) * (n + 1) // full] for n in range(full)]
+    return [_part(group, number, count, tensors, (pairs, whole[24:begin]) if not number else (0, b""))
+            for number, group in enumerate(groups)]  # fmt: skip
+
+
+def _part(blocks: list, number: int, count: int, tensors: int, properties: tuple[int, bytes]) -> bytes:
+    own = {"split.no": (2, "<H", number), "split.count": (2, "<H", count), "split.tensors.count": (5, "<i", tensors)}
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(blocks), properties[0] + len(own)) + properties[1]
+    header += b"".join(text(name) + struct.pack("<I", kind) + struct.pack(form, found)
+                       for name, (kind, form, found) in own.items())  # fmt: skip
+    offset, content = 0, []
+    for head, block in blocks:
+        header += head + struct.pack("<Q", offset)
+        content += [block, bytes(-len(block) % 32)]
+        offset += len(block) + -len(block) % 32
+    return b"".join([header, bytes(-len(header) % 32), *content])
+
+
+def _after_pairs(whole: bytes, at: int, count: int) -> int:
+    for _ in range(count):
+        at += 8 + struct.unpack_from("<Q", whole, at)[0]
+        at = _after_value(whole, at + 4, struct.unpack_from("<I", whole, at)[0])
+    return at
+
+
+def _after_value(whole: bytes, at: int, kind: int) -> int:
+    if kind == 8:
+        return at + 8 + struct.unpack_from("<Q", whole, at)[0]
+    if kind != 9:
+        return at + WIDTHS[kind]
+    kind, count = struct.unpack_from("<IQ", whole, at)
+    at += 12
+    if kind in WIDTHS:
+        return at + count * WIDTHS[kind]
+    for _ in range(count):
+        at = _after_value(whole, at, kind)
+    return at
+
+
+def _infos(whole: bytes, at: int, count: int) -> tuple[list[tuple[bytes, int]], int]:
+    """What is said of each tensor up to where its data is, and that; and where this ends."""
+    found = []
+    for _ in range(count):
+        start = at
+        at += 8 + struct.unpack_from("<Q", whole, at)[0]
+        at += 4 + 8 * struct.unpack_from("<I", whole, at)[0] + 4
+        found.append((whole[start:at], struct.unpack_from("<Q", whole, at)[0]))
+        at += 8
+    return found, at

@@ -52,8 +52,18 @@ class ReplicaSpec(BaseModel):
 
     @property
     def model_file(self) -> Path | None:
-        """The model's own file."""
-        return self.path_of(self.model.files[0]) if self.model.files else None
+        """What the backend opens as the model's own file."""
+        return next(iter(self.links), None) or (self.path_of(self.model.own[0]) if self.model.own else None)
+
+    @property
+    def links(self) -> dict[Path, Path]:
+        """Of a model in several files: what leads to each while it loads, for an engine finds them by their names."""
+        count = len(self.model.own)
+        if count < 2:
+            return {}
+        stem = self.socket.stem
+        return {self.socket.with_name(f"{stem}-{number:05}-of-{count:05}.gguf"): self.path_of(file)
+                for number, file in enumerate(self.model.own, 1)}  # fmt: skip
 
     @property
     def template_file(self) -> Path:

@@ -11,6 +11,7 @@ from rich.filesize import decimal
 
 from localai_q.cli.client import Api, Record
 from localai_q.cli.jobs import POLL, need_done, wait
+from localai_q.cluster import parts
 from localai_q.errors import InvalidValue, LocalAIError, Unavailable
 
 SEEN_WITHIN = 120.0  # seconds in which a node reports what it has
@@ -43,7 +44,8 @@ def add(api: Api, node: str, files: Sequence[Record], backend: str, *, quiet: bo
     """
     job = api.call("POST", "/api/nodes/{}/files/import", node, json={"files": [file["path"] for file in files]})["job"]
     brought = need_done(wait(api, job, quiet=quiet))["result"]["files"]
-    _wait_until_seen(api, node, {file["sha256"] for file in brought if not file["refused"]})
+    found = [content for file in brought if not file["refused"] for content in (file, *file["further"])]
+    _wait_until_seen(api, node, {content["sha256"] for content in found})
     added = [_added(api, file, backend) for file in brought]
     if all(each["error"] for each in added):
         raise LocalAIError(f"no model was added: {added[0]['error']}")
@@ -59,7 +61,8 @@ def shown(file: Record) -> Record:
 
 def name_of(path: str) -> str:
     """What a model of this file is called."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", PurePosixPath(path).name.rpartition(".")[0]).lstrip("._-")
+    name = parts.whole(PurePosixPath(path).name)
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", name.rpartition(".")[0]).lstrip("._-")
     return stem[:128] or "model"
 
 
@@ -68,7 +71,7 @@ def _added(api: Api, file: Record, backend: str) -> Record:
     name, error = name_of(file["path"]), file["refused"]
     if not error:
         body = {"name": name, "backend": backend, "source": f"file:{file['path']}", "sha256": file["sha256"],
-                "size": file["size"]}  # fmt: skip
+                "size": file["size"], "parts": file["further"]}  # fmt: skip
         try:
             api.call("POST", "/api/models", json=body)
         except LocalAIError as refusal:

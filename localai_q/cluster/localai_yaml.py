@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from localai_q.cluster.models import OF_ONE_FILE, Document
+from localai_q.cluster.parts import every
 from localai_q.cluster.sampling import Parameters
 from localai_q.documents import checked
 from localai_q.errors import InvalidValue
@@ -146,7 +147,13 @@ class _Reading:
 
     def _own_file(self, parameters: dict[str, Any]) -> dict[str, Any]:
         name = parameters.pop("model", None)
-        return self._file("parameters.model", name) if name else {}
+        if not name:
+            return {}
+        first, *others = every(str(name))
+        made = self._file("parameters.model", first)
+        if any(_base(other) in map(_base, self._files) for other in others):
+            made["parts"] = [self._file("parameters.model", other) for other in others]
+        return made
 
     def _further(self) -> dict[str, Any]:
         made: dict[str, Any] = {

@@ -68,9 +68,10 @@ def need(config: ModelConfig, facts: Facts | None, gpus: int) -> Need | None:
         return Need(memory=_on_one(config.memory, gpus), context_size=config.context_size, note="as configured")
     if facts is not None:
         return _estimate(config, facts, gpus)
-    if not config.size:
+    own = [config.size, *(file.size for file in config.parts)]
+    if not all(own):
         return None
-    size = config.size + _further(config)
+    size = sum(own) + _further(config)
     guess = int(size * UNKNOWN_FACTOR)
     return Need(memory=_on_one(guess, gpus), unseen=0 if gpus else size, context_size=config.context_size,
                 note="a guess from the file's size")  # fmt: skip

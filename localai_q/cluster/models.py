@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
+from localai_q.cluster.parts import MOST_FILES, part
 from localai_q.cluster.sampling import INT32_MAX, Parameters
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.wishes import Unmet
@@ -32,6 +33,7 @@ OF_ONE_FILE: Mapping[str, Any] = {
     "mirrors": (),
     "sha256": None,
     "size": 0,
+    "parts": (),
     "origin": "",
 }  # where nothing is known of it
 NOT_FOR_ALL = ("chat_template", "mmproj", "draft_model", "loras")  # fields that not every backend takes
@@ -67,7 +69,8 @@ class ModelConfig(BaseModel):
     """How a model is fetched, loaded and placed, and what it adds to requests.
 
     `source` has one of the forms of `localai_q.cluster.sources`, or is empty for a backend without weights. The SHA-256
-    of one that tells it itself is noted when a node has fetched it.
+    of one that tells it itself is noted when a node has fetched it. Where it is the first of several files, the others are
+    its `parts`; the sources that these do not say are named after the first's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -77,6 +80,7 @@ class ModelConfig(BaseModel):
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
     size: int = Field(0, ge=0, le=LARGEST)  # bytes of the file; 0: not known
+    parts: tuple[File, ...] = Field((), max_length=MOST_FILES - 1)  # of a model in several files: all behind the first
     origin: str = Field("", max_length=2200)  # what the file was made of, where that is known
     mmproj: File | None = None  # what makes images into the model's tokens
     draft_model: File | None = None  # a smaller model that guesses ahead
@@ -110,19 +114,41 @@ class ModelConfig(BaseModel):
     balance_rel_threshold: float = Field(0.0, ge=0, le=1000)
     selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=16)  # labels that a node must have
 
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_parts(cls, data: Any) -> Any:
+        source = data.get("source") if isinstance(data, dict) else None
+        first = part(source) if isinstance(source, str) else None
+        if first is None or first.number != 1 or first.count > MOST_FILES:
+            return data
+        given = data.get("parts") or [{}] * (first.count - 1)
+        if not isinstance(given, list | tuple):
+            return data
+        if len(given) != first.count - 1:
+            raise ValueError(f"'parts' needs the {first.count - 1} files behind the first, in their order")
+        parts = [{"source": first.beside(number), **each} if isinstance(each, dict) else each
+                 for number, each in enumerate(given, 2)]  # fmt: skip
+        return {**data, "parts": parts}
+
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         if self.min_replicas > self.max_replicas and not self.spread_all:
             raise ValueError(f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})")
         if self.spread_all and self.idle_timeout:
             raise ValueError("idle_timeout would stop what spread_all loads on every node: give one of them")
-        if self.further and not self.source:
-            raise ValueError("mmproj, draft_model and loras go with a model's own file: give 'source'")
+        if (self.parts or self.further) and not self.source:
+            raise ValueError("parts, mmproj, draft_model and loras go with a model's own file: give 'source'")
         return self
 
     def makes_same_replica(self, other: ModelConfig) -> bool:
         """Whether replicas of this and of the other are alike, so that one can stay when the other is wanted."""
         return self.model_dump(exclude=set(AROUND_REPLICAS)) == other.model_dump(exclude=set(AROUND_REPLICAS))
+
+    @property
+    def own(self) -> tuple[File, ...]:
+        """The model's own file, or all of them where it is in several; none for a backend without weights."""
+        first = (File(source=self.source, sha256=self.sha256, size=self.size),) if self.source else ()
+        return (*first, *self.parts)
 
     @property
     def further(self) -> tuple[File, ...]:
@@ -132,8 +158,14 @@ class ModelConfig(BaseModel):
     @property
     def files(self) -> tuple[File, ...]:
         """All files of the model, its own first; none for a backend without weights."""
-        own = (File(source=self.source, sha256=self.sha256, size=self.size),) if self.source else ()
-        return (*own, *self.further)
+        return (*self.own, *self.further)
+
+    def mirrors_of(self, number: int) -> tuple[str, ...]:
+        """Where the file with this place in `files` can be had, too."""
+        if not number:
+            return self.mirrors
+        named = map(part, self.mirrors if number < len(self.own) else ())
+        return tuple(first.beside(number + 1) for first in named if first)
 
     @property
     def contents(self) -> frozenset[str]:
@@ -150,7 +182,8 @@ class ModelConfig(BaseModel):
             ValueError: that is nothing that a file could be.
         """
         values = self.model_dump()
-        files = [values, *(values[name] for name in ("mmproj", "draft_model") if values[name]), *values["loras"]]
+        others = [values[name] for name in ("mmproj", "draft_model") if values[name]]
+        files = [values, *values["parts"], *others, *values["loras"]]
         for file, content in zip(files, contents, strict=False):
             if not file["sha256"] or (not file["size"] and file["sha256"] == content.get("sha256")):
                 file |= {"sha256": content.get("sha256"), "size": content.get("size")}

@@ -11,7 +11,7 @@ from typing import Any
 from rich.filesize import decimal
 
 from localai_q.bus import journal
-from localai_q.cluster import sources
+from localai_q.cluster import parts, sources
 from localai_q.cluster.backends import MOST_ATTEMPTS
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Board, Fleet
@@ -179,7 +179,7 @@ def import_uri(services: Services, uri: str, *, name: str = "", preload: bool = 
 def _name_of(source: str) -> str:
     """What a model is called after its file."""
     last = source.partition("?")[0].rstrip("/").rpartition("/")[2].partition("@")[0]
-    return last.removesuffix(".gguf")[:128]
+    return parts.whole(last).removesuffix(".gguf")[:128]
 
 
 def _added(services: Services, found: Imported, *, preload: bool) -> Record:

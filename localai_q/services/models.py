@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from localai_q import gguf, names
-from localai_q.cluster import sources
+from localai_q.cluster import parts, sources
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.models import NOT_FOR_ALL, OF_ONE_FILE, Document, Facts, File, Model, ModelConfig, fitted
 from localai_q.cluster.placement import ruled_out
@@ -152,7 +152,8 @@ def _keep_possible(services: Services, db: Any, model: Model) -> None:
 
 
 def _changed(services: Services, model: Model, config: ModelConfig) -> Model:
-    facts = model.facts if config.source == model.config.source else _facts(services, config)
+    same = [file.source for file in config.own] == [file.source for file in model.config.own]
+    facts = model.facts if same else _facts(services, config)
     revision = model.revision + (not config.makes_same_replica(model.config))
     return model.model_copy(update={"config": config, "facts": facts, "revision": revision})
 
@@ -240,9 +241,23 @@ def _checked(services: Services, config: ModelConfig, *, given: Collection[str])
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
     if not config.source and config.mirrors:
         sources.parse(config.source, config.mirrors)
+    _check_names(config)
     for number, file in enumerate(config.files):
-        check_file(services, file, () if number else config.mirrors)
+        check_file(services, file, config.mirrors_of(number))
     return fitted(config, capabilities=entry.capabilities, most_slots=entry.most_slots, given=given)
+
+
+def _check_names(config: ModelConfig) -> None:
+    """Refuse what is named as one of several files where that cannot be meant."""
+    for source in (config.source, *config.mirrors):
+        parts.every(source)
+    if config.parts and not all(map(parts.part, config.mirrors)):
+        raise InvalidValue("A mirror of a model in several files must be that of the first, and be called like it: "
+                           "…-00001-of-00003.gguf.", param="mirrors")  # fmt: skip
+    for file in config.further:
+        if found := parts.part(file.source):
+            raise InvalidValue(f"{file.source} is one of {found.count} files, and only a model's own can be in several: merge "
+                               "them with llama.cpp's 'llama-gguf-split --merge'.", param="source")  # fmt: skip
 
 
 def check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:
@@ -279,8 +294,8 @@ def forget_stored(services: Services, files: Set[str]) -> None:
 
 
 def _facts(services: Services, config: ModelConfig) -> Facts | None:
-    """What the header of an uploaded file says; None of a file that is elsewhere or in another format."""
-    if not config.source.startswith(STORE):
+    """What the headers of uploaded files say; None of files that are elsewhere or in another format."""
+    if not config.own or not all(file.source.startswith(STORE) for file in config.own):
         return None
-    path = uploads.path_of(services, config.source.removeprefix(STORE))
-    return gguf.read_facts(path) if gguf.is_gguf(path) else None
+    first, *others = [uploads.path_of(services, file.source.removeprefix(STORE)) for file in config.own]
+    return gguf.read_facts(first, *others) if gguf.is_gguf(first) else None

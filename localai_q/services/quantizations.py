@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from localai_q import names
-from localai_q.cluster import sources
+from localai_q.cluster import parts, sources
 from localai_q.cluster.backends import Op, has
 from localai_q.cluster.builds import Build
 from localai_q.cluster.fleet import Fleet
@@ -373,6 +373,8 @@ def _source(services: Services, order: Order) -> tuple[Model | None, Source]:
         raise InvalidValue(f"'{order.model}' is a model: its file is known.", param="sha256")
     if not model.config.source:
         raise InvalidValue(f"The model '{model.name}' has no file.", param="model")
+    if model.config.parts:
+        raise _in_several(f"The model '{model.name}'")
     if model.config.embeddings or model.config.rerank:
         raise UnsupportedByModel(
             f"The model '{model.name}' does not generate text, by which the result is compared with it.", param="model"
@@ -390,8 +392,15 @@ def _file(order: Order) -> Source:
         raise InvalidValue(
             f"There is no model of that name, and as a source: {error.message}", param="model"
         ) from error
+    if parts.part(order.model):
+        raise _in_several("The source")
     stored = source.sha256 if isinstance(source, sources.Stored) else None
     return Source(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
+
+
+def _in_several(what: str) -> InvalidValue:
+    return InvalidValue(f"{what} is in several files, and only one file can be quantized: merge them with llama.cpp's "
+                        "'llama-gguf-split --merge', and quantize that.", param="model")  # fmt: skip
 
 
 def _check(services: Services, spec: Spec) -> None:

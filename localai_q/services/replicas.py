@@ -242,9 +242,11 @@ def advance(services: Services) -> None:
 def fetch_request(model: Model) -> dict[str, Any]:
     """What a node is asked that is to fetch the files of a model."""
     config = model.config
-    further = [file.model_dump(include=set(File.model_fields)) for file in config.further]
-    return {"kind": "fetch_model", "source": config.source, "mirrors": list(config.mirrors), "sha256": config.sha256,
-            "size": config.size, "name": model.name, "further": further}  # fmt: skip
+    own, *further = [
+        {**file.model_dump(include=set(File.model_fields)), "mirrors": list(config.mirrors_of(number))}
+        for number, file in enumerate(config.files)
+    ]
+    return {"kind": "fetch_model", **own, "name": model.name, "parts": len(config.parts), "further": further}
 
 
 def learned(services: Services, model: Model, job: Job) -> Model:

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from gguf_files import lora
+from gguf_files import gguf, lora, split, split_into
 from waiting import LIMIT, wait_for
 
 from localai_q.gallery import catalog
@@ -564,6 +564,17 @@ def test_an_adapter_changes_what_is_said_and_a_draft_does_not(
         assert "2 LoraScales" in loads(running, weights, LoraAdapters=[str(adapter)], LoraScales=[1, 2]).message
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_model_in_several_files_answers_as_the_whole_one(
+    folders: dict[str, Path], weights: Path, tmp_path: Path, bare: bool
+) -> None:
+    parts = split_into(tmp_path, weights.read_bytes(), 3, bare=bare)
+    with closing(Running(folders["xllamacpp"])) as running:
+        whole = said(running, weights)
+        assert said(running, parts[0]) == whole
+        assert "is one of 3 files of a model" in loads(running, parts[1]).message
+
+
 @pytest.mark.parametrize("field", ["MMProj", "DraftModel", "LoraAdapters"])
 def test_a_damaged_file_beside_the_model_is_named(
     folders: dict[str, Path], weights: Path, tmp_path: Path, field: str
@@ -616,6 +627,8 @@ def bad_files(weights: Path, folder: Path) -> dict[str, str]:
         "keys": (whole[:20_000], "ends within its header"),
         "tensors": (whole[:5_000_000], "cut short or damaged"),
         "empty": (b"", "does not begin with 'GGUF'"),
+        "part": (split(gguf(), 3)[0], "is one of 3 files of a model"),
+        "properties": (gguf(tensors={}), "it has no tensors"),
     }
     for name, (content, _) in files.items():
         (folder / name).write_bytes(content)

@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
-from gguf_files import lora
+from gguf_files import lora, split_into
 from test_backends import TOOL, Running, bad_files, chat, check_embeddings, completion, refused, text_of
 from waiting import wait_for
 
@@ -364,6 +364,15 @@ def test_it_is_loaded_as_it_can_be_or_not_at_all(running: Running, weights: Path
         assert says in result.message
     assert running.load(**options, CacheTypeKey="q8_0", CacheTypeValue="q8_0").success
     assert running.stub.Predict(chat("hi", max_tokens=2, ignore_eos=True)).tokens == 2
+
+
+def test_a_model_in_several_files_answers_as_the_whole_one(running: Running, weights: Path, tmp_path: Path) -> None:
+    def said(file: Path) -> str:
+        result = running.load(Model="m", ModelFile=str(file), ContextSize=512, Threads=2)
+        assert result.success, result.message
+        return of_text(running, chat("Say why the sky is blue.", max_tokens=8, temperature=0))
+
+    assert said(split_into(tmp_path, weights.read_bytes(), 3, bare=True)[0]) == said(weights)
 
 
 def test_adapters_and_a_template_of_ones_own_change_what_is_answered(

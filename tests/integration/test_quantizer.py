@@ -272,7 +272,7 @@ def test_every_type_is_known_to_the_library(folder: Path) -> None:
     [
         (b"no model", AGAIN, "no usable GGUF file"),
         (gguf()[:100], AGAIN, "no usable GGUF file"),
-        (gguf({**PAIRS, "split.count": 3}), AGAIN, "one of 3 parts of a model"),
+        (gguf({**PAIRS, "split.count": 3}), AGAIN, "one of 3, and the others are missing"),
         (gguf(), {}, "cannot be quantized: "),
     ],
 )

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from gguf_files import gguf
+from gguf_files import gguf, split
 
 from localai_q.cli import importing
 from localai_q.config import load_settings
@@ -51,17 +51,38 @@ def test_what_is_outside_is_refused_however_it_is_named(folder: Path) -> None:
     with pytest.raises(Forbidden):
         imports.importable(str(folder / "stolen.gguf"), [folder])
     assert set(names(imports.listed("", [folder]))) == {"one.gguf", "two.GGUF", "again.gguf"}
-    assert imports.importable(str(folder / "again.gguf"), [folder]) == folder / "one.gguf"
+    assert imports.importable(str(folder / "again.gguf"), [folder]) == [folder / "one.gguf"]
 
 
-def test_a_model_in_several_files_is_listed_once_and_refused(folder: Path) -> None:
-    for number in (1, 2, 3):
-        (folder / f"big-0000{number}-of-00003.gguf").write_bytes(gguf())
+def test_a_model_in_several_files_is_listed_once_with_what_all_of_them_are(folder: Path) -> None:
+    paths = [folder / f"big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for path, content in zip(paths, split(gguf(), 3), strict=True):
+        path.write_bytes(content)
+    listed = imports.listed("", [folder])
+    assert set(names(listed)) == {"one.gguf", "two.GGUF", paths[0].name}
+    told = next(file for file in listed["files"] if file["path"] == str(paths[0]))
+    assert (told["refused"], told["size"]) == (None, sum(path.stat().st_size for path in paths))
+    assert told["facts"]["layer_bytes"] == 1280
+    assert imports.importable(str(paths[0]), [folder]) == paths
+
+
+def test_of_several_files_the_one_that_is_missing_or_wrong_is_named(folder: Path) -> None:
+    paths = [folder / f"big-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for path, content in zip(paths, split(gguf(), 3), strict=True):
+        path.write_bytes(content)
+    with pytest.raises(InvalidValue, match=r"file 2 of 3 .* name the first of them, .*/big-00001-of-00003.gguf"):
+        imports.importable(str(paths[1]), [folder])
+    paths[1].write_bytes(split(gguf(), 2)[1])
+    assert "file 2 is one of 2" in names(imports.listed("", [folder]))[paths[0].name]
+    paths[1].rename(folder.parent / "outside" / paths[1].name)
+    with pytest.raises(InvalidValue, match=r"no file .*big-00002-of-00003.gguf"):
+        imports.importable(str(paths[0]), [folder])
+    paths[1].symlink_to(folder.parent / "outside" / paths[1].name)
+    with pytest.raises(Forbidden):
+        imports.importable(str(paths[0]), [folder])
+    paths[0].unlink()
     told = names(imports.listed("", [folder]))
-    assert "one of 3 files" in told["big-00001-of-00003.gguf"]
-    assert len(told) == 3
-    with pytest.raises(InvalidValue, match="llama-gguf-split --merge"):
-        imports.importable(str(folder / "big-00002-of-00003.gguf"), [folder])
+    assert "name the first of them" in told[paths[2].name]
 
 
 def test_what_is_damaged_or_not_there_says_so(folder: Path) -> None:

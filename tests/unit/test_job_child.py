@@ -12,7 +12,7 @@ from workers.node.job_child import described
 def test_a_fetched_model_is_told_with_what_its_header_says(tmp_path: Path) -> None:
     file = tmp_path / ("a" * 64)
     file.write_bytes(gguf())
-    found = described(file, [])
+    found = described([file])
     assert (found["sha256"], found["size"]) == ("a" * 64, file.stat().st_size)
     assert Facts.from_json(found["facts"]).blocks == 2
 
@@ -21,5 +21,5 @@ def test_a_fetched_model_is_told_with_what_its_header_says(tmp_path: Path) -> No
 def test_of_a_file_that_is_no_whole_gguf_nothing_more_is_known(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "x"
     file.write_bytes(content)
-    assert described(file, [file]) == {"sha256": "x", "size": len(content), "facts": None,
+    assert described([file, file]) == {"sha256": "x", "size": len(content), "facts": None,
                                        "further": [{"sha256": "x", "size": len(content)}]}  # fmt: skip

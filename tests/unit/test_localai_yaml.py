@@ -80,6 +80,20 @@ download_files:
     assert [(lora.source, lora.scale) for lora in document.loras] == [("huggingface://acme/loras/polite.gguf@v1", 0.5)]
 
 
+def test_a_model_in_several_files_is_taken_with_all_of_them() -> None:
+    files = "".join(f"- {{filename: q4/big-0000{n}-of-00003.gguf, uri: 'https://host/{n}', sha256: {'0abc'[n] * 64}}}\n"
+                    for n in (1, 2, 3))  # fmt: skip
+    named = "name: big\nparameters: {model: models/big-00001-of-00003.gguf}\ndownload_files:\n"
+    document = imported(named + files).document
+    assert [(file.source, file.sha256) for file in document.own] == [
+        (f"https://host/{n}", "0abc"[n] * 64) for n in (1, 2, 3)
+    ]
+    hub = imported("name: big\nparameters: {model: 'huggingface://o/r/big-00001-of-00002.gguf'}").document
+    assert [file.source for file in hub.own] == [f"huggingface://o/r/big-0000{n}-of-00002.gguf" for n in (1, 2)]
+    with pytest.raises(InvalidValue, match=r"big-00003-of-00003.gguf lies in LocalAI's own folder"):
+        imported(named + files.rpartition("- ")[0])
+
+
 @pytest.mark.parametrize(
     ("text", "warning"),
     [
@@ -156,7 +170,7 @@ def test_what_is_translated_stays_as_it_was() -> None:
 
 
 def test_what_a_model_keeps_is_said_by_no_field_of_theirs() -> None:
-    said = {*SAME.values(), "backend", "source", "sha256", "size", "mirrors", "origin", "mmproj", "draft_model", "loras",
+    said = {*SAME.values(), "backend", "source", "sha256", "size", "mirrors", "parts", "origin", "mmproj", "draft_model", "loras",
             "cache_type", "slots", "options", "parameters"}  # fmt: skip
     assert said.isdisjoint(UNSAID)
     assert {*Document.model_fields} == said | {*UNSAID}

@@ -32,11 +32,15 @@ def header_of(path: str) -> dict[str, Any]:
     if not path:
         raise LoadFailure("ModelFile is empty: it must name a GGUF file")
     try:
-        return read_header(path)
+        header = read_header(path)
     except DamagedFile as error:
         raise LoadFailure(f"{path} is not a usable GGUF file: {error}") from error
     except OSError as error:
         raise LoadFailure(f"cannot read the model {path}: {error.strerror}") from error
+    count = header.get("split.count", 1)
+    if isinstance(count, int) and count > 1 and not path.endswith(f"-00001-of-{count:05}.gguf"):
+        raise LoadFailure(f"{path} is one of {count} files of a model: all are needed, of which the first is given")
+    return header
 
 
 def read_header(path: str) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def read_header(path: str) -> dict[str, Any]:
         if version not in VERSIONS:
             raise DamagedFile(f"GGUF version {version} is not known")
         tensors, pairs = _scalar(file, 10), _scalar(file, 10)
-        if not 0 < tensors < MOST_ITEMS or pairs > MOST_ITEMS:
+        if max(tensors, pairs) > MOST_ITEMS:
             raise DamagedFile(f"it claims {tensors} tensors and {pairs} properties")
         found = {}
         for _ in range(pairs):
@@ -61,6 +65,8 @@ def read_header(path: str) -> dict[str, Any]:
             value = _value(file, _scalar(file, 4))
             if value is not None:
                 found[key] = value
+        if not tensors and "split.count" not in found:  # the first of several files may have properties only
+            raise DamagedFile("it has no tensors")
         return found
 
 

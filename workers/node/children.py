@@ -311,6 +311,8 @@ class Children:
 
     def _watch_replica(self, replica_id: str) -> Callable[[Child, int], None]:
         def watch(child: Child, code: int) -> None:
+            assert child.replica is not None
+            leftovers.remove_run(child.replica.socket)
             reason = child.reason or f"the replica ended with exit code {code}: {tail(child.log, LAST_LINES)}"
             if child.stopping:
                 leftovers.remove_logs(self._home, replica_id)
@@ -339,8 +341,8 @@ def _pause(last: float, lived: float) -> float:
 
 def _load_of(child: Child, spec: ChildSpec) -> Load:
     assert spec.replica is not None
-    file = spec.replica.model_file
-    size = file.stat().st_size if file and file.is_file() else 0
+    files = map(spec.replica.path_of, spec.replica.model.own)
+    size = sum(file.stat().st_size for file in files if file.is_file())
     watch = Watch(child.process.pid, spec.load_stall)
     return Load(watch, longest(size, spec.load_stall), longest(size, BUSY), spec.replica.log)
 

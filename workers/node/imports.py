@@ -7,21 +7,18 @@ lies; links to folders are not followed.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from localai_q import gguf
-from localai_q.cluster.models import Facts
+from localai_q.cluster import parts
 from localai_q.errors import Forbidden, InvalidValue, LocalAIError
 
 MOST_FILES = 500  # in one list
 MOST_ENTRIES = 100_000  # of folders that are looked at
 DEEPEST = 8  # folders below one another
-
-_PART = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.gguf", re.I)
 
 
 def allowed(path: str, folders: Sequence[Path]) -> Path:
@@ -41,8 +38,8 @@ def listed(folder: str, folders: Sequence[Path]) -> dict[str, Any]:
     """The GGUF files below a folder, or with an empty one below all that are allowed.
 
     Returns `{"folders": [str], "files": [{"path", "size", "facts", "refused"}], "left_out": int}`: `refused` is why a file
-    cannot be a model, else null; a model in several files is listed once, with its first. `left_out` counts what was
-    beyond the limits.
+    cannot be a model, else null; a model in several files is listed once, with its first, and the size of all. `left_out`
+    counts what was beyond the limits.
 
     Raises:
         Forbidden: the folder is in none that is allowed.
@@ -51,24 +48,33 @@ def listed(folder: str, folders: Sequence[Path]) -> dict[str, Any]:
     roots = [allowed(folder, folders)] if folder else [Path(os.path.realpath(each)) for each in folders]
     if folder and not roots[0].is_dir():
         raise InvalidValue(f"this node has no folder {folder}", param="folder")
-    found = sorted({path for root in roots for path in _below(root, folders)})
-    shown = [path for path in found if str(path).isprintable() and not _is_further_part(path)]
-    files = [_described(path) for path in shown[:MOST_FILES]]
+    found = {path for root in roots for path in _below(root, folders)}
+    shown = sorted(path for path in found if str(path).isprintable() and not _is_behind(path, found))
+    files = [_described(path, folders) for path in shown[:MOST_FILES]]
     return {"folders": [str(each) for each in folders], "files": files, "left_out": max(len(shown) - MOST_FILES, 0)}
 
 
-def importable(path: str, folders: Sequence[Path]) -> Path:
-    """The file of a path, if it can be a model.
+def importable(path: str, folders: Sequence[Path]) -> list[Path]:
+    """The files of a model whose first, or only one, has this path, if they can be one.
 
     Raises:
-        Forbidden: it is in no folder that is allowed.
-        InvalidValue: it is no whole GGUF file, or one of several.
+        Forbidden: one is in no folder that is allowed.
+        InvalidValue: one is not there, or they are no whole GGUF files of one model.
     """
-    real = allowed(path, folders)
-    if not real.is_file():
-        raise InvalidValue(f"this node has no file {path}", param="files")
-    _facts(real)
-    return real
+    files = _files(path, folders)
+    gguf.read_facts(*files)
+    return files
+
+
+def _files(path: str, folders: Sequence[Path]) -> list[Path]:
+    """Where the files of a model lie whose first has this path."""
+    found = []
+    for each in parts.every(path):
+        real = allowed(each, folders)
+        if not real.is_file():
+            raise InvalidValue(f"this node has no file {each}", param="files")
+        found.append(real)
+    return found
 
 
 def _below(root: Path, folders: Sequence[Path]) -> Iterator[Path]:
@@ -93,30 +99,19 @@ def _is_allowed(path: Path, folders: Sequence[Path]) -> bool:
         return False
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
     known: dict[str, Any] = {"path": str(path), "size": 0, "facts": None, "refused": None}
     try:
-        return {**known, "size": path.stat().st_size, "facts": asdict(_facts(path))}
+        known["size"] = path.stat().st_size
+        facts = gguf.read_facts(*_files(str(path), folders))
+        return {**known, "size": facts.file_size, "facts": asdict(facts)}
     except LocalAIError as error:
         return {**known, "refused": error.message}
     except OSError as error:
         return {**known, "refused": str(error.strerror)}
 
 
-def _facts(path: Path) -> Facts:
-    """What the header says.
-
-    Raises:
-        InvalidValue: the file cannot be a model.
-    """
-    if part := _PART.fullmatch(path.name):
-        raise InvalidValue(
-            f"It is one of {int(part[3])} files of a model, and a model here is one file: join them with llama.cpp's "
-            "'llama-gguf-split --merge'.", param="files"
-        )  # fmt: skip
-    return gguf.read_facts(path)
-
-
-def _is_further_part(path: Path) -> bool:
-    found = _PART.fullmatch(path.name)
-    return bool(found and int(found[2]) > 1)
+def _is_behind(path: Path, found: Set[Path]) -> bool:
+    """Whether it is one of several files, of which the first was found."""
+    part = parts.part(str(path))
+    return part is not None and part.number > 1 and Path(part.beside(1)) in found

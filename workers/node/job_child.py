@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from localai_q import gguf
+from localai_q.cluster import parts
 from localai_q.cluster.disk import Blob, surplus
 from localai_q.cluster.events import Progress
 from localai_q.config import settings
@@ -42,6 +45,7 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[Progress], None]
 
+NEEDED = 30.0  # seconds between two times that files are said to be needed
 ARCHIVE = ".archive"  # folder of what a backend is unpacked from, in that of the backend
 
 
@@ -123,10 +127,36 @@ def _present(spec: ChildSpec, entry: catalog.BackendEntry) -> dict[str, Any]:
 
 def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
     """Fetch a model's files; the result names their contents."""
-    spec = order.spec
+    spec, wanted = order.spec, all_wanted(order.request)
     access = Access.of(settings(), spec)
-    own, *further = [fetch(wanted, spec.models, access, report) for wanted in all_wanted(order.request)]
-    return described(own, further)
+    came: list[Path] = []
+    tell = _telling(report, came, len(wanted), Store(spec.models))
+    for each in wanted:
+        came.append(fetch(each, spec.models, access, tell))  # noqa: PERF401  (what is told looks at it meanwhile)
+    return described(came, parts_of(order.request))
+
+
+def _telling(report: Report, came: Sequence[Path], count: int, store: Store) -> Report:
+    """What says of each of so many files which it is, and from time to time that those which came are needed: as long as
+    not all are there, no model may name them."""
+    said = time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        nonlocal said
+        which = [f"file {len(came) + 1} of {count}"] if count > 1 else []
+        report(replace(progress, note=", ".join([*which, *filter(None, [progress.note])])))
+        if time.monotonic() > said + NEEDED:
+            said = time.monotonic()
+            for path in came:
+                store.find(path.name)
+
+    return tell
+
+
+def parts_of(request: dict[str, Any]) -> int:
+    """How many of the further files of a job's request are the model's own, which is in several."""
+    found = request.get("parts")
+    return found if isinstance(found, int) else 0
 
 
 def all_wanted(request: dict[str, Any]) -> list[Wanted]:
@@ -186,8 +216,9 @@ def import_files(order: JobOrder, report: Report) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for path in map(str, order.request["files"]):
         try:
-            wanted = Wanted(source=f"file:{imports.importable(path, folders)}")
-            found.append({"path": path, **described(fetch(wanted, spec.models, access, report), ()), "refused": None})
+            wanted = [Wanted(source=f"file:{file}") for file in imports.importable(path, folders)]
+            came = [fetch(each, spec.models, access, report) for each in wanted]
+            found.append({"path": path, **described(came, len(came) - 1), "refused": None})
         except LocalAIError as error:
             found.append({"path": path, "refused": error.message})
     return {"files": found}
@@ -198,17 +229,30 @@ def import_folders(spec: ChildSpec) -> list[Path]:
     return [*settings().import_places, spec.models]
 
 
-def described(own: Path, further: Sequence[Path]) -> dict[str, Any]:
-    """Fetched files as the result of their job: what they are, and what the model's own says of its memory."""
-    content, *others = ({"sha256": path.name, "size": path.stat().st_size} for path in (own, *further))
-    return {**content, "facts": facts_of(own), "further": others}
+def described(files: Sequence[Path], parts: int = 0) -> dict[str, Any]:
+    """Fetched files as the result of their job: what they are, and what the model's own say of its memory.
+
+    Args:
+        files: the model's own first, so many `parts` of it then.
+
+    Raises:
+        InvalidValue: its parts are not those of one model.
+    """
+    content, *others = ({"sha256": path.name, "size": path.stat().st_size} for path in files)
+    return {**content, "facts": facts_of(*files[: parts + 1]), "further": others}
 
 
-def facts_of(path: Path) -> dict[str, Any] | None:
-    """What the header says; None of a file in another format, or damaged: that is for the engine to refuse."""
+def facts_of(path: Path, *parts: Path) -> dict[str, Any] | None:
+    """What the header says; None of a file in another format, or damaged: that is for the engine to refuse.
+
+    Raises:
+        InvalidValue: of several files one is damaged, or of another model.
+    """
     try:
-        return asdict(gguf.read_facts(path))
+        return asdict(gguf.read_facts(path, *parts))
     except InvalidValue as error:
+        if parts:
+            raise
         log.info("%s: %s", path, error.message)
         return None
 
@@ -235,9 +279,9 @@ def installed(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None
 def fetched(spec: ChildSpec, request: dict[str, Any]) -> dict[str, Any] | None:
     """The result of `fetch_model`, if there is nothing left to do."""
     store = Store(spec.models)
-    own, *further = [store.find(str(wanted.sha256)) for wanted in all_wanted(request)]
-    there = [path for path in further if path]
-    return described(own, there) if own and len(there) == len(further) else None
+    found = [store.find(str(wanted.sha256)) for wanted in all_wanted(request)]
+    there = [path for path in found if path]
+    return described(there, parts_of(request)) if len(there) == len(found) else None
 
 
 def discard_fetched(spec: ChildSpec, request: dict[str, Any]) -> None:
@@ -248,8 +292,10 @@ def discard_fetched(spec: ChildSpec, request: dict[str, Any]) -> None:
 
 def discard_imported(spec: ChildSpec, request: dict[str, Any]) -> None:
     """Remove what an import has left that was cancelled."""
-    for path in map(str, request["files"]):
-        discard(Wanted(source=f"file:{os.path.realpath(path)}"), spec.models)
+    for first in map(str, request["files"]):
+        with suppress(InvalidValue):
+            for path in parts.every(first):
+                discard(Wanted(source=f"file:{os.path.realpath(path)}"), spec.models)
 
 
 PRESENT: dict[str, Callable[[ChildSpec, dict[str, Any]], dict[str, Any] | None]] = {

@@ -44,6 +44,13 @@ def remove_logs(home: Path, replica_id: str) -> None:
             _remove(path)
 
 
+def remove_run(socket: Path) -> None:
+    """Remove what a replica that has ended has left beside its socket, if it was killed: that, and what it loaded from."""
+    for path in _files(socket.parent):
+        if path.name.startswith((f"{socket.stem}.", f"{socket.stem}-")):
+            _remove(path)
+
+
 def _limit(home: Path, kinds: tuple[str, ...], running: Container[str]) -> None:
     logs: dict[str, list[Path]] = {}
     for path in sorted(_files(home / "logs"), key=_written, reverse=True):

@@ -169,8 +169,6 @@ def _checked(source: Path, options: Options) -> gguf.Tensors:
     """
     gguf.read_facts(source)
     found = gguf.read_tensors(source)
-    if found.parts > 1:
-        raise InvalidValue(f"The file is one of {found.parts} parts of a model: merge them first.", param="source")
     quantized = sorted(set(found.types) - PLAIN)
     if quantized and not options.allow_requantize:
         raise InvalidValue(

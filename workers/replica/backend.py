@@ -48,14 +48,13 @@ class Backend:
             StartupError: it does not come up, or cannot load the model; the message has its own words.
         """
         self._server.wait_for_health()
-        if self._spec.model.chat_template:
-            self._spec.template_file.write_text(self._spec.model.chat_template, encoding="utf-8")
         try:
+            self._lay_out()
             result = self._stub.LoadModel(model_options(self._spec), metadata=self._metadata)
         except grpc.RpcError as error:
             raise StartupError(self._server.said(f"the backend could not load the model: {error.details()}")) from error
         finally:
-            self._spec.template_file.unlink(missing_ok=True)
+            self._tidy()
         if not result.success:
             raise StartupError(f"the backend could not load the model: {result.message}")
         threading.Thread(target=self._watch_process, name="backend-exit", daemon=True).start()
@@ -73,6 +72,18 @@ class Backend:
         """End the process; it has nothing left to do."""
         self._stopping = True
         self._server.stop(grace)
+
+    def _lay_out(self) -> None:
+        """Make what the backend reads while it loads, besides the files of the node."""
+        if self._spec.model.chat_template:
+            self._spec.template_file.write_text(self._spec.model.chat_template, encoding="utf-8")
+        for link, blob in self._spec.links.items():
+            link.unlink(missing_ok=True)
+            link.symlink_to(blob)
+
+    def _tidy(self) -> None:
+        for path in (self._spec.template_file, *self._spec.links):
+            path.unlink(missing_ok=True)
 
     def _watch_process(self) -> None:
         code = self._server.process.wait()
