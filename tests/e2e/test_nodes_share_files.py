@@ -17,6 +17,7 @@ from small_disks import fill, small_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from file_server import FileServer, Remote, serve
+from gguf_files import split
 
 PIECE = 8 << 20
 CONTENT, OTHER, THIRD = os.urandom(20 << 20), os.urandom(20 << 20), os.urandom(20 << 20)
@@ -184,6 +185,33 @@ def test_where_the_only_holder_is_killed_the_source_goes_on(nodes: Cluster, sour
     assert whole.read_bytes() == content
     (asked,) = source.ranges()
     assert int(asked.removeprefix("bytes=").removesuffix("-")) >= PIECE
+
+
+def test_a_model_in_several_files_comes_from_the_first_node_to_the_second_and_says_on_both_what_the_whole_one_does(
+    nodes: Cluster, source: FileServer, weights: Path
+) -> None:
+    parts = split(weights.read_bytes(), 3, bare=True)
+    digests = [hashlib.sha256(part).hexdigest() for part in parts]
+    whole = source.put("/whole.gguf", Remote(weights.read_bytes()))
+    first, *_ = [source.put(f"/split-0000{number}-of-00003.gguf", Remote(part)) for number, part in enumerate(parts, 1)]
+    told = [word for digest in digests for word in ("--sha256", digest)]
+    said = []
+    until(lambda: nodes.node("alpha")["state"] == "ready", 60, "the node that was killed before")
+    for model, node, at in (("whole", "alpha", [whole, "--sha256", weights.name]), ("split", "alpha", [first, *told]),
+                            ("split-too", "alpha-2", [first, *told])):  # fmt: skip
+        nodes.cli("models", "add", model, "--selector", f"node.name={node}", "--memory", "300000000", "--source", *at)
+        said.append(nodes.say("Name a river.", model=model, max_tokens=12, temperature=0).choices[0].message.content)
+        if model == "split":
+            until(lambda: all(reported(nodes, "alpha", part) for part in parts), 60, "the report of the files")
+            source.files.clear()
+        assert not list(nodes.home.glob("worker/nodes/*/run/*.gguf"))
+    assert said[0] == said[1] == said[2]
+    assert all(blob(nodes, "alpha-2", part).read_bytes() == part for part in parts)
+    assert fetched(nodes, "alpha-2")[0] == "done"
+    facts = nodes.http.get("/api/models/vram-estimate/split").json()
+    assert facts["size_bytes"] == sum(map(len, parts))
+    for model in ("whole", "split", "split-too"):
+        nodes.cli("models", "remove", model)
 
 
 def test_a_node_whose_disk_is_full_says_what_is_missing_serves_on_and_tries_again(

@@ -326,6 +326,7 @@ class TestImports:
             "huggingface://o/r/sub/Tiny-Q4.gguf",
         )
         assert installs.import_uri(services, "ollama://smollm2:135m", preload=False)["name"] == "smollm2:135m"
+        assert installs.import_uri(services, "hf://o/r/sub/big-00001-of-00002.gguf@v1")["name"] == "big"
         for uri, error in (
             ("https://h/x.gguf", InvalidValue),
             ("nonsense:x", InvalidValue),

@@ -492,6 +492,8 @@ def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Ser
         ({"model": "big", "sha256": SOURCE}, 400, "its file is known"),
         ({"model": "nothing"}, 400, "has no file"),
         ({"model": "vectors"}, 400, "does not generate text"),
+        ({"model": "split"}, 400, "The model 'split' is in several files"),
+        ({"model": "hf://o/r/m-00001-of-00002.gguf"}, 400, "The source is in several files"),
         ({"model": "big", "backend": "echo"}, 400, "The backend 'echo' cannot quantize"),
         ({"model": "big", "text": {"source": "https://host/t"}}, 400, "needs its SHA-256"),
         ({"model": "big", "extra_options": {"imatrix": {"source": "x"}}}, 400, "no source"),
@@ -501,6 +503,7 @@ def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Ser
 def test_what_cannot_be_made_is_refused(services: Services, http, order: dict, status: int, says: str) -> None:
     add_model(services, "nothing")
     add_model(services, "vectors", source="https://host/v.gguf", sha256=TEXT, embeddings=True)
+    add_model(services, "split", source="hf://o/r/m-00001-of-00002.gguf")
     answer = http.post("/api/quantization/jobs", json={"backend": "able", **order})
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]

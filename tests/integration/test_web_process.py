@@ -1,5 +1,6 @@
 """The web process as gunicorn runs it, here with two workers: over HTTP, and by the command line."""
 
+import hashlib
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import httpx
 import psutil
 import pytest
 from cluster_data import add_model, claim, model_named, ready_node
+from gguf_files import gguf, split_into
 from prometheus_client.parser import text_string_to_metric_families
 from waiting import LIMIT, wait_for
 
@@ -496,7 +498,7 @@ def test_models_are_imported_from_a_folder_of_a_node_by_the_command_line(web: We
     code, out, err = run(ends=[{"files": listed}])
     assert (code, "/srv/tiny.gguf" in out, "two files" in out) == (0, True, True), err
     assert "tiny" not in web.models()
-    brought = [{"path": "/srv/tiny.gguf", "sha256": sha256, "size": 9, "facts": None, "refused": None}]
+    brought = [{"path": "/srv/tiny.gguf", "sha256": sha256, "size": 9, "facts": None, "refused": None, "further": []}]
     for arguments in (("/srv", "--all"), ("/srv", "--only", "tiny.gguf")):
         code, out, err = run(*arguments, ends=[{"files": listed}, {"files": brought}])
         assert asked[-2]["folder"] == "/srv"
@@ -514,6 +516,38 @@ def test_models_are_imported_from_a_folder_of_a_node_by_the_command_line(web: We
         assert web.http.post(f"/api/nodes/attic/files/{path}", json=body).status_code == 400
     nodes.deregister(web.services, attic)
     assert web.http.post("/api/nodes/attic/files/scan", json={}).status_code == 409
+
+
+def test_a_model_in_several_files_is_added_by_its_first_by_the_command_line(web: Web, tmp_path: Path) -> None:
+    paths = split_into(tmp_path, gguf(), 3)
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+
+    def shown() -> dict:
+        return next(each for each in web.http.get("/api/models").json()["models"] if each["name"] == "several")
+
+    code, _, err = web.cli("models", "add", "several", "--file", str(paths[1]))
+    assert (code, f"name the first of them, {paths[0]}" in err) == (1, True), err
+    paths[2].rename(tmp_path / "away")
+    code, _, err = web.cli("models", "add", "several", "--file", str(paths[0]))
+    assert (code, "not beside it: m-00003-of-00003.gguf" in err) == (1, True), err
+    assert web.http.head(f"/api/files/{digests[0]}").status_code == 404, "nothing is sent in vain"
+    (tmp_path / "away").rename(paths[2])
+    code, _, err = web.cli("models", "add", "several", "--file", str(paths[0]))
+    assert (code, shown()["source"]) == (0, f"store:{digests[0]}"), err
+    assert [(part["source"], part["size"]) for part in shown()["parts"]] == [
+        (f"store:{digest}", path.stat().st_size) for digest, path in zip(digests[1:], paths[1:], strict=True)
+    ]
+    away = [
+        "--source",
+        "https://host/big-00001-of-00003.gguf",
+        *(word for digest in digests for word in ("--sha256", digest)),
+    ]
+    code, _, err = web.cli("models", "edit", "several", *away[:-2])
+    assert (code, "'parts' needs the 2 files behind the first" in err) == (1, True), err
+    code, _, err = web.cli("models", "edit", "several", *away)
+    assert (code, shown()["sha256"]) == (0, digests[0]), err
+    assert shown()["parts"][1] == {"source": "https://host/big-00003-of-00003.gguf", "sha256": digests[2], "size": 0}
+    web.cli("models", "remove", "several")
 
 
 INSTALLED = End(state="done", result={"name": "echo"})

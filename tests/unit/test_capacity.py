@@ -173,6 +173,17 @@ class TestExamine:
             "needs 7.1 GB of disk, 4.0 GB free"
         )
 
+    def test_of_several_files_those_need_room_that_are_not_there(self) -> None:
+        parts = [{"source": "file:/y", "sha256": "b" * 64, "size": 3 * GB}]
+        big = model(source="file:/x", sha256="a" * 64, size=2 * GB, parts=parts)
+        known = big.model_copy(update={"facts": replace(FACTS, file_size=5 * GB)})
+        for one in (big, known):
+            assert refused(node(disk_free=GB, disk_spare=0), one) == "needs 5.2 GB of disk, 1.0 GB free"
+            assert (
+                refused(node(disk_free=GB, disk_spare=0, files=["a" * 64]), one) == "needs 3.1 GB of disk, 1.0 GB free"
+            )
+            assert refused(node(disk_free=GB, files=["a" * 64, "b" * 64]), one) == ""
+
     def test_a_context_is_cut_to_what_fits_and_booked_so(self) -> None:
         small = node(ram=1.2)
         of = model(FACTS, backend="xllamacpp", context_size=8192)

@@ -140,6 +140,6 @@ def test_files_are_chosen_by_name_or_path_and_models_called_after_them() -> None
     for only in ("x.gguf", "z.gguf", "bad.gguf"):
         with pytest.raises(InvalidValue):
             importing.choose(files, everything=False, only=[only])
-    assert [importing.name_of(f"/a/{name}") for name in ("Tiny (v2).Q4.gguf", "..gguf", "é.gguf")] == [
-        "Tiny-v2-.Q4", "model", "model",
+    assert [importing.name_of(f"/a/{name}") for name in ("Tiny (v2).Q4.gguf", "..gguf", "é.gguf", "b-00001-of-00002.gguf")] == [
+        "Tiny-v2-.Q4", "model", "model", "b",
     ]  # fmt: skip
