@@ -250,7 +250,7 @@ def fetch_request(model: Model) -> dict[str, Any]:
 
 
 def learned(services: Services, model: Model, job: Job) -> Model:
-    """The model with what a node has read in its file, and with its SHA-256 where only the source knew that."""
+    """The model with what a node has read in its files, and with their SHA-256 and size where only the source knew these."""
     told = job.result or {}
     record = told.get("facts")
     facts = Facts.from_json(record) if not model.facts and isinstance(record, dict) else None
@@ -259,7 +259,7 @@ def learned(services: Services, model: Model, job: Job) -> Model:
             models.learn(db, model, facts)
         model = model.model_copy(update={"facts": facts})
     contents = [told, *further] if isinstance(further := told.get("further", []), list) else []
-    if told.get("sha256") and any(not file.sha256 for file in model.config.files):
+    if told.get("sha256") and any(not (file.sha256 and file.size) for file in model.config.files):
         try:
             with services.db.transaction() as db:
                 config = models.learn_contents(db, model, contents)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import threading
 import time
 from pathlib import Path
 
@@ -15,14 +16,14 @@ from test_children import echo
 from test_children import node as machine
 from test_model_jobs import asking, everything, holding_for, identity, node, result, server, submit, url, worker
 from test_models_service import files, upload
-from waiting import wait_for
+from waiting import LIMIT, wait_for
 
 from localai_q import names
 from localai_q.cluster.models import Document
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import InvalidValue
-from localai_q.services import cleaning, models, nodes, replicas
+from localai_q.services import cleaning, jobs, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import models as model_rows
 from workers.child import ModelSpec, ReplicaSpec
@@ -184,16 +185,53 @@ def test_those_of_different_models_are_refused_each_time_before_an_engine_sees_t
         assert "These are not the files of one model" in error["message"]
 
 
-def test_a_disk_without_room_for_the_next_one_is_said(
+def of_a_hub(server: FileServer, monkeypatch: pytest.MonkeyPatch) -> list[dict]:
+    """What a job is asked for, of which only a hub tells what it is."""
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    for number, (content, digest) in enumerate(zip(PARTS, DIGESTS, strict=True), 1):
+        headers = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(content))}
+        server.put(f"/o/r/resolve/main{NAME.format(number)}", Remote(content, headers=headers))
+    return [{"source": HUB.format(number)} for number in (1, 2, 3)]
+
+
+def test_what_only_a_hub_tells_of_them_is_asked_before_the_first_comes(
     services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, *others = serve_parts(server)
-    worker.run(submit(services, node, "fetch_model", **first))
-    monkeypatch.setenv("LOCALAI_Q_DISK_SPARE", str(1 << 50))
-    job_id = fetching(services, node, first, *others)
+    wanted = of_a_hub(server, monkeypatch)
+    last = server.files.pop(f"/o/r/resolve/main{NAME.format(3)}")
+    job_id = fetching(services, node, *wanted)
     worker.run(job_id)
-    assert "big-00002-of-00003.gguf: it needs 1 MiB and" in result(services, job_id)[1]["message"]
-    assert blobs(tmp_path) == {DIGESTS[0]}
+    assert f"cannot fetch {HUB.format(3)}" in result(services, job_id)[1]["message"]
+    server.put(f"/o/r/resolve/main{NAME.format(3)}", last)
+    monkeypatch.setenv("LOCALAI_Q_DISK_SPARE", str(1 << 50))
+    job_id = fetching(services, node, *wanted)
+    worker.run(job_id)
+    assert "big-00001-of-00003.gguf and what belongs to it: it needs 1 MiB" in result(services, job_id)[1]["message"]
+    assert (server.ranges(), blobs(tmp_path)) == ([], set())
+    monkeypatch.setenv("LOCALAI_Q_DISK_SPARE", "0")
+    job_id = fetching(services, node, *wanted)
+    worker.run(job_id)
+    state, told = result(services, job_id)
+    assert (state, [told["sha256"], *(file["sha256"] for file in told["further"])]) == (JobState.DONE, DIGESTS)
+
+
+def test_a_fetch_of_them_that_is_cancelled_leaves_nothing_on_its_way(
+    services: Services, node: Node, worker: Jobs, server: FileServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = of_a_hub(server, monkeypatch)
+    slow = server.files[f"/o/r/resolve/main{NAME.format(2)}"]
+    slow.pause, slow.block = 0.5, 64
+    job_id = fetching(services, node, *wanted)
+    working = threading.Thread(target=worker.run, args=(job_id,))
+    working.start()
+    part = tmp_path / "models" / "blobs" / f".{DIGESTS[1]}.part"
+    assert wait_for(part.exists)
+    _, admin = keys.create(services, name="a", role="admin")
+    jobs.cancel(services, job_id, keys.Authenticator(services).authenticate(f"Bearer {admin}"))
+    working.join(LIMIT)
+    assert result(services, job_id)[0] is JobState.CANCELLED
+    assert blobs(tmp_path) == {DIGESTS[0]}, "what is whole stays until it is cleaned"
+    assert not [name for name in everything(tmp_path) if "part" in name]
 
 
 def test_those_that_have_come_count_as_needed_until_the_last_has(

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 
 from localai_q.cluster.events import Progress
-from localai_q.cluster.sources import OnNode, Source, Stored, Wheel, parse
+from localai_q.cluster.sources import TELLS_SHA256, OnNode, Source, Stored, Wheel, parse
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.network import Network
 from workers.node.api import NodeApi
@@ -76,6 +76,38 @@ def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[
             raise Unavailable(f"cannot fetch {wanted.source}: {store.is_full(wanted.size)}") from error
         where = error.filename or store.folder
         raise Unavailable(f"cannot fetch {wanted.source}: {error.strerror or error}: {where}") from error
+
+
+def fit_together(wanted: Sequence[Wanted], models_root: Path, access: Access) -> list[Wanted]:
+    """Several files, with what those of their sources tell that tell it, before the first of them comes.
+
+    Raises: as `fetch`; Unavailable: the disk has no room for all of them.
+    """
+    store = Store(models_root, access.settings.disk_spare)
+    told = [_told(each, store, access) for each in wanted]
+    coming = [
+        each for each in told if not (each.source.startswith("file:") or (each.sha256 and store.find(each.sha256)))
+    ]
+    lacking = sum(each.size for each in coming) - sum(store.begun(each.sha256) for each in coming if each.sha256)
+    try:
+        if lacking > 0:
+            store.need_room(lacking)
+    except Unavailable as error:
+        raise Unavailable(f"cannot fetch {wanted[0].source} and what belongs to it: {error.message}") from error
+    return told
+
+
+def _told(wanted: Wanted, store: Store, access: Access) -> Wanted:
+    source = parse(wanted.source, wanted.mirrors)
+    if wanted.sha256 or not isinstance(source, TELLS_SHA256):
+        return wanted
+    try:
+        origin = resolve(source, access, access.network())
+    except LocalAIError as error:
+        raise type(error)(f"cannot fetch {wanted.source}: {error.message}", param=error.param) from error
+    if origin.sha256:
+        store.note(wanted.source, origin.sha256)
+    return replace(wanted, sha256=origin.sha256, size=origin.size or wanted.size)
 
 
 def discard(wanted: Wanted, models_root: Path) -> None:

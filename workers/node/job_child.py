@@ -35,7 +35,7 @@ from workers.node import hardware, imports, quantizer
 from workers.node.api import NodeApi
 from workers.node.downloads import Report as Reading
 from workers.node.downloads import hash_file
-from workers.node.fetcher import Wanted, discard, fetch, wanted_of
+from workers.node.fetcher import Wanted, discard, fetch, fit_together, wanted_of
 from workers.node.installer import Kit, install_backend, is_installed
 from workers.node.sources import Access
 from workers.node.store import Store
@@ -129,6 +129,8 @@ def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
     """Fetch a model's files; the result names their contents."""
     spec, wanted = order.spec, all_wanted(order.request)
     access = Access.of(settings(), spec)
+    if len(wanted) > 1:
+        wanted = fit_together(wanted, spec.models, access)
     came: list[Path] = []
     tell = _telling(report, came, len(wanted), Store(spec.models))
     for each in wanted:

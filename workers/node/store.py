@@ -72,6 +72,11 @@ class Store:
         """The name of a file that is on its way."""
         return self.folder / f".{key}.{kind}"
 
+    def begun(self, sha256: str) -> int:
+        """Bytes of a file that have come, and that a fetch goes on with."""
+        part = self.part(sha256)
+        return part.stat().st_size if part.exists() else 0
+
     @contextmanager
     def alone(self, key: str, report: Report | None = None) -> Iterator[Report]:
         """Be the only one, across threads and processes, to work on a file. Who waits reports what the other one does.
@@ -107,7 +112,7 @@ class Store:
         Raises:
             Unavailable: they would; the message says how much is missing.
         """
-        free = shutil.disk_usage(folder or self.folder).free
+        free = shutil.disk_usage(folder).free if folder else self.free()
         kept = spare(size, self._spare)
         missing = size + kept - free
         if missing > 0:
