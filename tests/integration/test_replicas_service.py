@@ -110,7 +110,7 @@ def test_a_model_that_somebody_waits_for_comes_up_stage_by_stage(services: Servi
     replicas.reconcile(services)
     assert only(services).state is ReplicaState.STAGING
     assert stage(services, node) == {
-        "kind": "fetch_model", "source": FILE, "mirrors": [], "sha256": "a" * 64, "size": 5, "name": "m", "further": []
+        "kind": "fetch_model", "source": FILE, "mirrors": [], "sha256": "a" * 64, "size": 5, "name": "m", "parts": 0, "further": []
     }  # fmt: skip
     replicas.reconcile(services)
     assert only(services).state is ReplicaState.LOADING
