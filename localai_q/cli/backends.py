@@ -161,9 +161,9 @@ def _follow_all(api: Api, made: dict[str, Any], *, as_json: bool) -> None:
     with display() as shown:
         while not made["processed"] and not _only_waits(made):
             if not as_json:
-                shown.show([api.call("GET", "/api/jobs/{}", one["job"]) for one in made["nodes"] if one["job"]])
+                shown.show([api.follow("/api/jobs/{}", one["job"]) for one in made["nodes"] if one["job"]])
             time.sleep(POLL)
-            made = api.call("GET", "/backends/jobs/{}", made["uuid"])
+            made = api.follow("/backends/jobs/{}", made["uuid"])
     rows([made] if as_json else made["nodes"], ["node_name", "status", "attempts", "error"], as_json=as_json, empty="")
     left = [one["node_name"] for one in made["nodes"] if one["status"] != "done"]
     if left:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
@@ -15,6 +16,11 @@ from localai_q.config import Settings, settings
 from localai_q.errors import InvalidValue, LocalAIError, ModelDisabled, Unavailable
 
 Record = dict[str, Any]
+Answer = TypeVar("Answer")
+
+AWAY = (502, 503, 504)  # statuses of an API that may be back in a moment
+PATIENCE = 60.0  # seconds for which who follows something waits for that
+PAUSE = 0.5
 
 
 class Api:
@@ -49,6 +55,13 @@ class Api:
         self.check(response)
         answer: Record = response.json() if response.content else {}
         return answer
+
+    def follow(self, path: str, *parts: str) -> Record:
+        """What `call` gets there, for who follows something: an API that is away is waited for.
+
+        Raises: as `call`.
+        """
+        return patiently(lambda: self.call("GET", path, *parts))
 
     def exchange(self, method: str, path: str, **request: Any) -> httpx.Response:
         """What the API answers, also if it refuses.
@@ -87,7 +100,19 @@ class Api:
             message, code = f"the API answered with status {response.status_code}", None
         if response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN) and code != ModelDisabled.code:
             message += " (set LOCALAI_API_KEY to an admin key, or run this as the user who started the cluster)"
-        raise LocalAIError(message)
+        raise (Unavailable if response.status_code in AWAY else LocalAIError)(message)
+
+
+def patiently(ask: Callable[[], Answer]) -> Answer:
+    """What `ask` returns, asked again for `PATIENCE` seconds while it raises `Unavailable`."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return ask()
+        except Unavailable:
+            if time.monotonic() > until:
+                raise
+            time.sleep(PAUSE)
 
 
 def connect() -> Api:

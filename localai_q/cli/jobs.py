@@ -17,7 +17,7 @@ from localai_q.cli.watch import display
 from localai_q.cluster.events import End, Event, Progress
 from localai_q.cluster.joblog import Lines, shown
 from localai_q.cluster.jobs import is_pause
-from localai_q.errors import InvalidValue, from_record
+from localai_q.errors import InvalidValue, Unavailable, from_record
 
 app = typer.Typer(no_args_is_help=True, help="List, show, watch, pause, retry, cancel and prune jobs.")
 
@@ -124,10 +124,12 @@ def follow(api: Api, job_id: str, *, as_json: bool = False) -> None:
 def wait(api: Api, job_id: str, *, quiet: bool) -> Record:
     """The job, once it has ended; until then its progress is shown, unless this is to be quiet."""
     with display() as shown:
-        while (job := api.call("GET", "/api/jobs/{}", job_id))["state"] == "open":
+        job = api.call("GET", "/api/jobs/{}", job_id)
+        while job["state"] == "open":
             if not quiet:
                 shown.show([job])
             time.sleep(POLL)
+            job = api.follow("/api/jobs/{}", job_id)
     return job
 
 
@@ -142,25 +144,31 @@ def _lines(api: Api, job_id: str) -> Iterator[str]:
     """What a job says, until it ends; a connection that ends early is made again where it was."""
     lines, place = Lines(), ""
     while True:
-        headers = {"Last-Event-ID": place} if place else {}
-        with (
-            api.errors(),
-            api.http.stream("GET", f"/api/jobs/{quote(job_id, safe='')}/events", headers=headers) as told,
-        ):
-            api.check(told)
-            for line in told.iter_lines():
-                name, _, value = line.partition(": ")
-                if name == "id":
-                    place = value
-                elif name == "data":
-                    if "error" in (said := json.loads(value)) and "type" not in said:
-                        break  # the API has lost sight of it; if it is not to be had, the next try says so
-                    event = _event(said)
-                    attempt = re.fullmatch(r".*:([0-9]+)-[0-9]+", place)
-                    yield from lines.of(int(attempt[1]) if attempt else 1, event)
-                    if isinstance(event, End):
-                        return
+        try:
+            for at, event in _events(api, job_id, place):
+                place = at
+                attempt = re.fullmatch(r".*:([0-9]+)-[0-9]+", place)
+                yield from lines.of(int(attempt[1]) if attempt else 1, event)
+                if isinstance(event, End):
+                    return
+        except Unavailable:
+            api.follow("/api/jobs/{}", job_id)  # until the API is back
         time.sleep(POLL)
+
+
+def _events(api: Api, job_id: str, place: str) -> Iterator[tuple[str, Event]]:
+    """What one connection tells of a job behind a place, each event with its own place."""
+    headers = {"Last-Event-ID": place} if place else {}
+    with api.errors(), api.http.stream("GET", f"/api/jobs/{quote(job_id, safe='')}/events", headers=headers) as told:
+        api.check(told)
+        for line in told.iter_lines():
+            name, _, value = line.partition(": ")
+            if name == "id":
+                place = value
+            elif name == "data":
+                if "error" in (said := json.loads(value)) and "type" not in said:
+                    return  # the API has lost sight of it; if it is not to be had, the next try says so
+                yield place, _event(said)
 
 
 def _event(told: Record) -> Event:

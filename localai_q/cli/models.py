@@ -265,8 +265,8 @@ def install_model(
 def _follow_install(api: Api, uuid: str) -> None:
     """Show an install until its files are there, or a try has failed."""
     with display() as shown:
-        while not (now := api.call("GET", "/models/jobs/{}", uuid))["processed"] and not now["error"]:
-            shown.show([api.call("GET", "/api/jobs/{}", now["job"])] if now["job"] else [])
+        while not (now := api.follow("/models/jobs/{}", uuid))["processed"] and not now["error"]:
+            shown.show([api.follow("/api/jobs/{}", now["job"])] if now["job"] else [])
             time.sleep(POLL)
     if now["progress"] < FULL:
         raise Unavailable(f"{now['gallery_element_name']}: {now['error'] or now['message']}")

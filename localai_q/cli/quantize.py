@@ -195,7 +195,7 @@ def _wait(api: Api, one: Record, *, quiet: bool) -> Record:
                 shown.show([{"id": one["id"], "kind": "quantize", "subject": one["name"], "node": one["node"],
                              "progress": progress}])  # fmt: skip
             time.sleep(POLL)
-            one = api.call("GET", "/api/quantization/jobs/{}", one["id"])
+            one = api.follow("/api/quantization/jobs/{}", one["id"])
     return one
 
 

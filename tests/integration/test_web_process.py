@@ -30,7 +30,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import ReplicaState
 from localai_q.config import load_settings
 from localai_q.embedded.valkey import Valkey
-from localai_q.processes import spawn, stop, tail
+from localai_q.processes import kill_group, spawn, stop, tail
 from localai_q.services import backends, fleet, jobs, keys, nodes
 from localai_q.services.wiring import Services, connect
 from localai_q.store import replicas as replica_rows
@@ -571,6 +571,24 @@ def test_a_backend_is_installed_on_a_node_by_the_command_line(web: Web, attic: N
     assert web.cli("jobs", "watch", again)[0] == 1
     shown = json.loads(web.cli("jobs", "list", "--kind", "install_backend", "--json")[1])
     assert {job["subject"] for job in shown} == {"echo"}
+
+
+def test_who_follows_a_job_outlasts_an_api_that_is_started_anew(web: Web, attic: Node) -> None:
+    job_id = web.cli("backends", "install", "echo", "--node", "attic", "--no-wait")[1].strip()
+    lease = claim(web.services, job_id, names.node_jobs_queue(attic.id), attic.id)
+    web.services.leases.append([(lease, lease.last_index + 1, [Progress(stage="installing", done=1, total=2)])])
+    followers = [
+        subprocess.Popen([str(BIN / "localai-q"), "jobs", *how, job_id], env=web.environment, text=True,
+                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for how in (("watch",), ("log", "--follow"))
+    ]  # fmt: skip
+    assert all("installing" in follower.stdout.readline() for follower in followers)
+    kill_group(web.process)
+    web.start()
+    web.services.leases.finish(lease, lease.last_index + 2, INSTALLED, node_id=attic.id)
+    jobs.apply_ends(web.services)
+    said = [follower.communicate(timeout=LIMIT)[0] for follower in followers]
+    assert [follower.returncode for follower in followers] == [0, 0], said
 
 
 def test_a_backend_is_changed_on_all_nodes_by_the_command_line(web: Web, attic: Node) -> None:
