@@ -1,7 +1,8 @@
 """When a node is to fetch the files of a model that nobody has asked for yet. Pure.
 
 A model that says `preload` has its files on some node. Where a fetch fails, the next one is tried after a pause that
-grows, up to a most; one that was cancelled is not tried again until the model has another file.
+grows, up to a most; one that was cancelled is not tried again until the model has another file. Who forgets it lets
+the model no more say `preload` (`store.jobs.forget`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from sqlalchemy import Connection, Row, case, delete, exists, func, insert, literal, null, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    cast,
+    delete,
+    exists,
+    func,
+    insert,
+    literal,
+    null,
+    select,
+    update,
+)
+from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.events import End, Usage
@@ -166,18 +182,34 @@ def forget(
 ) -> int:  # fmt: skip
     """Delete jobs that ended more than so many seconds ago, narrowed as asked; how many.
 
-    What a replica, a wish or a quantization is to learn of first stays, and what is paused, unless it is named.
+    What a replica, a wish or a quantization is to learn of first stays, and what is paused, unless it is named. Where the
+    last fetch of a model's files was cancelled and is forgotten, so is that the model says `preload`.
     """
     limit = func.now() - func.make_interval(0, 0, 0, 0, 0, 0, older_than)
-    statement = delete(jobs).where(jobs.c.state != JobState.OPEN, jobs.c.ended_at <= limit)
+    chosen = [jobs.c.state != JobState.OPEN, jobs.c.ended_at <= limit]
     if not ids:
-        statement = statement.where(jobs.c.error["error"].astext.is_distinct_from(Paused.__name__))
-    for table in (replicas, backend_wishes, quantizations):
-        statement = statement.where(~exists().where(table.c.job_id == jobs.c.id))
+        chosen.append(jobs.c.error["error"].astext.is_distinct_from(Paused.__name__))
+    chosen += [~exists().where(table.c.job_id == jobs.c.id) for table in (replicas, backend_wishes, quantizations)]
     for column, allowed in ((jobs.c.id, ids), (jobs.c.state, states), (jobs.c.kind, kinds)):
         if allowed:
-            statement = statement.where(column.in_(list(allowed)))
-    return db.execute(statement).rowcount
+            chosen.append(column.in_(list(allowed)))
+    _end_preloads(db, and_(*chosen))
+    return db.execute(delete(jobs).where(*chosen)).rowcount
+
+
+def _end_preloads(db: Connection, chosen: ColumnElement[bool]) -> None:
+    """Let models no more say `preload` of whose fetches the last is one of these, and was cancelled."""
+    later = jobs.alias()
+    of_model = (jobs.c.model_id == models.c.id, jobs.c.request["source"].astext == models.c.config["source"].astext)
+    is_last = ~exists().where(later.c.kind == "fetch_model", later.c.model_id == jobs.c.model_id,
+                              later.c.request["source"] == jobs.c.request["source"],
+                              later.c.created_at > jobs.c.created_at)  # fmt: skip
+    given_up = exists().where(
+        chosen, *of_model, jobs.c.kind == "fetch_model", jobs.c.state == JobState.CANCELLED, is_last
+    )
+    wanted = models.c.config["preload"].as_boolean()
+    off = models.c.config.concat(cast({"preload": False}, JSONB))
+    db.execute(update(models).where(wanted, given_up).values(config=off))
 
 
 def end_pause(db: Connection, job_id: str, error: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from localai_q.errors import (
     StartupError,
 )
 from localai_q.gallery import catalog
-from localai_q.services import galleries, holders, installs, jobs, models, nodes, replicas
+from localai_q.services import galleries, holders, installs, jobs, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as replica_rows
@@ -221,6 +221,13 @@ class TestGalleries:
         assert models.listed(own) == []
 
 
+def fetch_of(services: Services, model_id: str) -> str | None:
+    """The fetch that is under way for a model, once control has looked."""
+    installs.preload(services)
+    jobs.apply_ends(services)
+    return installs.installation(services, model_id)["job"]
+
+
 class TestPreloading:
     def test_an_installed_model_is_fetched_by_a_node_that_has_room_and_shown_until_it_is_there(
         self, services: Services, node: Node, tmp_path: Path
@@ -284,6 +291,45 @@ class TestPreloading:
         jobs.apply_ends(services)
         shown = installs.installation(services, uuid)
         assert (shown["processed"], shown["cancelled"], shown["error"]) == (True, True, None)
+
+    @pytest.mark.parametrize("asked", ["dismiss", "prune"])
+    def test_a_fetch_that_was_cancelled_and_forgotten_is_not_begun_again(
+        self, services: Services, node: Node, asked: str
+    ) -> None:
+        admin, _ = keys.create(services, name="a", role="admin")
+        uuid = installs.install(services, wanted="qwen3-0.6b")["uuid"]
+        installs.preload(services)
+        stage(services, node, failed="no route")
+        models.edit(services, "qwen3-0.6b", {"disabled": True})
+        jobs.prune(services, older_than=0.0, states=(), kinds=())
+        assert model_named(services, "qwen3-0.6b").config.preload, "what has failed is tried again"
+        models.edit(services, "qwen3-0.6b", {"disabled": False})
+        first = fetch_of(services, uuid)
+        jobs.cancel(services, first, admin)
+        jobs.apply_ends(services)
+        again = jobs.retry(services, first, admin)
+        jobs.forget(services, first, admin)
+        assert model_named(services, "qwen3-0.6b").config.preload, "it was asked for again since"
+        jobs.cancel(services, again, admin)
+        jobs.apply_ends(services)
+        if asked == "dismiss":
+            jobs.forget(services, again, admin)
+        else:
+            jobs.prune(services, older_than=0.0, states=(), kinds=())
+        assert fetch_of(services, uuid) is None
+        shown = installs.installation(services, uuid)
+        assert (shown["processed"], shown["message"]) == (True, "fetched when somebody asks for it")
+        models.edit(services, "qwen3-0.6b", {"preload": True})
+        assert fetch_of(services, uuid)
+
+    def test_what_was_cancelled_of_another_file_says_nothing_of_this_one(self, services: Services, node: Node) -> None:
+        admin, _ = keys.create(services, name="a", role="admin")
+        add_model(services, backend="xllamacpp", source="ollama://x", preload=True)
+        jobs.cancel(services, fetch_of(services, model_named(services, "m").id), admin)
+        jobs.apply_ends(services)
+        models.edit(services, "m", {"source": "ollama://y"})
+        jobs.prune(services, older_than=0.0, states=(), kinds=())
+        assert model_named(services, "m").config.preload
 
     def test_a_model_that_nobody_asked_to_be_fetched_waits_for_its_first_request(
         self, services: Services, node: Node
