@@ -21,7 +21,7 @@ from localai_q import names
 from localai_q.bus.leases import Append, Lease, Leases, Refusal
 from localai_q.cluster.events import Delta, End, Event, decode
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, GenerationFailed, Paused, to_record
+from localai_q.errors import Cancelled, GenerationFailed, Unavailable, to_record
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,10 @@ FINISH_TRIES = 1200  # an end is tried for ten minutes
 def journal_full() -> GenerationFailed:
     """The answer is longer than a journal may be."""
     return GenerationFailed("The request's journal is full; see LOCALAI_Q_JOURNAL_MAX.")
+
+
+def _cancelled() -> End:
+    return End(state=JobState.CANCELLED, error=to_record(Cancelled()))
 
 
 def _cut_off() -> End:
@@ -69,6 +73,10 @@ class Held:
     def finish(self, end: End) -> bool:
         """Write what is pending and the end. False if the job is not ours any more."""
         return self._claims.finish(self, end)
+
+    def asked(self) -> End:
+        """The end that whoever cancelled the job has given it."""
+        return self._claims.asked(self.lease.job_id)
 
     def release(self, *, died: bool = False) -> None:
         """Give the job back to its line."""
@@ -114,9 +122,7 @@ class Claims:
         answer = self._leases.claim(job_id, line, owner=self._owner, node_id=self._node_id, revision=self._revision)
         if isinstance(answer, Refusal):
             if answer.why == "cancelled":  # its owner died after it was asked to stop, and nobody else would end it
-                why = Paused() if self._leases.is_paused(job_id) else Cancelled()
-                end = End(state=JobState.CANCELLED, error=to_record(why))
-                self._leases.abort(job_id, line, end, by=self._node_id)
+                self._leases.abort(job_id, line, self._leases.asked(job_id) or _cancelled(), by=self._node_id)
             return answer
         held = Held(self, answer)
         with self._lock:
@@ -157,6 +163,15 @@ class Claims:
                 time.sleep(RETRY)
         self.drop(held)
         return False
+
+    def asked(self, job_id: str) -> End:
+        for _ in range(FINISH_TRIES):
+            try:
+                return self._leases.asked(job_id) or _cancelled()
+            except Unavailable as error:
+                log.warning("why job %s was cancelled cannot be read yet: %s", job_id, error)
+                time.sleep(RETRY)
+        return _cancelled()
 
     def release(self, held: Held, *, died: bool) -> None:
         def write() -> Append:

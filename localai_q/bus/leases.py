@@ -20,7 +20,7 @@ import redis
 from localai_q import names
 from localai_q.bus.connection import broker_errors
 from localai_q.bus.scripting import script
-from localai_q.cluster.events import End, Event, encode
+from localai_q.cluster.events import End, Event, decode, encode
 from localai_q.cluster.fleet import PATIENCE, Demand
 from localai_q.cluster.jobs import Keep
 from localai_q.errors import Busy
@@ -230,10 +230,12 @@ class Leases:
             answer = self._run["abort"](keys=keys, args=args)
         return {0: None, 1: "ended", 2: "asked"}[int(answer[0])]
 
-    def is_paused(self, job_id: str) -> bool:
-        """Whether the owner of a job was asked to keep what there is of it."""
+    def asked(self, job_id: str) -> End | None:
+        """The end that the owner of a job was asked to give it, if he was."""
         with broker_errors():
-            return bool(self._redis.hget(names.job_key(job_id), "cancel") == "pause")
+            text = self._redis.hget(names.job_key(job_id), "end")
+        event = decode(text) if text else None
+        return event if isinstance(event, End) else None
 
     def release(self, lease: Lease, *, died: bool = False) -> Append:
         """Give the job back to its line; `died` when its owner could not go on because of its backend's death."""

@@ -117,9 +117,10 @@ def test_a_cancelled_install_leaves_no_file_and_no_process(
     assert wait_for(lambda: mark.exists() and mark.read_text().strip())
     with services.db.transaction() as db:
         job = job_rows.by_id(db, job_id)
-    jobs.abort(services, job, Cancelled(), state=JobState.CANCELLED)
+    jobs.abort(services, job, Cancelled("It is not needed."), state=JobState.CANCELLED)
     working.join(LIMIT)
-    assert result(services, job_id)[0] is JobState.CANCELLED
+    state, error = result(services, job_id)
+    assert (state, error["message"]) == (JobState.CANCELLED, "It is not needed.")
     assert wait_for(lambda: not psutil.pid_exists(int(mark.read_text())))
     assert [path.name for path in (root / "toy").iterdir()] == [".lock"]
 

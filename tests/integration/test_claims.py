@@ -264,6 +264,33 @@ def test_a_cancellation_is_announced_to_the_work(bench: Bench, monkeypatch: pyte
     assert held.finish(CANCELLED)
 
 
+def test_who_cancels_says_how_it_ends_and_a_pause_can_become_a_cancellation_but_not_the_other_way(bench: Bench) -> None:
+    held = bench.hold()
+    assert held.asked().error["error"] == "Cancelled", "nobody has said anything"
+    paused = End(state="cancelled", error={"error": "Paused", "message": "p"})
+    words = End(state="failed", error={"error": "Unavailable", "message": "its node has not begun it"})
+    for end, pause, told in (
+        (paused, True, paused),
+        (words, False, words),
+        (paused, True, words),
+        (CANCELLED, False, words),
+    ):
+        assert bench.leases.abort(held.lease.job_id, LINE, end, pause=pause) == "asked"
+        assert held.asked() == told
+    assert wait_for(held.cancelled.is_set)
+    held.finish(words)
+
+
+def test_a_cancelled_job_whose_owner_died_ends_with_the_words_of_who_cancelled_it(bench: Bench) -> None:
+    held = bench.hold()
+    words = End(state="failed", error={"error": "Unavailable", "message": "w"})
+    bench.leases.abort(held.lease.job_id, LINE, words)
+    assert wait_for(held.cancelled.is_set)
+    held.release()
+    assert bench.claims.claim(held.lease.job_id, LINE) == Refusal(job_id=held.lease.job_id, why="cancelled")
+    assert bench.entries(held)[-1][1] == words
+
+
 def test_a_cancellation_whose_announcement_was_lost_is_heard_with_the_next_token(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:

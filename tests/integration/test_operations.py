@@ -16,7 +16,7 @@ from localai_q.cli.client import Api
 from localai_q.cli.jobs import _lines
 from localai_q.cluster.backends import MOST_ATTEMPTS, Op
 from localai_q.cluster.events import End, Progress
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import Job, is_pause
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.config import load_settings
@@ -344,10 +344,10 @@ def test_what_was_cancelled_is_not_paused_afterwards(services: Services, node: N
     job_id = fetch(services, node)
     lease = claim(services, job_id, names.node_jobs_queue(node.id), node.id)
     assert http.post(f"/api/jobs/{job_id}/pause").status_code == 200
-    assert services.leases.is_paused(job_id)
+    assert is_pause(services.leases.asked(job_id).error)
     assert http.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelling"
     http.post(f"/api/jobs/{job_id}/pause")
-    assert not services.leases.is_paused(job_id)
+    assert not is_pause(services.leases.asked(job_id).error)
     services.leases.finish(lease, lease.last_index + 1, FAILED, node_id=node.id)
 
 

@@ -24,9 +24,10 @@ from localai_q.bus.leases import Leases, Refusal
 from localai_q.bus.probe import Probe
 from localai_q.celery import app, use_broker
 from localai_q.cluster.events import End, Progress
+from localai_q.cluster.jobs import is_pause
 from localai_q.cluster.states import JobState
 from localai_q.config import child_environment, settings, write_private
-from localai_q.errors import Cancelled, GenerationFailed, LocalAIError, Paused, to_record
+from localai_q.errors import GenerationFailed, LocalAIError, to_record
 from localai_q.processes import has_ended, kill_group, spawn, tail, wait_for_end, watch_parent
 from workers import versions
 from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
@@ -49,10 +50,8 @@ class Jobs:
 
     def __init__(self, spec: ChildSpec, identity: Identity, folder: Path) -> None:
         redis = client(spec.redis_url, identity.secret)
-        self._leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
-        self.claims = Claims(
-            redis, self._leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease
-        )
+        leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
+        self.claims = Claims(redis, leases, owner=f"jobs-{names.new_id()}", node_id=spec.node_id, lease=spec.lease)
         self._spec = spec
         self._folder = folder
         self._line = names.node_jobs_queue(spec.node_id)
@@ -130,11 +129,13 @@ class Jobs:
         return end
 
     def _stopped(self, held: Held) -> End:
-        """The end of a job that was cancelled, which leaves nothing, or paused."""
-        paused = held.why == "cancelled" and self._leases.is_paused(held.lease.job_id)
-        if held.why == "cancelled" and not paused:
+        """The end of a job that was cancelled, which leaves nothing, or paused; of none that is given back."""
+        if held.why != "cancelled":
+            return _failed("it is given back")
+        end = held.asked()
+        if not is_pause(end.error):
             self._discard(held.lease.request)
-        return End(state=JobState.CANCELLED, error=to_record(Paused() if paused else Cancelled()))
+        return end
 
     def _discard(self, request: dict[str, Any]) -> None:
         """Remove what a cancelled job has left: one that is only given back goes on with it."""

@@ -81,9 +81,10 @@ class Runner:
             held.finish(End(state=JobState.DONE, usage=usage, timings={**timings, "total": time.time() - started}))
         except Lost:
             self._claims.drop(held)
+        except Cancelled:
+            held.finish(replace(held.asked(), timings={"total": time.time() - started}))
         except LocalAIError as error:
-            state = JobState.CANCELLED if isinstance(error, Cancelled) else JobState.FAILED
-            held.finish(End(state=state, error=to_record(error), timings={"total": time.time() - started}))
+            held.finish(End(state=JobState.FAILED, error=to_record(error), timings={"total": time.time() - started}))
         except Exception as error:
             log.exception("job %s failed", job_id)
             held.finish(End(state=JobState.FAILED, error=to_record(GenerationFailed(f"The replica failed: {error!r}"))))

@@ -13,7 +13,9 @@ local t = redis.call('TIME')
 local now = t[1] * 1000 + math.floor(t[2] / 1000)
 local lease = redis.call('ZSCORE', KEYS[4], ARGV[1])
 if lease and tonumber(lease) > now and ARGV[4] ~= 'force' then
-  if redis.call('HGET', KEYS[1], 'cancel') ~= '1' then redis.call('HSET', KEYS[1], 'cancel', ARGV[6]) end
+  if redis.call('HGET', KEYS[1], 'cancel') ~= '1' then
+    redis.call('HSET', KEYS[1], 'cancel', ARGV[6], 'end', ARGV[2])
+  end
   redis.call('PUBLISH', 'cancel:' .. job[2], ARGV[1])
   return {2, job[2]}
 end
