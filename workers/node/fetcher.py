@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from lzma import LZMAError
 from pathlib import Path
+from typing import BinaryIO
 
 import httpx
 
@@ -48,7 +49,9 @@ class Wanted:
     size: int = 0  # bytes; 0: not known
 
 
-def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[[Progress], None]) -> Path:
+def fetch(
+    wanted: Wanted, models_root: Path, access: Access, progress: Callable[[Progress], None], *, opened: BinaryIO | None = None
+) -> Path:  # fmt: skip
     """The file of a source, on this node. A second fetch of the same returns at once.
 
     Args:
@@ -57,6 +60,7 @@ def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[
         access: what this node has to fetch with.
         progress: told of stages "resolving", "downloading", "copying" and "verifying", in bytes; it may raise to stop,
             and what has come by then is resumed by the next fetch.
+        opened: the file of this node that is meant, whatever its path leads to by now.
 
     Raises:
         InvalidValue: the source cannot be read, or leads to where it may not.
@@ -67,7 +71,7 @@ def fetch(wanted: Wanted, models_root: Path, access: Access, progress: Callable[
     store = Store(models_root, access.settings.disk_spare)
     store.remove_forgotten()
     try:
-        return _Fetch(wanted, store, access, progress).path()
+        return _Fetch(wanted, store, access, progress, opened).path()
     except LocalAIError as error:
         raise type(error)(f"cannot fetch {wanted.source}: {error.message}", param=error.param) from error
     except OSError as error:
@@ -120,7 +124,15 @@ def discard(wanted: Wanted, models_root: Path) -> None:
 class _Fetch:
     """One fetch on its way."""
 
-    def __init__(self, wanted: Wanted, store: Store, access: Access, progress: Callable[[Progress], None]) -> None:
+    def __init__(
+        self,
+        wanted: Wanted,
+        store: Store,
+        access: Access,
+        progress: Callable[[Progress], None],
+        opened: BinaryIO | None,
+    ) -> None:
+        self._opened = opened
         self._wanted = wanted
         self._store = store
         self._access = access
@@ -227,13 +239,15 @@ class _Fetch:
 
     def _copied(self, path: Path, part: Path, report: Report) -> Digest:
         try:
-            if self._access.settings.shared_models:
-                _lead_to(path, part)
-            else:
-                self._store.need_room(path.stat().st_size)
-                _copy(path, part, report)
-            with part.open("rb") as file:
-                return hash_file(file, part.stat().st_size, report)
+            with self._opened or path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                if self._access.settings.shared_models:
+                    _lead_to(file, path, part)
+                    return hash_file(file, size, report)
+                self._store.need_room(size)
+                _copy(file, path, part, report)
+            with part.open("rb") as copy:
+                return hash_file(copy, part.stat().st_size, report)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
@@ -297,36 +311,46 @@ def _check_names(wheel: zipfile.ZipFile) -> None:
             raise InvalidValue(f"the wheel has a member with the name {name!r}", param="source")
 
 
-def _lead_to(path: Path, part: Path) -> None:
+def _lead_to(file: BinaryIO, path: Path, part: Path) -> None:
     """Have the file of a shared volume itself under another name."""
     part.unlink(missing_ok=True)
     part.symlink_to(path)
+    if not os.path.samestat(part.stat(), os.fstat(file.fileno())):
+        raise Unavailable(f"{path} was replaced while it was read")
 
 
-def _copy(path: Path, part: Path, report: Report) -> None:
+def _link(file: BinaryIO, path: Path, part: Path) -> None:
+    os.link(path, part)
+    if not os.path.samestat(part.lstat(), os.fstat(file.fileno())):
+        part.unlink()
+        raise OSError(errno.ESTALE, "it was replaced while it was read", str(path))
+
+
+def _copy(file: BinaryIO, path: Path, part: Path, report: Report) -> None:
     """Have the file under another name, as cheaply as the file system lets it be without being changed from outside.
 
     A file that nobody may write to becomes a further link. Of another one, both share their blocks until one of them is
     written to, where the file system can do that; else it is copied.
     """
     part.unlink(missing_ok=True)
-    size = path.stat().st_size
-    if not path.stat().st_mode & WRITERS and _is_done(lambda: os.link(path, part)):
+    found = os.fstat(file.fileno())
+    if not found.st_mode & WRITERS and _is_done(lambda: _link(file, path, part)):
         return
-    if not _is_done(lambda: _copy_by_kernel(path, part, size, report)):
-        _copy_by_hand(path, part, size, report)  # this system cannot, or not between these folders
+    if not _is_done(lambda: _copy_by_kernel(file, part, found.st_size, report)):
+        _copy_by_hand(file, part, found.st_size, report)  # this system cannot, or not between these folders
 
 
-def _copy_by_kernel(path: Path, part: Path, size: int, report: Report) -> None:
+def _copy_by_kernel(file: BinaryIO, part: Path, size: int, report: Report) -> None:
     done = 0
-    with path.open("rb") as file, part.open("wb") as copy:
-        while count := os.copy_file_range(file.fileno(), copy.fileno(), COPY):
+    with part.open("wb") as copy:
+        while count := os.copy_file_range(file.fileno(), copy.fileno(), COPY, done):
             done += count
             report("copying", done, size)
 
 
-def _copy_by_hand(path: Path, part: Path, size: int, report: Report) -> None:
-    with path.open("rb") as file, part.open("wb") as copy:
+def _copy_by_hand(file: BinaryIO, part: Path, size: int, report: Report) -> None:
+    file.seek(0)
+    with part.open("wb") as copy:
         while block := file.read(CHUNK):
             copy.write(block)
             report("copying", copy.tell(), size)

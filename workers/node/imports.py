@@ -7,13 +7,16 @@ lies; links to folders are not followed.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Sequence, Set
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from localai_q import gguf
 from localai_q.cluster import parts
+from localai_q.cluster.models import Facts
 from localai_q.errors import Forbidden, InvalidValue, LocalAIError
 
 MOST_FILES = 500  # in one list
@@ -54,27 +57,52 @@ def listed(folder: str, folders: Sequence[Path]) -> dict[str, Any]:
     return {"folders": [str(each) for each in folders], "files": files, "left_out": max(len(shown) - MOST_FILES, 0)}
 
 
-def importable(path: str, folders: Sequence[Path]) -> list[Path]:
-    """The files of a model whose first, or only one, has this path, if they can be one.
+@contextmanager
+def importable(path: str, folders: Sequence[Path]) -> Iterator[list[BinaryIO]]:
+    """The files of a model whose first, or only one, has this path, open, and named by where they lie.
+
+    What takes such a name meanwhile is not looked at.
 
     Raises:
         Forbidden: one is in no folder that is allowed.
         InvalidValue: one is not there, or they are no whole GGUF files of one model.
     """
-    files = _files(path, folders)
-    gguf.read_facts(*files)
-    return files
+    with ExitStack() as stack:
+        files = [stack.enter_context(_opened(each, folders)) for each in parts.every(path)]
+        _facts(files)
+        yield files
 
 
-def _files(path: str, folders: Sequence[Path]) -> list[Path]:
-    """Where the files of a model lie whose first has this path."""
-    found = []
-    for each in parts.every(path):
-        real = allowed(each, folders)
-        if not real.is_file():
-            raise InvalidValue(f"this node has no file {each}", param="files")
-        found.append(real)
+def _opened(path: str, folders: Sequence[Path]) -> BinaryIO:
+    real = allowed(path, folders)
+    within = [folder for folder in map(os.path.realpath, folders) if real.is_relative_to(folder)]
+    try:
+        file = open(real, "rb", opener=lambda _, flags: _open_below(within[0], real, flags))  # noqa: SIM115
+    except OSError as error:
+        raise InvalidValue(
+            f"this node has no file {path} that it could read: {error.strerror}", param="files"
+        ) from error
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise InvalidValue(f"{path} is no file", param="files")
+    return file
+
+
+def _open_below(folder: str, path: Path, flags: int) -> int:
+    """Open what a path names, step by step from a folder, unless one of the steps has become a link since it was resolved."""
+    *below, name = path.relative_to(folder).parts or (".",)
+    found = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    for part, how in [*((each, os.O_RDONLY | os.O_DIRECTORY) for each in below), (name, flags | os.O_NONBLOCK)]:
+        try:
+            further = os.open(part, how | os.O_NOFOLLOW, dir_fd=found)
+        finally:
+            os.close(found)
+        found = further
     return found
+
+
+def _facts(files: Sequence[BinaryIO]) -> Facts:
+    return gguf.read_facts(*(Path(f"/dev/fd/{file.fileno()}") for file in files))
 
 
 def _below(root: Path, folders: Sequence[Path]) -> Iterator[Path]:
@@ -103,7 +131,8 @@ def _described(path: Path, folders: Sequence[Path]) -> dict[str, Any]:
     known: dict[str, Any] = {"path": str(path), "size": 0, "facts": None, "refused": None}
     try:
         known["size"] = path.stat().st_size
-        facts = gguf.read_facts(*_files(str(path), folders))
+        with importable(str(path), folders) as files:
+            facts = _facts(files)
         return {**known, "size": facts.file_size, "facts": asdict(facts)}
     except LocalAIError as error:
         return {**known, "refused": error.message}

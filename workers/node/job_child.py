@@ -218,8 +218,11 @@ def import_files(order: JobOrder, report: Report) -> dict[str, Any]:
     found: list[dict[str, Any]] = []
     for path in map(str, order.request["files"]):
         try:
-            wanted = [Wanted(source=f"file:{file}") for file in imports.importable(path, folders)]
-            came = [fetch(each, spec.models, access, report) for each in wanted]
+            with imports.importable(path, folders) as files:
+                came = [
+                    fetch(Wanted(source=f"file:{file.name}"), spec.models, access, report, opened=file)
+                    for file in files
+                ]
             found.append({"path": path, **described(came, len(came) - 1), "refused": None})
         except LocalAIError as error:
             found.append({"path": path, "refused": error.message})
