@@ -130,7 +130,7 @@ class _Fetch:
         store: Store,
         access: Access,
         progress: Callable[[Progress], None],
-        opened: BinaryIO | None,
+        opened: BinaryIO | None = None,
     ) -> None:
         self._opened = opened
         self._wanted = wanted
