@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from cluster_data import api_over_http, ready_node
+from fetching import DIGEST as IN_WHEEL
 from file_server import FileServer, Remote, serve
 from small_disks import enlarge, fill, small_disk
-from test_fetcher import DIGEST as IN_WHEEL
-from test_fetcher import MEMBER, write_wheel
+from test_files_in_wheels import MEMBER, write_wheel
 from test_model_jobs import result, submit
 from toy_backends import bring, entry_of, member, pack
 
