@@ -687,7 +687,7 @@ def test_localais_paths_of_models(web: Web, tmp_path: Path) -> None:
         201,
         ["f16 is left out: the engine decides that"],
     )
-    assert post("/models/edit/th", content=b"backend: echo\nthreads: 2\n").json()["revision"] == 2
+    assert post("/models/edit/th", content=b"backend: echo\nthreads: 2\n").json()["config_revision"] == 2
     assert post("/models/import-uri", json={"uri": "ollama://x"}).json()["name"] == "x"
     assert (
         post("/api/models/install/smollm2-360m-instruct", json={"preload": False}).json()["name"]
