@@ -9,7 +9,7 @@ from flask import Blueprint, Response
 from api import events
 from api.openai import serving
 from api.web import caller, web
-from localai_q.services import jobs
+from localai_q.services import jobs, retries
 
 routes = Blueprint("jobs", __name__, url_prefix="/api/jobs/<id:job_id>")
 
@@ -27,7 +27,7 @@ def cancel(job_id: str) -> dict[str, Any]:
 @routes.post("/retry")
 def retry(job_id: str) -> tuple[dict[str, Any], int]:
     """What a node has failed to do, as a new job."""
-    return {"jobID": jobs.retry(web().services, job_id, caller())}, 202
+    return {"jobID": retries.retry(web().services, job_id, caller())}, 202
 
 
 @routes.post("/pause")

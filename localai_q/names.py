@@ -42,6 +42,7 @@ def model_queue(model_id: str) -> str:
 
 
 def replica_queue(replica_id: str) -> str:
+    """As a line, that of the replica's load."""
     return f"replica.{replica_id}"
 
 

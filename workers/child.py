@@ -39,6 +39,7 @@ class ReplicaSpec(BaseModel):
 
     id: str
     number: int
+    job: str  # that its load is
     gpu: bool = False  # whether memory of GPUs was booked for it
     model: ModelSpec
     backend_folder: Path

@@ -31,6 +31,7 @@ WORK = {
     "upgrade_backend": "upgrading a backend",
     "delete_backend": "deleting a backend",
     "fetch_model": "fetching",
+    "load_model": "loading",
     "quantize": "quantizing",
 }
 

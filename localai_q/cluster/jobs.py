@@ -13,7 +13,8 @@ from localai_q.errors import Paused
 GENERATIONS = ("chat", "completion", "embedding", "rerank")  # kinds that any replica of the model may do
 BACKEND_JOBS = ("install_backend", "upgrade_backend", "delete_backend")
 FILE_JOBS = ("fetch_model", "clean_models", "check_file", "scan_files", "import_files", "quantize")
-NODE_JOBS = (*BACKEND_JOBS, *FILE_JOBS)  # kinds that a certain node must do
+LOAD = "load_model"  # waits in the line of a replica, whose process does it
+NODE_JOBS = (*BACKEND_JOBS, *FILE_JOBS, LOAD)  # kinds that a certain node must do
 DOWNLOADS = ("fetch_model",)  # kinds that go on from where they were when they are done again
 DEATHS = 2  # a generation that so many owners died of is not tried again
 GRACE = 20.0  # seconds for which a job goes on without a reader who may come back

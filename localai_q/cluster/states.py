@@ -58,7 +58,7 @@ REPLICA_MOVES: dict[ReplicaState, frozenset[ReplicaState]] = {
     ),
     ReplicaState.READY: frozenset({ReplicaState.STOPPING, ReplicaState.FAILED, ReplicaState.GONE}),
     ReplicaState.STOPPING: frozenset({ReplicaState.GONE, ReplicaState.FAILED}),
-    ReplicaState.FAILED: frozenset({ReplicaState.PLACED, ReplicaState.GONE}),
+    ReplicaState.FAILED: frozenset({ReplicaState.PLACED, ReplicaState.LOADING, ReplicaState.GONE}),
     ReplicaState.GONE: frozenset(),
 }
 

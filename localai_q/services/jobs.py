@@ -10,7 +10,6 @@ from typing import Any
 from localai_q import names
 from localai_q.bus import journal, presence
 from localai_q.bus.leases import CONTROL, LiveState, Submission
-from localai_q.cluster.backends import REACHABLE
 from localai_q.cluster.events import End, Event, Progress, decode
 from localai_q.cluster.jobs import DEATHS, DOWNLOADS, GENERATIONS, GRACE, NODE_JOBS, Job, Keep, is_pause
 from localai_q.cluster.requests import GenerationRequest
@@ -57,7 +56,7 @@ def submit_node_job(
         job = Job(id=names.new_id(), kind=kind, state=JobState.OPEN, line=line, model_id=model_id, node_id=node_id,
                   request=request, keep=Keep.BACKGROUND)  # fmt: skip
         jobs.add(db, job)
-    _enter_line(services, job)
+    enter_line(services, job)
     return job.id
 
 
@@ -67,7 +66,7 @@ def show(services: Services, job_id: str, asker: ApiKey) -> dict[str, Any]:
     Raises:
         NotFound: there is none of that id.
     """
-    return shown(services, [_existing(services, job_id, asker)])[0]
+    return shown(services, [existing(services, job_id, asker)])[0]
 
 
 def listed(
@@ -85,7 +84,7 @@ def log_of(services: Services, job_id: str, asker: ApiKey) -> str:
     Raises:
         NotFound: there is none of that id that `asker` may see.
     """
-    return joblogs.read(services, _existing(services, job_id, asker))
+    return joblogs.read(services, existing(services, job_id, asker))
 
 
 def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
@@ -106,14 +105,14 @@ def cancel(services: Services, job_id: str, asker: ApiKey) -> str:
             if not is_pause(ended.error):
                 return ended.state
             apply_ends(services)  # a pause that nobody has written yet could not be ended
-    job = _existing(services, job_id, asker)
+    job = existing(services, job_id, asker)
     if job.is_paused:
         with services.db.transaction() as db:
             jobs.end_pause(db, job.id, to_record(Cancelled()))
     if job.state is not JobState.OPEN:
         return job.state
     became = abort(services, job, Cancelled(), state=JobState.CANCELLED)
-    return CANCELLED[became] if became else _existing(services, job_id, asker).state
+    return CANCELLED[became] if became else existing(services, job_id, asker).state
 
 
 def pause(services: Services, job_id: str, asker: ApiKey) -> None:
@@ -123,7 +122,7 @@ def pause(services: Services, job_id: str, asker: ApiKey) -> None:
         NotFound: there is none of that id that `asker` may see.
         Conflict: it is no download, or has ended.
     """
-    job = _existing(services, job_id, asker)
+    job = existing(services, job_id, asker)
     if job.kind not in DOWNLOADS:
         raise Conflict(f"Job '{job_id}' is a {job.kind}: only a download can be paused ({', '.join(DOWNLOADS)}).")
     if job.state is not JobState.OPEN or not abort(services, job, Paused(), state=JobState.CANCELLED):
@@ -137,7 +136,7 @@ def forget(services: Services, job_id: str, asker: ApiKey) -> None:
         NotFound: there is none of that id that `asker` may see.
         Conflict: it has not ended, or something waits to learn of its end.
     """
-    job = _existing(services, job_id, asker)
+    job = existing(services, job_id, asker)
     with services.db.transaction() as db:
         if not jobs.forget(db, ids=[job.id], kinds=NODE_JOBS):
             raise Conflict(f"Job '{job_id}' is {job.state} and cannot be dismissed: cancel it first.")
@@ -149,46 +148,14 @@ def prune(services: Services, *, older_than: float, states: Collection[str], kin
         return jobs.forget(db, states=states, kinds=kinds, older_than=older_than)
 
 
-def retry(services: Services, job_id: str, asker: ApiKey) -> str:
-    """Have a node do again what has failed or was cancelled, or go on with what was paused; the id of the new job.
-
-    Raises:
-        NotFound: there is none of that id that `asker` may see.
-        Conflict: it has not failed, is no job of a node, or its node is not there, or its model.
-    """
-    job = _existing(services, job_id, asker)
-    with services.db.transaction() as db:
-        request = jobs.kept_request(db, job.id)
-        node = nodes.by_id(db, job.node_id or "")
-        is_orphan = bool(job.model_id) and models.by_id(db, str(job.model_id)) is None
-    if job.kind not in NODE_JOBS or request is None:
-        raise Conflict(f"Job '{job_id}' is none of a node: send its request again.")
-    if "quantization" in request:
-        raise Conflict(
-            f"Job '{job_id}' is a step of a quantization: localai-q quantize retry {request['quantization']} tries that again."
-        )
-    if job.state not in (JobState.FAILED, JobState.CANCELLED):
-        raise Conflict(f"Job '{job_id}' is {job.state}: only what has failed or was cancelled can be tried again.")
-    if is_orphan:
-        raise Conflict(f"Job '{job_id}' cannot be tried again: its model was removed.")
-    if node is None or node.state not in REACHABLE:
-        raise Conflict(f"Job '{job_id}' cannot be tried again: its node is not there.")
-    again = submit_node_job(services, kind=job.kind, node_id=node.id, model_id=job.model_id, request=request)
-    if job.is_paused:
-        with services.db.transaction() as db:
-            replicas.follow(db, job.id, again)
-            jobs.end_pause(db, job.id, to_record(Cancelled()))
-    return again
-
-
 def abort(
-    services: Services, job: Job, error: LocalAIError, *, state: JobState = JobState.FAILED, force: bool = False
+    services: Services, job: Job, error: LocalAIError | None, *, state: JobState = JobState.FAILED, force: bool = False
 ) -> str | None:
     """End an open job, or ask its owner to: "ended", "asked", or None when it had ended.
 
     A job that Redis has lost is brought back first, for its owner may be about to restore it, and must be refused.
     """
-    end = End(state=state, error=to_record(error))
+    end = End(state=state, error=to_record(error) if error else None)
     became = services.leases.abort(job.id, job.line, end, force=force, pause=isinstance(error, Paused))
     if became or job.id in _unwritten(services):
         return became
@@ -339,11 +306,11 @@ def _take_up_again(services: Services, deaths: Mapping[str, int], line: str, why
     """Ring for jobs whose owner has died; `deaths` says the how manieth. One that kills its owners fails instead."""
     for job_id, count in deaths.items():
         log.warning("the owner of job %s has died: %s", job_id, why, extra={"action": "requeue"})
-        if count >= DEATHS and not line.startswith("node."):
+        if count >= DEATHS and line.startswith("model."):
             poison = GenerationFailed(f"{count} replicas died while they worked on this request. The last: {why}")
             services.leases.abort(job_id, line, End(state=JobState.FAILED, error=to_record(poison)), force=True)
         else:
-            services.doorbells.ring(_task_of(line), job_id, queue=line)
+            _ring(services, job_id, line)
 
 
 def _ring_again(services: Services, line: str, *, older_than: float = UNCLAIMED) -> None:
@@ -351,7 +318,7 @@ def _ring_again(services: Services, line: str, *, older_than: float = UNCLAIMED)
     waiting = services.leases.waiting(line, older_than=older_than)
     missing = len(waiting) - int(services.redis.llen(line))
     for job_id in waiting[: max(missing, 0)]:
-        services.doorbells.ring(_task_of(line), job_id, queue=line)
+        _ring(services, job_id, line)
 
 
 def _rebuild(services: Services, open_jobs: Sequence[Job]) -> None:
@@ -371,7 +338,7 @@ def _bring_back(services: Services, job: Job) -> bool:
         return False
     attempt = REBUILT * (1 + int(now - job.created))
     timeout = max(job.deadline - now, SHORTEST) if job.deadline else 0.0
-    _enter_line(services, replace(job, request=request), timeout=timeout, attempt=attempt, revision=revision)
+    enter_line(services, replace(job, request=request), timeout=timeout, attempt=attempt, revision=revision)
     return True
 
 
@@ -386,7 +353,8 @@ def _ends(services: Services) -> dict[str, dict[str, str]]:
     return services.leases.ends(known)
 
 
-def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0, revision: int = 0) -> None:
+def enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: int = 0, revision: int = 0) -> None:
+    """Put an open job into its line in Redis, and tell those who serve that."""
     lives = (timeout or EVER) + services.settings.journal_ttl
     request = job.request or {}
     outline = GenerationRequest.from_json(request).outline().to_json() if job.kind in GENERATIONS else {}
@@ -394,14 +362,22 @@ def _enter_line(services: Services, job: Job, *, timeout: float = 0.0, attempt: 
                             stream=job.stream, attempt=attempt, key_id=job.key_id or "", outline=outline,
                             keep=job.keep, created=job.created, revision=revision)  # fmt: skip
     services.leases.submit(submission, longest_line=ANY_LENGTH)
-    services.doorbells.ring(_task_of(job.line), job.id, queue=job.line)
+    _ring(services, job.id, job.line)
 
 
-def _task_of(line: str) -> str:
-    return names.RUN_JOB if line.startswith("node.") else names.RUN_GENERATION
+def _ring(services: Services, job_id: str, line: str) -> None:
+    """Tell those who serve a line of a job in it. Of a load its node is told, by whoever moves its replica."""
+    if not line.startswith("replica."):
+        task = names.RUN_JOB if line.startswith("node.") else names.RUN_GENERATION
+        services.doorbells.ring(task, job_id, queue=line)
 
 
-def _existing(services: Services, job_id: str, asker: ApiKey) -> Job:
+def existing(services: Services, job_id: str, asker: ApiKey) -> Job:
+    """The job of this id, if `asker` may see it.
+
+    Raises:
+        NotFound: there is none.
+    """
     with services.db.transaction() as db:
         job = jobs.by_id(db, job_id)
     if job is None or (asker.role != "admin" and job.key_id != asker.id):

@@ -210,7 +210,8 @@ def replica_spec(services: Services, node: Node, replica_id: str) -> dict[str, A
     """What a node needs to start one of its replicas.
 
     Raises:
-        NotFound: it has no such replica, or that was placed before its model was changed, and is about to be ended.
+        NotFound: it has no such replica that is to be loaded, or that was placed before its model was changed, and is
+            about to be ended.
     """
     with services.db.transaction() as db:
         replica = replicas.by_id(db, replica_id)
@@ -219,8 +220,10 @@ def replica_spec(services: Services, node: Node, replica_id: str) -> dict[str, A
         raise NotFound(f"Node '{node.name}' has no replica '{replica_id}'.")
     if replica.is_outdated(model):
         raise NotFound(f"The model '{model.name}' was changed after replica '{replica_id}' was placed.")
+    if replica.state is not ReplicaState.LOADING or replica.job_id is None:  # one that was adopted has a process
+        raise NotFound(f"Replica '{replica_id}' is {replica.state} and not to be started.")
     cut = {"context_size": replica.context_size} if replica.context_size else {}
-    return {"id": replica.id, "number": replica.number, "state": replica.state, "gpu": replica.reserved.vram > 0,
+    return {"id": replica.id, "number": replica.number, "job": replica.job_id, "gpu": replica.reserved.vram > 0,
             "model": {**model.spec(), **cut}}  # fmt: skip
 
 
@@ -342,7 +345,7 @@ def _clear(services: Services, db: Any, node: Node, why: str) -> list[Replica]:
     found = replicas.every(db, node_id=node.id)
     for replica in found:
         replicas.forget(db, replica.id)
-    own = job_rows.open_in(db, names.node_jobs_queue(node.id))
+    own = job_rows.open_on(db, node.id)
     jobs.end_at_once(services, db, own, NodeGone(f"The node '{node.name}' {why} before this was done."))
     return found
 

@@ -6,18 +6,17 @@ from contextlib import suppress
 from typing import Any
 
 from localai_q.cluster.backends import WishState
-from localai_q.cluster.jobs import BACKEND_JOBS, DOWNLOADS, NODE_JOBS, is_pause
-from localai_q.cluster.states import JobState, ReplicaState
+from localai_q.cluster.jobs import BACKEND_JOBS, DOWNLOADS, LOAD, NODE_JOBS, is_pause
+from localai_q.cluster.states import JobState
 from localai_q.errors import NotFound
 from localai_q.services import backends, jobs, quantizations
 from localai_q.services.wiring import Services
-from localai_q.store import models, nodes, replicas
 from localai_q.store.keys import ApiKey
 
 Record = dict[str, Any]
 
 TASKS = {"install_backend": "installation", "upgrade_backend": "upgrade", "delete_backend": "deletion",
-         "fetch_model": "staging", "clean_models": "deletion", "check_file": "check", "scan_files": "scan",
+         "fetch_model": "staging", LOAD: "load", "clean_models": "deletion", "check_file": "check", "scan_files": "scan",
          "import_files": "installation", "quantize": "quantization"}  # fmt: skip
 OUTCOMES = {"done": "completed", "failed": "failed", "cancelled": "cancelled"}
 MOST_OPEN = 1000
@@ -26,9 +25,7 @@ MOST_OPEN = 1000
 def current(services: Services) -> list[Record]:
     """What is open, the least advanced first; with what many nodes were asked for and some cannot do yet, or at all."""
     found = jobs.listed(services, states=(JobState.OPEN,), kinds=NODE_JOBS, limit=MOST_OPEN)
-    operations = [
-        *map(_of_job, found), *_paused(services), *_loads(services), *_waiting(services), *_unplaced(services)
-    ]  # fmt: skip
+    operations = [*map(_of_job, found), *_paused(services), *_waiting(services), *_unplaced(services)]
     return sorted(operations, key=lambda one: (one["progress"], one["id"], one["jobID"]))
 
 
@@ -99,19 +96,6 @@ def _paused(services: Services) -> list[Record]:
     """Downloads that were paused, and neither gone on with nor given up since."""
     found = jobs.listed(services, states=(JobState.CANCELLED,), kinds=DOWNLOADS, limit=MOST_OPEN)
     return [{**_of_job(job), "isQueued": False, "phase": "paused"} for job in found if is_pause(job["error"])]
-
-
-def _loads(services: Services) -> list[Record]:
-    with services.db.transaction() as db:
-        loading = replicas.every(db, states=(ReplicaState.LOADING,))
-        node_names = {node.id: node.name for node in nodes.every(db)}
-        model_names = {model.id: model.name for model in models.every(db)}
-    return [
-        {**_named(model_names.get(replica.model_id, "")), **_task("load"), "jobID": f"load:{replica.id}", "progress": 0,
-         "isQueued": False, "cancellable": False, "message": "", "phase": "loading", "nodeID": replica.node_id,
-         "nodeName": node_names.get(replica.node_id)}
-        for replica in loading
-    ]  # fmt: skip
 
 
 def _waiting(services: Services) -> list[Record]:

@@ -14,16 +14,16 @@ from localai_q.cluster.draining import Drained, plan_drains
 from localai_q.cluster.events import End
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.groups import rivals_of
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import DOWNLOADS, LOAD, Job, Keep
 from localai_q.cluster.models import Facts, File, Model
 from localai_q.cluster.nodes import Replica
 from localai_q.cluster.placement import MOST_REASONS, Action, Drop, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.routing import disabled
 from localai_q.cluster.speeds import Speeds
-from localai_q.cluster.stages import Step, next_step
+from localai_q.cluster.stages import Step, end_of_load, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
 from localai_q.cluster.wishes import Unmet
-from localai_q.errors import ModelDisabled, ModelNotFound, ModelUnavailable, Unavailable, to_record
+from localai_q.errors import Conflict, ModelDisabled, ModelNotFound, ModelUnavailable, Unavailable, to_record
 from localai_q.services import galleries, node_users
 from localai_q.services import jobs as job_services
 from localai_q.services.backends import request_for
@@ -35,6 +35,7 @@ from localai_q.store.engine import clock
 log = logging.getLogger(__name__)
 
 MOVING = (*COMING_UP, ReplicaState.STOPPING)
+MOST_LOADS = 10_000  # that are looked at in one go
 
 
 def reconcile(services: Services) -> None:
@@ -162,22 +163,57 @@ def _retry(services: Services, replica_id: str, known: dict[str, Model]) -> None
             replicas.move(db, replica_id, ReplicaState.PLACED, booking=booking(model, verdict))
 
 
-def _load(services: Services, replica: Replica, model: Model) -> None:
-    """Have the node load the model: what that takes is booked anew, for by now more may be known of it."""
+def _load(services: Services, replica: Replica, model: Model) -> str:
+    """Have the node load the model, as a job: what that takes is booked anew, for by now more may be known of it.
+
+    Returns why there is no room for that; empty: it was begun.
+    """
+    node_users.extend(services, replica.node_id)
+    job = Job(id=names.new_id(), kind=LOAD, state=JobState.OPEN, line=names.replica_queue(replica.id), model_id=model.id,
+              node_id=replica.node_id, request={"kind": LOAD, "replica": replica.id, "name": model.name},
+              keep=Keep.BACKGROUND)  # fmt: skip
     with services.db.transaction() as db:
         node = nodes.lock(db, replica.node_id)
         if node is None:
-            return
+            return "its node is gone"
         others = [other for other in replicas.every(db, node_id=node.id) if other.id != replica.id]
         verdict = weigh(_seeker(services, db, model), Site(node, others))
         if not verdict.fits:
             replicas.move(db, replica.id, ReplicaState.FAILED, reason=verdict.reason)
-            return
-        moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=None, booking=booking(model, verdict))
+            return verdict.reason
+        moved = replicas.move(db, replica.id, ReplicaState.LOADING, job_id=job.id, booking=booking(model, verdict))
+        if moved:
+            jobs.add(db, job)
     if not moved:
         log.error("replica %s cannot go from %s to loading", replica.id, replica.state)
-    else:
-        services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+        return "something else has become of it"
+    job_services.enter_line(services, job)
+    services.doorbells.ring(names.START_REPLICA, replica.id, queue=names.node_queue(replica.node_id))
+    return ""
+
+
+def load_again(services: Services, replica_id: str) -> str:
+    """Load what has failed again without waiting for its back-off; the id of the job, which may have been begun before.
+
+    Raises:
+        Conflict: the replica is gone, is past that, or cannot be loaded where it was.
+    """
+    with services.db.transaction() as db:
+        replica = replicas.by_id(db, replica_id)
+        model = models.by_id(db, replica.model_id) if replica else None
+        node = nodes.by_id(db, replica.node_id) if replica else None
+    if replica and model and node and replica.state is ReplicaState.FAILED:
+        fit = node.state is NodeState.READY and not replica.is_outdated(model) and not model.config.disabled
+        why = _load(services, replica, model) if fit else "its model was changed, or its node takes nothing new"
+        if why:
+            raise Conflict(f"This copy cannot be loaded again: {why}. The next request has one loaded where it can be.")
+        with services.db.transaction() as db:
+            replica = replicas.by_id(db, replica_id)
+    if replica is None:
+        raise Conflict("This copy is not there any more. The next request for its model has another one loaded.")
+    if replica.state is not ReplicaState.LOADING or not replica.job_id:
+        raise Conflict(f"This copy is {replica.state}: only one that has failed can be loaded again.")
+    return replica.job_id
 
 
 def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict | None:
@@ -223,7 +259,8 @@ def stop(services: Services, replica_id: str, reason: str) -> None:
 
 
 def advance(services: Services) -> None:
-    """Take every replica that is on its way one step further."""
+    """Take every replica that is on its way one step further, and end the loads of those that load no more."""
+    end_loads(services)
     with services.db.transaction() as db:
         moving = replicas.every(db, states=MOVING)
         known = {model.id: model for model in models.every(db)}
@@ -233,10 +270,22 @@ def advance(services: Services) -> None:
         model = known.get(replica.model_id)
         if model:
             job = stages[replica.id]
-            if job and replica.revision == model.revision:
+            if job and job.kind in DOWNLOADS and replica.revision == model.revision:
                 model = learned(services, model, job)
             step = next_step(replica, job, has_file=bool(model.config.source), now=now)
             _take(services, step, replica, model, str((job.error or {}).get("message", "cancelled")) if job else "")
+
+
+def end_loads(services: Services) -> None:
+    """End every open load whose owner could not say how it has ended, as its replica did."""
+    with services.db.transaction() as db:
+        loads = jobs.listed(db, states=(JobState.OPEN,), kinds=(LOAD,), limit=MOST_LOADS)
+        known = replicas.of_jobs(db, [job.id for job in loads])
+    for job in loads:
+        if ended := end_of_load(known.get(job.id)):
+            state, reason = ended
+            error = None if state is JobState.DONE else ModelUnavailable(reason or None)
+            job_services.abort(services, job, error, state=state, force=True)
 
 
 def fetch_request(model: Model) -> dict[str, Any]:
@@ -279,7 +328,6 @@ def _take(services: Services, step: Step, replica: Replica, model: Model, reason
         case Step.FETCH:
             _start_stage(services, replica, ReplicaState.STAGING, "fetch_model", model.id, fetch_request(model))
         case Step.LOAD:
-            node_users.extend(services, replica.node_id)
             _load(services, replica, model)
         case Step.REMIND:
             task = names.START_REPLICA if replica.state is ReplicaState.LOADING else names.STOP_REPLICA

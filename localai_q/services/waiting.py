@@ -11,7 +11,7 @@ from localai_q.bus import journal
 from localai_q.cluster.events import Progress
 from localai_q.cluster.models import Model
 from localai_q.cluster.routing import Snapshot
-from localai_q.cluster.states import ReplicaState
+from localai_q.cluster.states import COMING_UP, ReplicaState
 from localai_q.cluster.waiting import Load, Standing, expected_wait, failure_of, load_of
 from localai_q.services.snapshots import Snapshots
 from localai_q.services.wiring import Services
@@ -44,7 +44,7 @@ def standings(
 def load(services: Services, snapshot: Snapshot, model: Model) -> Load | None:
     """How far the model is; None when it is loaded, or nothing loads it."""
     own = snapshot.of_model.get(model.id, [])
-    stages = [replica.job_id for replica in own if replica.job_id]
+    stages = [replica.job_id for replica in own if replica.job_id and replica.state in COMING_UP]
     newest = journal.latest(services.redis, stages)
     progress = {job_id: event for job_id, event in newest.items() if isinstance(event, Progress)}
     return load_of(model, own, snapshot.node_names, progress, snapshot.speeds, snapshot.taken)

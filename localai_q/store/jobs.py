@@ -26,7 +26,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.events import End, Usage
 from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
-from localai_q.cluster.states import JOB_MOVES, JobState, sources
+from localai_q.cluster.states import COMING_UP, JOB_MOVES, JobState, sources
 from localai_q.errors import Paused
 from localai_q.store.tables import backend_wishes, job_logs, jobs, models, quantizations, replicas
 
@@ -94,6 +94,12 @@ def open_jobs(db: Connection, *, older_than: float = 0.0) -> list[Job]:
 def open_in(db: Connection, line: str) -> list[Job]:
     """The open jobs of a line, without their requests."""
     return [_job(row) for row in db.execute(select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.line == line))]
+
+
+def open_on(db: Connection, node_id: str) -> list[Job]:
+    """The open jobs that this node must do, without their requests."""
+    query = select(*LISTED).where(jobs.c.state == JobState.OPEN, jobs.c.node_id == node_id, OF_NODE)
+    return [_job(row) for row in db.execute(query)]
 
 
 def request(db: Connection, job_id: str) -> dict[str, Any] | None:
@@ -189,7 +195,8 @@ def forget(
     chosen = [jobs.c.state != JobState.OPEN, jobs.c.ended_at <= limit]
     if not ids:
         chosen.append(jobs.c.error["error"].astext.is_distinct_from(Paused.__name__))
-    chosen += [~exists().where(table.c.job_id == jobs.c.id) for table in (replicas, backend_wishes, quantizations)]
+    chosen += [~exists().where(table.c.job_id == jobs.c.id) for table in (backend_wishes, quantizations)]
+    chosen.append(~exists().where(replicas.c.job_id == jobs.c.id, replicas.c.state.in_(COMING_UP)))
     for column, allowed in ((jobs.c.id, ids), (jobs.c.state, states), (jobs.c.kind, kinds)):
         if allowed:
             chosen.append(column.in_(list(allowed)))

@@ -59,6 +59,12 @@ def every(
     return [_replica(row) for row in db.execute(query)]
 
 
+def of_jobs(db: Connection, job_ids: Collection[str]) -> dict[str, Replica]:
+    """The replicas whose stages these jobs are, by the jobs' ids; one of those that share a stage."""
+    rows = db.execute(_with_speed().where(replicas.c.job_id.in_(list(job_ids))))
+    return {row.job_id: _replica(row) for row in rows}
+
+
 def move(
     db: Connection, replica_id: str, target: ReplicaState, *, booking: Booking | None = None, **values: Any
 ) -> bool:

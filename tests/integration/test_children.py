@@ -14,8 +14,15 @@ import redis
 from waiting import LIMIT, wait_for
 
 from localai_q import names
+from localai_q.bus import journal
+from localai_q.bus.connection import client
+from localai_q.bus.leases import Leases, Submission
+from localai_q.cluster.events import End, Event, Progress
+from localai_q.cluster.jobs import LOAD
 from localai_q.cluster.reports import Report
+from localai_q.cluster.states import JobState
 from localai_q.embedded.valkey import Valkey
+from localai_q.errors import Cancelled, LocalAIError, Unavailable, to_record
 from localai_q.gallery import catalog
 from workers import versions
 from workers.child import ChildSpec, ModelSpec, ReplicaSpec
@@ -39,12 +46,24 @@ class Node:
         Identity(self.identity)
         self._redis_url = redis_url
         self._echo = echo
+        self.leases = Leases(client(redis_url), lease=5.0, journal_ttl=60.0, journal_max=1000)
+        self.redis = client(redis_url)
 
-    def start(self, *, backend: Path | None = None, slots: int = 2, options: list[str] | None = None) -> str:
+    def submit(self) -> str:
+        """A load that waits for a replica; they have one id here."""
         replica_id = names.new_id()
+        request = {"kind": LOAD, "replica": replica_id}
+        line = names.replica_queue(replica_id)
+        self.leases.submit(Submission(job_id=replica_id, line=line, request=request), longest_line=1)
+        return replica_id
+
+    def start(
+        self, *, backend: Path | None = None, slots: int = 2, options: list[str] | None = None, replica_id: str = ""
+    ) -> str:
+        replica_id = replica_id or self.submit()
         model = ModelSpec(id=names.new_id(), name="m", revision=1, backend="echo", slots=slots, options=options or [])
         replica = ReplicaSpec(
-            id=replica_id, number=1, model=model, backend_folder=backend or self._echo, blobs=self.home / "blobs",
+            id=replica_id, number=1, job=replica_id, model=model, backend_folder=backend or self._echo, blobs=self.home / "blobs",
             socket=self.home / "run" / f"{replica_id}.sock", log=self.home / "logs" / f"backend-{replica_id}.log",
         )  # fmt: skip
         self.children.start_replica(self.spec(replica))
@@ -55,6 +74,24 @@ class Node:
             node_id="n1", node_name="alpha", redis_url=self._redis_url, lease=5.0, journal_ttl=60.0, journal_max=1000,
             load_stall=self.load_stall, status_fd=-1, backends=self.home, models=self.home, api_url="", identity=self.identity, replica=replica,
         )  # fmt: skip
+
+    def begun(self, *options: str) -> str:
+        """A replica whose backend is at its load."""
+        replica_id = self.start(options=list(options))
+        assert wait_for(lambda: [event.stage for event in self.said(replica_id)[1]][-1:] == ["loading"])
+        return replica_id
+
+    def said(self, replica_id: str) -> tuple[list[int], list[Event]]:
+        """The attempts at its load, and what the job of that has said."""
+        entries = journal.tail(self.redis, replica_id, 100)
+        return [entry.attempt for entry in entries], [entry.event for entry in entries if entry.event]
+
+    def ended(self, replica_id: str) -> tuple[str, str]:
+        """The state and the error that its load has ended with."""
+        end = self.said(replica_id)[1][-1]
+        assert isinstance(end, End), end
+        assert not self.leases.held(names.replica_queue(replica_id)), "a lease is left"
+        return end.state, (end.error or {}).get("message", "")
 
     def hears(self, replica_id: str, state: str) -> str:
         """Wait for a report; its reason."""
@@ -268,6 +305,77 @@ def test_a_report_that_waits_for_the_api_keeps_nobody_from_being_heard(
     assert not go_on.is_set()
     go_on.set()
     node.children.stop_all(2.0)
+
+
+def test_a_load_is_a_job_that_says_how_far_it_is_and_is_done(node: Node) -> None:
+    replica_id = node.start()
+    node.hears(replica_id, "ready")
+    starting, loading, end = node.said(replica_id)[1]
+    assert (starting, loading) == (Progress(stage="starting", note="the backend echo"), Progress(stage="loading"))
+    assert node.ended(replica_id) == ("done", "")
+    assert 0 < end.timings["total"] < LIMIT
+
+
+def test_a_load_that_is_cancelled_ends_with_all_its_processes(node: Node) -> None:
+    replica_id = node.begun("load_ms:100000")
+    replica = node.process(replica_id)
+    family = [replica, *replica.children(recursive=True)]
+    end = End(state=JobState.CANCELLED, error=to_record(Cancelled()))
+    assert node.leases.abort(replica_id, names.replica_queue(replica_id), end) == "asked"
+    assert node.hears(replica_id, "failed") == "The job was cancelled."
+    assert not psutil.wait_procs(family, timeout=LIMIT)[1]
+    assert node.ended(replica_id) == ("cancelled", "The job was cancelled.")
+
+
+@pytest.mark.parametrize(
+    "error", [Cancelled(), Unavailable("Not needed: it is in the way.")], ids=["cancelled", "ended"]
+)
+def test_a_load_that_has_ended_before_its_process_was_there_is_not_begun(node: Node, error: LocalAIError) -> None:
+    replica_id = node.submit()
+    end = End(state=JobState.FAILED, error=to_record(error))
+    assert node.leases.abort(replica_id, names.replica_queue(replica_id), end) == "ended"
+    node.start(replica_id=replica_id)
+    assert node.hears(replica_id, "failed") == error.message
+    assert node.left("logs", replica_id) == [f"replica-{replica_id}.log"], "its backend was started"
+
+
+def test_a_load_that_is_ended_under_its_process_ends_that(node: Node) -> None:
+    replica_id = node.begun("load_ms:100000")
+    backend = node.process(replica_id).children()
+    end = End(state=JobState.FAILED, error=to_record(Unavailable("It is not needed.")))
+    line = names.replica_queue(replica_id)
+    assert node.leases.abort(replica_id, line, end, force=True) == "ended"
+    node.hears(replica_id, "failed")
+    assert not psutil.wait_procs(backend, timeout=LIMIT)[1]
+    assert node.ended(replica_id) == ("failed", "It is not needed.")
+
+
+def test_a_load_whose_backend_dies_ends_with_its_last_words(node: Node) -> None:
+    replica_id = node.begun("load_ms:100000")
+    (backend,) = [each for each in node.process(replica_id).children() if "server.py" in each.cmdline()]
+    backend.kill()
+    reason = node.hears(replica_id, "failed")
+    assert reason.startswith("the backend could not load the model: ")
+    assert node.ended(replica_id) == ("failed", reason)
+
+
+def test_a_load_that_redis_loses_is_put_back_and_done(node: Node) -> None:
+    replica_id = node.begun("load_ms:8000")
+    node.redis.flushall()
+    assert wait_for(lambda: node.leases.held(names.replica_queue(replica_id)))
+    node.hears(replica_id, "ready")
+    assert node.ended(replica_id) == ("done", "")
+    assert set(node.said(replica_id)[0]) == {1}
+
+
+def test_a_load_whose_lease_was_lost_goes_on_with_another(node: Node) -> None:
+    replica_id = node.begun("load_ms:8000")
+    line = names.replica_queue(replica_id)
+    node.redis.zadd(names.leases_key(line), {replica_id: 1}, xx=True)
+    assert node.leases.requeue_expired(line) == {replica_id: 1}
+    node.hears(replica_id, "ready")
+    assert node.ended(replica_id) == ("done", "")
+    assert set(node.said(replica_id)[0]) == {1, 2}
 
 
 def make_log(home: Path, name: str, age: float) -> None:

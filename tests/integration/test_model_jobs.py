@@ -20,7 +20,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.config import load_settings
 from localai_q.errors import Cancelled, Paused, to_record
-from localai_q.services import jobs, keys, nodes, replicas
+from localai_q.services import jobs, keys, nodes, replicas, retries
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from workers.child import ChildSpec
@@ -165,7 +165,7 @@ def test_a_cancelled_fetch_leaves_nothing_and_one_that_is_given_back_or_paused_g
         return
     if how == "paused":
         assert result(services, job_id) == (JobState.CANCELLED, to_record(Paused()))
-        job_id = jobs.retry(services, job_id, asker)
+        job_id = retries.retry(services, job_id, asker)
     server.put("/m", Remote(CONTENT))
     worker.run(job_id)
     assert result(services, job_id)[0] is JobState.DONE

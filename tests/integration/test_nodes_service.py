@@ -196,8 +196,14 @@ class TestReports:
     def test_a_node_is_told_what_it_needs_to_start_a_replica(self, services: Services) -> None:
         node = ready_node(services)
         found = place(services, "n1", add_model(services, context_size=512))
+        with services.db.transaction() as db:
+            replicas.move(db, found.id, ReplicaState.INSTALLING, job_id="install")
+        with pytest.raises(NotFound, match="is installing and not to be started"):
+            nodes.replica_spec(services, node, found.id)
+        with services.db.transaction() as db:
+            replicas.move(db, found.id, ReplicaState.LOADING, job_id="load")
         spec = nodes.replica_spec(services, node, found.id)
-        assert (spec["id"], spec["number"], spec["state"]) == (found.id, 1, ReplicaState.PLACED)
+        assert (spec["id"], spec["number"], spec["job"]) == (found.id, 1, "load")
         assert (spec["model"]["name"], spec["model"]["context_size"]) == ("m", 512)
 
     def test_a_report_wakes_control(self, services: Services) -> None:

@@ -89,17 +89,6 @@ def test_open_work_is_shown_with_its_progress_in_localais_form(
     assert http.post("/api/operations/nothing/cancel").status_code == 404
 
 
-def test_a_load_is_shown(services: Services, node: Node, http: httpx.Client) -> None:
-    add_model(services, "m", min_replicas=1)
-    replicas.reconcile(services)
-    with services.db.transaction() as db:
-        (replica,) = replica_rows.every(db)
-        replica_rows.move(db, replica.id, ReplicaState.STAGING)
-        replica_rows.move(db, replica.id, ReplicaState.LOADING)
-    shown = next(one for one in operations(http) if one["taskType"] == "load")
-    assert (shown["name"], shown["nodeName"], shown["cancellable"]) == ("m", "n1", False)
-
-
 def test_what_a_node_that_is_away_should_do_and_what_was_given_up_is_shown(
     services: Services, node: Node, http: httpx.Client
 ) -> None:

@@ -23,7 +23,7 @@ from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, InvalidValue, NotFound
-from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations, uploads
+from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations, retries, uploads
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import quantizations as rows
@@ -345,7 +345,7 @@ def test_a_job_that_is_cancelled_stops_it_and_is_not_tried_again(services: Servi
     jobs.apply_ends(services)
     assert shown(services, made)["status"] == "stopped"
     with pytest.raises(Conflict, match=f"localai-q quantize retry {made}"):
-        jobs.retry(services, job_id, admin)
+        retries.retry(services, job_id, admin)
 
 
 @pytest.mark.parametrize("how", ["failed", "stopped"])

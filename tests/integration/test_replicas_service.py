@@ -519,6 +519,10 @@ class TestMemory:
             model_rows.learn(db, model_named(services, "m"), FACTS)
         ask(services)
         replicas.reconcile(services)
+        stage(services, node)
+        replicas.reconcile(services)
+        stage(services, node)
+        replicas.reconcile(services)
         told = nodes.replica_spec(services, node, only(services).id)["model"]["context_size"]
         assert 512 <= told < 8192
         assert told % 256 == 0

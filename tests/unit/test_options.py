@@ -111,7 +111,7 @@ def test_a_model_is_loaded_as_it_was_registered() -> None:
     model = ModelSpec(id="m1", name="n", revision=1, backend="echo", source="ollama://n", context_size=2048, slots=3,
                       threads=2, sha256="a" * 64,
                       gpu_layers=5, embeddings=True, options=("delay:1",))  # fmt: skip
-    spec = ReplicaSpec(id="r", number=1, model=model, backend_folder=Path("/b"), blobs=Path("/f"),
+    spec = ReplicaSpec(id="r", number=1, job="j", model=model, backend_folder=Path("/b"), blobs=Path("/f"),
                        socket=Path("/s"), log=Path("/l"))  # fmt: skip
     options = model_options(spec)
     assert (options.Model, options.ModelFile, options.ContextSize, options.Threads) == ("n", f"/f/{'a' * 64}", 2048, 2)
@@ -127,7 +127,7 @@ def test_further_files_and_a_template_are_named_by_where_they_lie() -> None:
     model = ModelSpec(id="m1", name="n", revision=1, source="ollama://n", mmproj={**file, "sha256": a},
                       draft_model={**file, "sha256": b}, loras=[{**file, "sha256": c, "scale": 0.5}],
                       chat_template="{{ messages }}")  # fmt: skip
-    spec = ReplicaSpec(id="r", number=1, model=model, backend_folder=Path("/b"), blobs=Path("/f"),
+    spec = ReplicaSpec(id="r", number=1, job="j", model=model, backend_folder=Path("/b"), blobs=Path("/f"),
                        socket=Path("/run/r.sock"), log=Path("/l"))  # fmt: skip
     options = model_options(spec)
     assert (options.MMProj, options.DraftModel) == (f"/f/{a}", f"/f/{b}")

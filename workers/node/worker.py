@@ -156,6 +156,7 @@ class Node:
         return ReplicaSpec(
             id=told["id"],
             number=told["number"],
+            job=told["job"],
             gpu=told["gpu"],
             model=model,
             backend_folder=versions.pointer(self.backends, model.backend),

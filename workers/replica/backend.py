@@ -41,13 +41,20 @@ class Backend:
         self._server = BackendProcess(folder, socket=spec.socket, log=spec.log, threads=threads)
         self._stub, self._metadata = self._server.stub, self._server.metadata
 
-    def load(self) -> None:
-        """Wait until it answers, and have it load the model.
+    def wait_for_health(self) -> None:
+        """Wait until it answers.
 
         Raises:
-            StartupError: it does not come up, or cannot load the model; the message has its own words.
+            StartupError: it does not come up; the message has its own words.
         """
         self._server.wait_for_health()
+
+    def load(self) -> None:
+        """Have it load the model.
+
+        Raises:
+            StartupError: it cannot; the message has its own words.
+        """
         try:
             self._lay_out()
             result = self._stub.LoadModel(model_options(self._spec), metadata=self._metadata)
@@ -67,6 +74,11 @@ class Backend:
     def embed(self, options: Any) -> Any:
         """Begin an embedding: a future of the result."""
         return self._stub.Embedding.future(options, metadata=self._metadata)
+
+    def kill(self) -> None:
+        """End the process at once, whatever it does; who waits for its answer is told."""
+        self._stopping = True
+        kill_group(self._server.process)
 
     def stop(self, grace: float = 2.0) -> None:
         """End the process; it has nothing left to do."""

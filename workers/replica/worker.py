@@ -23,6 +23,7 @@ from workers.child import FINISH, ChildSpec, ReplicaSpec, StatusPipe, read_spec
 from workers.claims import Claims
 from workers.identity import Identity
 from workers.replica.backend import Backend
+from workers.replica.loading import Load
 from workers.replica.runner import Runner
 
 log = logging.getLogger(__name__)
@@ -41,18 +42,21 @@ def prepare(worker: Any, conf: Any) -> None:
     conf.worker_concurrency = spec.replica.model.slots
     for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    replica, redis = spec.replica, client(spec.redis_url, identity.secret)
+    claims = make_claims(spec, replica, redis)
     try:
         status.say("loading")
-        backend = Backend(spec.replica, on_death=lambda reason: _end_worker(status, reason))
-        backend.load()
+        load = Load(claims, redis, replica)
+        backend = load.run(lambda: Backend(replica, on_death=lambda reason: _end_worker(status, reason)))
     except StartupError as error:
         status.say("failed", error.message)
         raise
-    runner = make_runner(spec, spec.replica, identity, backend)
+    line = names.model_queue(replica.model.id)
+    runner = Runner(claims, backend, Doorbells(app), identity=replica.model.name, line=line)
     status.figures = runner.figures
     drain_timeout = settings().drain_timeout
-    queue, slots = names.replica_queue(spec.replica.id), spec.replica.model.slots
-    probe = Probe(app, client(spec.redis_url, identity.secret), queue, slots=slots, drain=drain_timeout)
+    queue, slots = names.replica_queue(replica.id), replica.model.slots
+    probe = Probe(app, redis, queue, slots=slots, drain=drain_timeout)
 
     @app.task(name=names.RUN_GENERATION)
     def run_generation(job_id: str) -> None:
@@ -67,15 +71,12 @@ def prepare(worker: Any, conf: Any) -> None:
     signals.worker_shutdown.connect(lambda **_: backend.stop(), weak=False)
 
 
-def make_runner(spec: ChildSpec, replica: ReplicaSpec, identity: Identity, backend: Backend) -> Runner:
-    """The runner of this replica's jobs."""
-    redis = client(spec.redis_url, identity.secret)
+def make_claims(spec: ChildSpec, replica: ReplicaSpec, redis: Any) -> Claims:
+    """What this process holds leases with: of its load, and of its model's jobs after that."""
     leases = Leases(redis, lease=spec.lease, journal_ttl=spec.journal_ttl, journal_max=spec.journal_max)
-    claims = Claims(
+    return Claims(
         redis, leases, owner=replica.id, node_id=spec.node_id, lease=spec.lease, revision=replica.model.revision
     )
-    line = names.model_queue(replica.model.id)
-    return Runner(claims, backend, Doorbells(app), identity=replica.model.name, line=line)
 
 
 class Ending:
