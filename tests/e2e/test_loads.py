@@ -68,6 +68,28 @@ def test_a_load_goes_on_when_nobody_waits_for_it_any_more(own: Cluster) -> None:
     assert own.say("hello", model="works").choices[0].message.content
 
 
+def test_a_load_that_is_cancelled_leaves_nothing_and_who_waits_gets_the_next_one(own: Cluster) -> None:
+    before = own.pids("server.py")
+    add(own, "cancelled", WORKS)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(own.http.post, "/v1/chat/completions", json=ask("cancelled"))
+        until(lambda: loading(own, "cancelled") and set(own.pids("server.py")) - set(before), LIMIT, "the load")
+        backends = set(own.pids("server.py")) - set(before)
+        (job,) = own.jobs(kind="load_model", state="open")
+        until(lambda: (own.job(job["id"])["progress"] or {}).get("stage") == "loading", LIMIT, "its progress")
+        own.cli("jobs", "cancel", job["id"])
+        assert own.ended_job(job["id"])["state"] == "cancelled"
+        until(lambda: not backends & set(own.pids("server.py")), LIMIT, "the end of the backend")
+        assert waiting.result().status_code == 200, waiting.result().text
+    words = "starting: the backend echo\nloading\ncancelled: The job was cancelled.\n"
+    assert own.cli("jobs", "log", job["id"]) == words
+    (again,) = [
+        load for load in own.jobs(kind="load_model") if load["model"] == "cancelled" and load != own.job(job["id"])
+    ]
+    assert own.ended_job(again["id"])["state"] == "done"
+    own.cli("models", "remove", "cancelled")
+
+
 def test_a_model_that_is_removed_while_it_loads_leaves_nothing(own: Cluster) -> None:
     before = own.pids("server.py")
     add(own, "goes", LONG)

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Callable, Iterator
 from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM
+from typing import Any
 
 import pytest
 from callers import Caller, counted, numbers
@@ -87,6 +88,24 @@ def test_jobs_for_a_model_that_is_loading_end_whole(
         which = [node_of(pid)]
     send(which or pids(cluster, what), SIGKILL)
     assert [stream.whole(), whole.whole()] == [counted(10)] * 2
+    *tries, last = loads(ledger)
+    assert last == ("done", None)
+    assert {state for state, _ in tries} <= {"failed"}
+    assert what not in WHY or [error for _, error in tries if error and WHY[what] in error["message"]], tries
+
+
+WHY = {"replica": "exit code -9", "backend": "the backend ", "node": "was started anew"}
+
+
+def loads(ledger: Ledger) -> list[tuple[str, dict[str, Any] | None]]:
+    """State and error of every load of the model that is slow to load, once all have ended."""
+
+    def ended() -> list[tuple[str, Any]]:
+        found = ledger.rows("SELECT j.state, j.error FROM jobs j JOIN models m ON m.id = j.model_id "
+                            "WHERE j.kind = 'load_model' AND m.name = 'slow' ORDER BY j.created_at")  # fmt: skip
+        return [(state, error) for state, error in found] if all(state != "open" for state, _ in found) else []
+
+    return until(ended, LIMIT, "the end of the loads")
 
 
 @pytest.mark.parametrize("what", ["replica", "node", "postgres"])

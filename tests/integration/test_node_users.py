@@ -52,6 +52,21 @@ def submit(services: Services, job_id: str, line: str) -> None:
     services.leases.submit(Submission(job_id=job_id, line=line, request={}, watcher="w1"), longest_line=9)
 
 
+def test_a_node_claims_the_loads_of_its_own_replicas_only(services: Services, node: Node) -> None:
+    give_model(services, node)
+    thief = ready_node(services, "n2", "other")
+    with services.db.transaction() as db:
+        (own,) = replicas.every(db)
+    line = names.replica_queue(own.id)
+    submit(services, "load", line)
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        make_leases(as_node(services, thief, "other"), services.settings).claim(
+            "load", line, owner="x", node_id=thief.id
+        )
+    lease = make_leases(as_node(services, node), services.settings).claim("load", line, owner="x", node_id=node.id)
+    assert isinstance(lease, Lease)
+
+
 def test_a_node_is_handed_a_user_and_no_password(services: Services, node: Node) -> None:
     url = join(services)["redis_url"]
     assert urlsplit(url).password is None

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from localai_q.cluster.jobs import Job
+from localai_q.cluster.jobs import LOAD, Job
 from localai_q.cluster.nodes import Replica
-from localai_q.cluster.stages import SILENT_LOAD, Step, next_step
+from localai_q.cluster.stages import ENDING, SILENT_LOAD, Step, end_of_load, next_step
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import Paused, to_record
 
@@ -41,6 +41,27 @@ S, J = ReplicaState, JobState
 def test_the_next_step_follows_from_the_state_and_the_job_of_its_stage(state, job, has_file, step) -> None:
     replica = replace(REPLICA, state=state, changed=1000.0)
     assert next_step(replica, job and replace(JOB, state=job), has_file=has_file, now=1000.0) is step
+
+
+@pytest.mark.parametrize("state", [J.FAILED, J.CANCELLED])
+@pytest.mark.parametrize("error", [None, to_record(Paused())])
+def test_what_could_not_be_loaded_fails_once_its_process_has_had_time_to_end(state, error) -> None:
+    replica = replace(REPLICA, state=S.LOADING, changed=1000.0)
+    job = replace(JOB, kind=LOAD, state=state, error=error, ended=2000.0)
+    assert next_step(replica, job, has_file=True, now=2000.0 + ENDING) is Step.WAIT
+    assert next_step(replica, job, has_file=True, now=2000.1 + ENDING) is Step.FAIL
+    done = replace(job, state=J.DONE)
+    assert next_step(replica, done, has_file=True, now=1001.0 + SILENT_LOAD) is Step.REMIND, "until its node says so"
+
+
+@pytest.mark.parametrize("state", ReplicaState)
+def test_an_open_load_ends_with_what_became_of_its_replica(state) -> None:
+    ended = {S.LOADING: None, S.READY: (J.DONE, ""), S.FAILED: (J.FAILED, "why")}
+    assert end_of_load(replace(REPLICA, state=state, reason="why")) == ended.get(state, (J.FAILED, "Not needed: why."))
+
+
+def test_an_open_load_of_nothing_has_failed() -> None:
+    assert end_of_load(None) == (J.FAILED, "What was loaded is not there any more.")
 
 
 def test_what_was_paused_is_waited_for() -> None:
