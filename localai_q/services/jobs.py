@@ -154,6 +154,7 @@ def abort(
     """End an open job, or ask its owner to: "ended", "asked", or None when it had ended.
 
     A job that Redis has lost is brought back first, for its owner may be about to restore it, and must be refused.
+    `error`: None of one that is done.
     """
     end = End(state=state, error=to_record(error) if error else None)
     became = services.leases.abort(job.id, job.line, end, force=force, pause=isinstance(error, Paused))
