@@ -18,7 +18,7 @@ from localai_q.bus import journal
 from localai_q.bus.leases import Refusal
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, LocalAIError, ModelUnavailable, StartupError, from_record, to_record
+from localai_q.errors import LocalAIError, ModelUnavailable, StartupError, from_record, to_record
 from workers.child import ReplicaSpec
 from workers.claims import RETRY, Claims, Held
 from workers.replica.backend import Backend
@@ -60,8 +60,8 @@ class Load:
             self._say("loading")
             backend.load()
             self._held.on_cancel(lambda: None)
-            if self._refused:
-                raise StartupError(self._refused.message)
+            if self._held.why == "cancelled" or self._refused:
+                raise StartupError
         except StartupError as error:
             if backend:
                 backend.kill()
@@ -92,10 +92,12 @@ class Load:
 
     def _heed(self, held: Held, backend: Backend) -> None:
         """The load is to stop; or its lease was lost, and it goes on with another one, unless the job has ended."""
-        if held.why == "cancelled":
-            self._refused = Cancelled()
-        else:
-            answer = self._claims.claim(self._spec.job, self._line)
+        if held.why != "cancelled":
+            try:
+                answer = self._claims.claim(self._spec.job, self._line)
+            except (redis.RedisError, OSError, LocalAIError) as error:
+                log.warning("the load goes on without its lease: %s", error)
+                return
             if isinstance(answer, Held):
                 self._hold(answer, backend)
                 return
@@ -104,8 +106,6 @@ class Load:
 
     def _why(self, refusal: Refusal) -> LocalAIError:
         """What the job has ended with that is not to be had."""
-        if refusal.why == "cancelled":
-            return Cancelled()
         with suppress(LocalAIError):
             ended = journal.latest(self._redis, [self._spec.job]).get(self._spec.job)
             if isinstance(ended, End) and ended.error:
@@ -114,10 +114,11 @@ class Load:
 
     def _failed(self, error: StartupError) -> StartupError:
         """End the job with what has kept the model from being loaded."""
-        why = self._refused or ModelUnavailable(error.message)
-        state = JobState.CANCELLED if isinstance(why, Cancelled) else JobState.FAILED
-        self._held.finish(End(state=state, error=to_record(why)))
-        return StartupError(why.message)
+        end = End(state=JobState.FAILED, error=to_record(self._refused or ModelUnavailable(error.message)))
+        if self._held.why == "cancelled":
+            end = self._held.asked()
+        self._held.finish(end)
+        return StartupError(from_record(end.error or {}).message)
 
     def _say(self, stage: str, note: str = "") -> None:
         self._held.emit(Progress(stage=stage, note=note))
