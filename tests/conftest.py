@@ -1,6 +1,6 @@
 """What tests stand on: one embedded Postgres and one embedded Valkey per session, each test with clean data in them.
 
-A test's database is a clone of a migrated template. Servers that a test wants to kill it starts itself.
+A test's database has the tables and no row. Servers that a test wants to kill it starts itself.
 """
 
 import itertools
@@ -15,6 +15,7 @@ import redis
 from e2e_cluster import folder_of_homes
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
+from sqlalchemy.pool import NullPool
 from xdist.scheduler import LoadScopeScheduling
 
 from localai_q import ports
@@ -79,7 +80,7 @@ def make_database(postgres: Postgres) -> Iterator[Callable[..., str]]:
     from localai_q.store import migrate
 
     owner = create_engine(postgres.url, isolation_level="AUTOCOMMIT")
-    with owner.connect() as connection:  # hundreds of clones are to survive the tests, not a loss of power
+    with owner.connect() as connection:  # the databases are to survive the tests, not a loss of power
         connection.execute(text("ALTER SYSTEM SET fsync = off"))
         connection.execute(text("SELECT pg_reload_conf()"))
 
@@ -95,11 +96,47 @@ def make_database(postgres: Postgres) -> Iterator[Callable[..., str]]:
     owner.dispose()
 
 
+class Emptied:
+    """Migrated databases without a row. One is used again when nobody is connected to it any more: a copy costs 8 MB."""
+
+    def __init__(self, make: Callable[..., str], server: Postgres) -> None:
+        self._make = make
+        self._owner = create_engine(server.url, isolation_level="AUTOCOMMIT", poolclass=NullPool)
+        self._known: list[str] = []
+
+    def give(self) -> str:
+        """The URL of one."""
+        for url in self._known:
+            if not self._in_use(url):
+                _empty(url)
+                return url
+        self._known.append(self._make("test"))
+        return self._known[-1]
+
+    def _in_use(self, url: str) -> bool:
+        query = text("SELECT count(*) FROM pg_stat_activity WHERE datname = :name")
+        with self._owner.connect() as connection:
+            return bool(connection.execute(query, {"name": make_url(url).database}).scalar())
+
+
+def _empty(url: str) -> None:
+    from localai_q.store.tables import metadata
+
+    emptying = create_engine(url, poolclass=NullPool)
+    with emptying.begin() as connection:
+        connection.execute(text("; ".join(f"DELETE FROM {table.name}" for table in reversed(metadata.sorted_tables))))
+
+
+@pytest.fixture(scope="session")
+def emptied(make_database: Callable[..., str], postgres: Postgres) -> Emptied:
+    return Emptied(make_database, postgres)
+
+
 @pytest.fixture
-def database_url(make_database: Callable[..., str]) -> Iterator[str]:
+def database_url(emptied: Emptied) -> Iterator[str]:
     from localai_q.store.engine import engine
 
-    url = make_database("test")
+    url = emptied.give()
     yield url
     engine(url).dispose()
 

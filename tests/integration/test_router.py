@@ -162,9 +162,11 @@ class TestAffinity:
         assert web._prefixes.holders == set()
 
     def test_web_processes_share_what_they_have_seen(self, play: Play) -> None:
-        here, there = play.web(), play.web()
+        here, there, heard = play.web(), play.web(), threading.Event()
+        hear = there.hear
+        there.hear = lambda *message: (heard.set(), hear(*message))  # type: ignore[method-assign, assign, func-returns-value]
         there.start()
-        assert wait_for(lambda: play.services.redis.pubsub_numsub(names.PREFIXES_CHANNEL)[0][1] == 1)
+        assert wait_for(lambda: play.services.redis.publish(names.PREFIXES_CHANNEL, "{}") and heard.is_set())
         play.do(here, play.ask(here, LONG), play.two)
         assert wait_for(lambda: there._prefixes.holders) == {play.two}
         assert {play.told(play.ask(there, LONG)) for _ in range(2)} == {play.two}
