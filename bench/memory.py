@@ -8,50 +8,32 @@ without the replica's own process.
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import grpc
 import psutil
 
+from bench.engine import loaded
 from localai_q.cluster.memory import PROMPT_CACHE, REPLICA, need
 from localai_q.cluster.models import ModelConfig
 from localai_q.gguf import read_facts
-from localai_q.proto import backend_pb2, backend_pb2_grpc
+from localai_q.proto import backend_pb2
 
-BACKEND = Path(__file__).resolve().parents[1] / "workers" / "backends" / "xllamacpp"
 CASES = ((512, 1), (4096, 4), (8192, 4))  # context of one request, slots
 MIB = 1 << 20
 
 
 def measure(file: Path, config: ModelConfig) -> tuple[int, int]:
     """Bytes of RSS of the backend with this model: once it is loaded, and after a long prompt."""
-    with tempfile.TemporaryDirectory(prefix="lq") as folder:
-        address = f"unix:{folder}/b.sock"
-        process = subprocess.Popen([sys.executable, "server.py", "--addr", address], cwd=BACKEND,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-        try:
-            with grpc.insecure_channel(address) as channel:
-                grpc.channel_ready_future(channel).result(30)
-                stub = backend_pb2_grpc.BackendStub(channel)
-                loaded = stub.LoadModel(
-                    backend_pb2.ModelOptions(ModelFile=str(file), ContextSize=config.context_size,
-                                             CacheTypeKey=config.cache_type, CacheTypeValue=config.cache_type,
-                                             Options=[f"parallel:{config.slots}", "cache_ram:0"])
-                )  # fmt: skip
-                if not loaded.success:
-                    raise RuntimeError(loaded.message)
-                time.sleep(0.5)
-                before = psutil.Process(process.pid).memory_info().rss
-                _fill(stub, config.context_size)
-                return before, psutil.Process(process.pid).memory_info().rss
-        finally:
-            process.kill()
-            process.wait()
+    options = {"ContextSize": config.context_size, "CacheTypeKey": config.cache_type,
+               "CacheTypeValue": config.cache_type, "Options": [f"parallel:{config.slots}", "cache_ram:0"]}  # fmt: skip
+    with loaded(file, options) as (stub, pid):
+        time.sleep(0.5)
+        before = psutil.Process(pid).memory_info().rss
+        _fill(stub, config.context_size)
+        return before, psutil.Process(pid).memory_info().rss
 
 
 def _fill(stub: Any, context_size: int) -> None:
@@ -74,8 +56,8 @@ def main() -> None:
             estimate = need(config, facts, 0)
             assert estimate is not None
             told = estimate.memory.ram - PROMPT_CACHE - REPLICA
-            loaded, used = measure(file, config)
-            print(f"{context_size:8} {slots:6} {cache_type:>6} {told // MIB:9} {loaded // MIB:8} {used // MIB:8}"
+            before, used = measure(file, config)
+            print(f"{context_size:8} {slots:6} {cache_type:>6} {told // MIB:9} {before // MIB:8} {used // MIB:8}"
                   f"  {(told - used) / used:+.0%}", flush=True)  # fmt: skip
 
 
