@@ -140,7 +140,7 @@ class Network:
         else:
             return
         raise InvalidValue(
-            f"{host} is {address}, {what}; LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that",
+            f"{host} is {address}, {what}; LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true allows that, on the node, or for galleries on the API",
             param="source",
         )
 

@@ -39,6 +39,7 @@ class FromUri(BaseModel):
 
     uri: str = Field(min_length=1, max_length=2000)
     name: str = Field("", max_length=128)
+    sha256: str | None = None
     preload: bool = True
 
 
@@ -84,7 +85,8 @@ def import_documents() -> tuple[dict[str, Any], int]:
 @routes.post("/models/import-uri")
 def import_uri() -> dict[str, Any]:
     body = parse(FromUri, request.get_data())
-    return installs.import_uri(web().services, body.uri, name=body.name, preload=body.preload)
+    return installs.import_uri(web().services, body.uri, name=body.name, sha256=body.sha256,
+                               preload=body.preload)  # fmt: skip
 
 
 @routes.post("/models/edit/<path:name>", **WHOLE)

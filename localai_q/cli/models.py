@@ -210,6 +210,9 @@ def import_model(
         str, typer.Argument(help="A YAML file of LocalAI's, - for what comes in, or where a model's file is.")
     ],
     name: Annotated[str, typer.Option(help="Another name for what a URI names.")] = "",
+    sha256: Annotated[
+        str, typer.Option(help="The SHA-256 of what a URI names, where its source does not tell it.")
+    ] = "",
 ) -> None:
     """Add models from LocalAI's YAML, or one by its URI. What of a document does not hold here is said.
 
@@ -221,10 +224,10 @@ def import_model(
     """
     api = connect()
     if re.match(r"[a-z0-9]+:", what):
-        body = {"uri": what, **({"name": name} if name else {})}
+        body = {"uri": what, **({"name": name} if name else {}), **({"sha256": sha256} if sha256 else {})}
         found = [api.call("POST", "/models/import-uri", json=body)]
-    elif name:
-        raise InvalidValue("--name goes with a URI; a document has its own name")
+    elif name or sha256:
+        raise InvalidValue("--name and --sha256 go with a URI; a document says both itself")
     else:
         found = api.call("POST", "/models/import", content=_text(Path(what)))["models"]
     for model in found:

@@ -163,16 +163,23 @@ def edit(services: Services, name: str, text: bytes) -> Record:
     return {"name": name, "config_revision": shown["revision"], "pending_cleanup": left, "warnings": found.warnings}
 
 
-def import_uri(services: Services, uri: str, *, name: str = "", preload: bool = True) -> Record:
+def import_uri(
+    services: Services, uri: str, *, name: str = "", sha256: str | None = None, preload: bool = True
+) -> Record:
     """Add a model by where its file is, or by where its document is. Returns what `install` does.
+
+    Args:
+        sha256: of the file, where its source does not tell it.
 
     Raises: as `install`.
     """
     path = uri.partition("#")[0].partition("?")[0]
     if uri.startswith(("http://", "https://", "github:")) and path.partition("@")[0].endswith((".yaml", ".yml")):
+        if sha256:
+            raise InvalidValue("'sha256' goes with a model's file; a document says those of its own.", param="sha256")
         return install(services, url=uri, name=name, preload=preload)
     source = source_of(uri)
-    document = checked(Document, {"name": name or _name_of(source), "source": source})
+    document = checked(Document, {"name": name or _name_of(source), "source": source, "sha256": sha256})
     return _added(services, Imported(document=document), preload=preload)
 
 

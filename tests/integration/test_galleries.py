@@ -162,7 +162,7 @@ def test_no_other_name_for_the_cluster_gets_through(
         return list(real(found, port, *args, **more))
 
     monkeypatch.setattr("localai_q.network.socket.getaddrinfo", lookup)
-    assert "LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that" in error_of(
+    assert "LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true allows that, on the node, or for galleries on the API" in error_of(
         naming(services, f"http://{host}/l")
     )
 

@@ -373,8 +373,12 @@ class TestImports:
         )
         assert installs.import_uri(services, "ollama://smollm2:135m", preload=False)["name"] == "smollm2:135m"
         assert installs.import_uri(services, "hf://o/r/sub/big-00001-of-00002.gguf@v1")["name"] == "big"
+        installs.import_uri(services, "https://h/x.gguf", sha256=A)
+        assert model_named(services, "x").config.sha256 == A
+        with pytest.raises(InvalidValue, match="goes with a model's file"):
+            installs.import_uri(services, "https://h/x.yaml", sha256=A)
         for uri, error in (
-            ("https://h/x.gguf", InvalidValue),
+            ("https://h/y.gguf", InvalidValue),
             ("nonsense:x", InvalidValue),
             ("https://[x.yaml", InvalidValue),
             ("https://[x", InvalidValue),

@@ -81,7 +81,7 @@ def private(root: Path, source: str, **more: object) -> Path:
      "[64:ff9b::a9fe:a9fe]", "[2001::ffff]", "[ff0e::1]"],
 )  # fmt: skip
 def test_addresses_of_no_public_network_are_refused(tmp_path: Path, host: str) -> None:
-    with pytest.raises(InvalidValue, match=r"LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true on the node allows that"):
+    with pytest.raises(InvalidValue, match=r"LOCALAI_Q_ALLOW_PRIVATE_SOURCES=true allows that, on the node"):
         private(tmp_path, f"http://{host}/m.gguf")
 
 

@@ -723,5 +723,7 @@ def test_models_are_imported_and_installed_by_the_command_line(web: Web, tmp_pat
     code, _, err = web.cli("models", "import", str(file))
     assert (code, "'vllm' is none of" in err) == (1, True)
     assert web.cli("models", "import", "ollama://tiny", "--name", "t")[0] == 0
-    for name in ("qwen3-0.6b", "their", "t"):
+    assert web.cli("models", "import", "https://x.example/u.gguf", "--sha256", "a" * 64)[0] == 0
+    assert "go with a URI" in web.cli("models", "import", str(file), "--sha256", "a" * 64)[2]
+    for name in ("qwen3-0.6b", "their", "t", "u"):
         assert web.cli("models", "remove", name)[0] == 0
