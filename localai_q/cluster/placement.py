@@ -132,8 +132,9 @@ def plan(fleet: Fleet) -> list[Action]:
     """What to do now."""
     board = Board(fleet)
     actions: list[Action] = [action for model in fleet.models for action in _end_unwanted(board, model)]
+    actions += [action for model in fleet.models for action in _end_surplus(board, model)]
     for model in sorted(fleet.models, key=lambda model: -board.demand(model.id).longest):
-        actions += _of_model(board, model)
+        actions += _by_its_wish(board, model)
     return actions
 
 
@@ -164,6 +165,10 @@ def _end_unwanted(board: Board, model: Model) -> list[Stop | Drop]:
     ]
 
 
+def _end_surplus(board: Board, model: Model) -> list[Stop | Drop]:
+    return [_end(board, replica, reason) for replica, reason in scaling.surplus(board, model)]
+
+
 def _stop(board: Board, replica: Replica, reason: str, *, if_idle: bool = False) -> Stop:
     board.change(replica, ReplicaState.STOPPING)
     return Stop(replica_id=replica.id, reason=reason, if_idle=if_idle)
@@ -186,11 +191,6 @@ def _end(board: Board, replica: Replica, reason: str) -> Stop | Drop:
     else:
         board.change(replica, ReplicaState.STOPPING)
     return action
-
-
-def _of_model(board: Board, model: Model) -> list[Action]:
-    ended = [_end(board, replica, reason) for replica, reason in scaling.surplus(board, model)]
-    return [*ended, *_by_its_wish(board, model)]
 
 
 def _by_its_wish(board: Board, model: Model) -> list[Action]:

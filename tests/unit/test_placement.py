@@ -475,6 +475,16 @@ def test_carrying_out_the_plan_leaves_nothing_to_place_or_retry(cluster: Fleet) 
     assert [action for action in again if isinstance(action, Place | Retry)] == []
 
 
+def test_room_that_a_surplus_replica_leaves_is_used_by_the_same_plan() -> None:
+    small = replace(node("n1"), hardware={"ram_available": 1, "budget": 1})
+    one = Model(id="m1", name="m1", revision=1, config=ModelConfig(backend="echo", memory=1))
+    other = Model(id="m2", name="m2", revision=1, config=ModelConfig(backend="echo", memory=1, spread_all=True))
+    there = [replica(S.READY, "n2", of="m1"), replica(S.PLACED, "n1", of="m1", reserved=Memory(ram=1))]
+    waits = fleet([one, other], [small, node("n2")], there, {})
+    longest = replace(waits, demand={"m2": Demand(waiting=1, longest=1.0)})
+    assert decided(plan(longest))[:2] == [("drop", "m1-n1"), ("place", "m2", "n1")]
+
+
 def test_nothing_of_a_disabled_model_stays_and_nobody_waits_for_it() -> None:
     off = Model(id="m", name="m", revision=1, config=ModelConfig(backend="echo", disabled=True, spread_all=True))
     there = [replica(S.READY), replica(S.STAGING, "n2"), replica(S.STOPPING, "n3")]
