@@ -80,7 +80,7 @@ class _Work:
             made = self._made()
             note.write_text(json.dumps(made))
         self._give(made)
-        note.unlink()
+        note.unlink(missing_ok=True)
         return made
 
     def _made_before(self, note: Path) -> dict[str, Any] | None:
