@@ -1,5 +1,6 @@
 """GGUF files as small as a test needs them, written by the format's own description."""
 
+import math
 import random
 import struct
 from pathlib import Path
@@ -18,7 +19,8 @@ def value(found) -> bytes:
     if isinstance(found, list):
         if isinstance(found[0], str):
             return struct.pack("<IIQ", 9, 8, len(found)) + b"".join(map(text, found))
-        return struct.pack("<IIQ", 9, 4, len(found)) + b"".join(struct.pack("<I", item) for item in found)
+        kind, form = SCALARS[type(found[0])]
+        return struct.pack("<IIQ", 9, kind, len(found)) + b"".join(struct.pack(form, item) for item in found)
     kind, form = SCALARS[type(found)]
     return struct.pack("<I", kind) + struct.pack(form, found)
 
@@ -48,20 +50,48 @@ PAIRS = {
 TENSORS = {"token_embd.weight": 320, "blk.0.attn_q.weight": 640, "blk.1.attn_q.weight": 640, "output.weight": 32}
 
 
-def lora(layers: int, width: int, rank: int = 4) -> bytes:
-    """An adapter of random weights for what a llama of this width asks its heads, in its first layers."""
+def of_weights(pairs: dict, shapes: dict[str, tuple[int, ...]], spread: float) -> bytes:
+    """A file of these properties and of tensors of random numbers, some so far from 0."""
     draw = random.Random(1)
+    header, content = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(pairs)), b""
+    header += b"".join(text(name) + value(found) for name, found in pairs.items())
+    for name, shape in shapes.items():
+        header += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, 0, len(content))
+        count = math.prod(shape)
+        content += struct.pack(f"<{count}f", *(draw.gauss(0, spread) for _ in range(count)))
+        content += bytes(-len(content) % 32)
+    return header + bytes(-len(header) % 32) + content
+
+
+def lora(layers: int, width: int, rank: int = 4) -> bytes:
+    """An adapter for what a llama of this width asks its heads, in its first layers."""
     pairs = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora",
              "adapter.lora.alpha": float(rank)}  # fmt: skip
     shapes = {f"blk.{n}.attn_q.weight.lora_{side}": shape
               for n in range(layers) for side, shape in (("a", (width, rank)), ("b", (rank, width)))}  # fmt: skip
-    header = b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(pairs))
-    header += b"".join(text(name) + value(found) for name, found in pairs.items())
-    size = 4 * width * rank
-    for number, (name, shape) in enumerate(shapes.items()):
-        header += text(name) + struct.pack("<IQQIQ", 2, *shape, 0, number * size)
-    weights = [draw.gauss(0, 1) for _ in range(len(shapes) * width * rank)]
-    return header + bytes(-len(header) % 32) + struct.pack(f"<{len(weights)}f", *weights)
+    return of_weights(pairs, shapes, 1)
+
+
+def projector(width: int) -> bytes:
+    """What makes an image of 32 by 32 points into one token for a model of this width, as SmolVLM's does; it knows none."""
+    inner, hidden, patch, image = 8, 16, 16, 32
+    pairs = {
+        "general.type": "mmproj", "general.architecture": "clip", "clip.has_vision_encoder": True,
+        "clip.projector_type": "idefics3", "clip.vision.image_size": image, "clip.vision.patch_size": patch,
+        "clip.vision.embedding_length": inner, "clip.vision.feed_forward_length": hidden, "clip.vision.block_count": 1,
+        "clip.vision.projection_dim": width, "clip.vision.attention.head_count": 1,
+        "clip.vision.attention.layer_norm_epsilon": 1e-6, "clip.vision.image_mean": [0.5] * 3,
+        "clip.vision.image_std": [0.5] * 3, "clip.use_gelu": True, "clip.vision.projector.scale_factor": image // patch,
+    }  # fmt: skip
+    layer = {"attn_q": (inner, inner), "attn_k": (inner, inner), "attn_v": (inner, inner), "attn_out": (inner, inner),
+             "ffn_up": (inner, hidden), "ffn_down": (hidden, inner), "ln1": (inner,), "ln2": (inner,)}  # fmt: skip
+    shapes = {f"v.blk.0.{name}.{kind}": shape if kind == "weight" else shape[-1:]
+              for name, shape in layer.items() for kind in ("weight", "bias")}  # fmt: skip
+    patches = (image // patch) ** 2
+    shapes |= {"v.patch_embd.weight": (patch, patch, 3, inner), "v.patch_embd.bias": (inner,), "v.post_ln.weight": (inner,),
+               "v.position_embd.weight": (inner, patches), "v.post_ln.bias": (inner,),
+               "mm.model.fc.weight": (inner * patches, width)}  # fmt: skip
+    return of_weights(pairs, shapes, 0.1)
 
 
 def split_into(folder: Path, whole: bytes, count: int, *, bare: bool = False) -> list[Path]:

@@ -17,7 +17,7 @@ from small_disks import fill, small_disk
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "integration"))
 from file_server import FileServer, Remote, serve
-from gguf_files import split
+from gguf_files import projector, split
 
 PIECE = 8 << 20
 CONTENT, OTHER, THIRD = os.urandom(20 << 20), os.urandom(20 << 20), os.urandom(20 << 20)
@@ -212,6 +212,25 @@ def test_a_model_in_several_files_comes_from_the_first_node_to_the_second_and_sa
     assert facts["size_bytes"] == sum(map(len, parts))
     for model in ("whole", "split", "split-too"):
         nodes.cli("models", "remove", model)
+
+
+def test_a_projector_comes_with_its_model_and_is_loaded_with_it(
+    nodes: Cluster, source: FileServer, weights: Path
+) -> None:
+    eyes, wrong = projector(576), projector(512)
+    told = [{"source": source.put(f"/{len(each)}.gguf", Remote(each)), "sha256": hashlib.sha256(each).hexdigest()}
+            for each in (eyes, wrong)]  # fmt: skip
+    model = {"name": "sees", "source": source.put("/blind.gguf", Remote(weights.read_bytes())), "sha256": weights.name,
+             "mmproj": told[0], "selector": {"node.name": "alpha-2"}, "memory": 300_000_000}  # fmt: skip
+    nodes.http.post("/api/models", json=model).raise_for_status()
+    assert answers(nodes, "sees")
+    assert blob(nodes, "alpha-2", eyes).read_bytes() == eyes
+    nodes.http.post("/api/models", json={**model, "name": "squints", "mmproj": told[1]}).raise_for_status()
+    body = {"model": "squints", "messages": [{"role": "user", "content": "hello"}]}
+    refused = nodes.http.post("/v1/chat/completions", json=body)
+    assert (refused.status_code, f"MMProj {blob(nodes, 'alpha-2', wrong)}" in refused.text) == (503, True), refused.text
+    for name in ("sees", "squints"):
+        nodes.cli("models", "remove", name)
 
 
 def test_a_node_whose_disk_is_full_says_what_is_missing_serves_on_and_tries_again(

@@ -16,7 +16,7 @@ from typing import Any
 import grpc
 import psutil
 import pytest
-from gguf_files import gguf, lora, split, split_into
+from gguf_files import gguf, lora, projector, split, split_into
 from waiting import LIMIT, wait_for
 
 from localai_q.gallery import catalog
@@ -573,6 +573,18 @@ def test_a_model_in_several_files_answers_as_the_whole_one(
         whole = said(running, weights)
         assert said(running, parts[0]) == whole
         assert "is one of 3 files of a model" in loads(running, parts[1]).message
+
+
+def test_a_projector_is_loaded_where_it_suits_the_model_and_changes_no_words(
+    folders: dict[str, Path], weights: Path, tmp_path: Path
+) -> None:
+    suits, other = tmp_path / "suits", tmp_path / "other"
+    suits.write_bytes(projector(576))
+    other.write_bytes(projector(512))
+    with closing(Running(folders["xllamacpp"])) as running:
+        assert said(running, weights, MMProj=str(suits)) == said(running, weights)
+        refusal = loads(running, weights, MMProj=str(other))
+        assert (refusal.success, f"because of MMProj {other}" in refusal.message) == (False, True)
 
 
 @pytest.mark.parametrize("field", ["MMProj", "DraftModel", "LoraAdapters"])

@@ -499,6 +499,8 @@ def test_models_are_imported_from_a_folder_of_a_node_by_the_command_line(web: We
     assert (code, "/srv/tiny.gguf" in out, "two files" in out) == (0, True, True), err
     assert "tiny" not in web.models()
     brought = [{"path": "/srv/tiny.gguf", "sha256": sha256, "size": 9, "facts": None, "refused": None, "further": []}]
+    big = {"path": "/srv/big-00001-of-00002.gguf", "further": [{"sha256": sha256, "size": 4}]}
+    brought.append({**brought[0], **big})
     for arguments in (("/srv", "--all"), ("/srv", "--only", "tiny.gguf")):
         code, out, err = run(*arguments, ends=[{"files": listed}, {"files": brought}])
         assert asked[-2]["folder"] == "/srv"
@@ -508,9 +510,12 @@ def test_models_are_imported_from_a_folder_of_a_node_by_the_command_line(web: We
     assert (code, "no model was added" in err) == (1, True)
     model = next(each for each in web.http.get("/api/models").json()["models"] if each["name"] == "tiny")
     assert (model["source"], model["sha256"], model["size"]) == ("file:/srv/tiny.gguf", sha256, 9)
+    model = next(each for each in web.http.get("/api/models").json()["models"] if each["name"] == "big")
+    assert model["parts"] == [{"source": "file:/srv/big-00002-of-00002.gguf", "sha256": sha256, "size": 4}]
     code, _, err = run("--only", "big-00001-of-00002.gguf", ends=[{"files": listed}])
     assert (code, "two files" in err) == (1, True)
-    web.cli("models", "remove", "tiny")
+    for name in ("tiny", "big"):
+        web.cli("models", "remove", name)
     for path, body in (("scan", {"folder": "srv"}), ("scan", {"x": 1}), ("import", {"files": []}),
                        ("import", {"files": ["/a\n"]}), ("import", {"files": ["a"]})):  # fmt: skip
         assert web.http.post(f"/api/nodes/attic/files/{path}", json=body).status_code == 400
