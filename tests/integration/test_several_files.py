@@ -18,7 +18,6 @@ from test_model_jobs import asking, everything, holding_for, identity, node, res
 from test_models_service import files, upload
 from waiting import LIMIT, wait_for
 
-from localai_q import names
 from localai_q.cluster.models import Document
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
@@ -279,9 +278,9 @@ def in_several(machine: Machine, **options: object) -> ReplicaSpec:
     (machine.home / "blobs").mkdir()
     for digest, content in zip(DIGESTS, PARTS, strict=True):
         (machine.home / "blobs" / digest).write_bytes(content)
-    replica_id = names.new_id()
+    replica_id = machine.submit()
     model = ModelSpec(id="m", name="m", revision=1, **described(backend="echo", **options))
-    return ReplicaSpec(id=replica_id, number=1, model=model, backend_folder=machine._echo, blobs=machine.home / "blobs",
+    return ReplicaSpec(id=replica_id, number=1, job=replica_id, model=model, backend_folder=machine._echo, blobs=machine.home / "blobs",
                        socket=machine.home / "run" / f"{replica_id}.sock", log=machine.home / "logs" / "b.log")  # fmt: skip
 
 
