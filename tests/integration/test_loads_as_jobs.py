@@ -220,6 +220,7 @@ def test_one_that_nobody_has_claimed_is_cancelled_and_fails_once_its_process_has
     found, job_id = begun(services)
     assert http.delete(f"/api/jobs/{job_id}").json()["state"] == "cancelled"
     assert settled(services, job_id).state is CANCELLED
+    replicas.reconcile(services)
     assert only(services).state is ReplicaState.LOADING, "what its process has is not free yet"
     after(services, ENDING + 1)
     replicas.reconcile(services)
