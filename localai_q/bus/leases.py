@@ -99,6 +99,16 @@ class LiveState:
     left: float | None = None  # when its last reader left, by Redis' clock
 
 
+def _live(row: Sequence[Any]) -> LiveState | None:
+    """What the fields of a job's hash say; None where there are none, or none of ours: nodes can write them."""
+    state, attempt, node, line, watch, keep, left = row
+    try:
+        return state and LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()),
+                                   keep=Keep(keep), left=int(left) / 1000 if left else None)  # fmt: skip
+    except (ValueError, TypeError, AttributeError):
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kept:
     """What reading a job's answer needs, and that there is one to read."""
@@ -345,12 +355,8 @@ class Leases:
             pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line", "watch", "keep", "left"])
         with broker_errors():
             rows = pipe.execute() if job_ids else []
-        return {
-            job_id: LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()),
-                              keep=Keep(keep), left=int(left) / 1000 if left else None)
-            for job_id, (state, attempt, node, line, watch, keep, left) in zip(job_ids, rows, strict=True)
-            if state
-        }  # fmt: skip
+        found = {job_id: _live(row) for job_id, row in zip(job_ids, rows, strict=True)}
+        return {job_id: state for job_id, state in found.items() if state}
 
     def kept(self, job_id: str) -> Kept | None:
         """What reading the job's answer needs; None if Redis does not know it."""

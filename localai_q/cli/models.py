@@ -17,6 +17,7 @@ import yaml
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from localai_q import gguf
 from localai_q.cli import importing
 from localai_q.cli.client import Api, connect
 from localai_q.cli.jobs import POLL, need_done, wait
@@ -30,7 +31,6 @@ from localai_q.sending import blocks, send
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
-GGUF = b"GGUF"
 FULL = 100.0  # percent
 
 
@@ -356,19 +356,8 @@ def _text(file: Path) -> bytes:
 
 
 def upload(api: Api, file: Path) -> dict[str, Any]:
-    """Send a file to the API, unless it has it; returns the model's `source`, `sha256` and `size`.
-
-    Raises:
-        InvalidValue: it cannot be read, or is no GGUF file.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as start:
-            magic = start.read(len(GGUF))
-    except OSError as error:
-        raise InvalidValue(f"cannot read {file}: {error.strerror}") from error
-    if magic != GGUF:
-        raise InvalidValue(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+    """Send a file to the API, unless it has it; returns the model's `source`, `sha256` and `size`."""
+    size = file.stat().st_size
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         sha256 = _hash(file, progress, size)
@@ -381,12 +370,18 @@ def _parts_of(file: Path) -> list[Path]:
     """All files of a model that are to be uploaded, given its first, or its only one.
 
     Raises:
-        InvalidValue: one of them is not there.
+        InvalidValue: one of them is not there, or they could not be loaded, which would be found after the upload, too.
     """
     found = [Path(name) for name in parts.every(str(file))]
     missing = [path.name for path in found if not path.is_file()]
     if missing and len(found) > 1:
         raise InvalidValue(f"{file} is one of {len(found)} files of a model; not beside it: {', '.join(missing)}")
+    try:
+        if not gguf.is_gguf(file):
+            raise InvalidValue(f"{file} is no GGUF file: it does not begin with the letters GGUF")
+        gguf.read_facts(*found)
+    except OSError as error:
+        raise InvalidValue(f"cannot read {error.filename or file}: {error.strerror}") from error
     return found
 
 

@@ -209,6 +209,8 @@ def _part(services: Services, target: Path, chunk: Chunk) -> Path:
     if any(other != part for other in _parts(target)):
         raise Conflict(f"An upload of '{target.name}' is on its way that says another size: DELETE it to begin anew.")
     if not part.exists():
+        if chunk.start:
+            raise WrongOffset(f"Nothing of it is there: begin at 0, not at {chunk.start}.")
         sweep(services)
         if len(list(target.parent.glob(".*.part"))) >= services.settings.max_uploads:
             raise TooManyUploads

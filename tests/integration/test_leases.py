@@ -60,6 +60,15 @@ class TestSubmit:
         submitted(leases, lives=100)
         assert 60_000 < redis_client.pttl(names.job_key("j1")) <= 100_000
 
+    @pytest.mark.parametrize(("field", "value"), [("attempt", "many"), ("keep", "what"), ("left", "soon")])
+    def test_what_a_node_has_made_of_a_job_holds_up_nobody_who_looks_at_many(
+        self, leases: Leases, redis_client: redis.Redis, field: str, value: str
+    ) -> None:
+        submitted(leases)
+        leases.submit(submission("j2"), longest_line=10)
+        redis_client.hset(names.job_key("j1"), field, value)
+        assert leases.live(["j1", "j2"]).keys() == {"j2"}
+
     def test_how_long_a_job_has_waited_is_known(self, leases: Leases, redis_client: redis.Redis) -> None:
         submitted(leases)
         assert leases.waiting(LINE, older_than=5.0) == []

@@ -97,6 +97,12 @@ def test_what_is_cut_off_is_gone_on_with_where_it_ended(services: Services) -> N
     assert put(services, 1 << 20).whole
 
 
+def test_what_begins_in_its_middle_takes_no_place(services: Services) -> None:
+    with pytest.raises(WrongOffset, match="begin at 0"):
+        put(services, HALF)
+    assert not list((services.settings.home / "files").glob(".*.part"))
+
+
 def test_what_is_all_there_is_checked_when_it_is_asked_for(services: Services) -> None:
     put(services, 0, TOTAL - 1)
     (part,) = (services.settings.home / "files").glob(".*.part")

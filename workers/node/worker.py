@@ -5,10 +5,12 @@ It registers before it consumes, because registration tells it which broker and 
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import logging
 import os
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -231,7 +233,9 @@ def socket_folder(home: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
         return folder
-    return Path(tempfile.mkdtemp(prefix="localai_q-"))
+    short = tempfile.mkdtemp(prefix="localai_q-")
+    atexit.register(shutil.rmtree, short, ignore_errors=True)
+    return Path(short)
 
 
 def consume(queue: str, conf: Any) -> None:

@@ -120,8 +120,11 @@ def test_an_own_file_is_added_used_listed_and_removed(cluster: Cluster, weights:
 def test_what_is_no_model_file_is_refused_in_one_line(cluster: Cluster, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong.gguf"
     wrong.write_text("hello")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(b"GGUF\3\0\0\0" + b"\xff" * 100)
     for arguments, words in [
         (["--file", str(wrong)], "is no GGUF file"),
+        (["--file", str(damaged)], "no usable GGUF file"),
         (["--file", str(tmp_path / "missing.gguf")], "cannot read"),
         (["--backend", "xllamacpp"], "needs a file"),
         (["--backend", "nothing"], "no backend"),
