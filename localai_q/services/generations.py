@@ -16,7 +16,7 @@ from localai_q.cluster.events import End
 from localai_q.cluster.jobs import GENERATIONS, Job, Keep
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState
-from localai_q.errors import Cancelled, Gone, LocalAIError, NotFound, Unavailable, to_record
+from localai_q.errors import Cancelled, Gone, LocalAIError, ModelNotFound, NotFound, Unavailable, to_record
 from localai_q.services.router import Router, Trip
 from localai_q.services.wiring import Services
 from localai_q.store import jobs
@@ -42,8 +42,15 @@ def submit(
         ModelNotFound, ModelDisabled, UnsupportedByModel, ModelUnavailable, Busy, Unavailable: it was not accepted.
     """
     trip = router.route(request, job_id)
-    request = trip.request
-    way = trip.way
+    try:
+        return _accept(services, router, trip, key_id=key_id, watcher=watcher, keep=keep)
+    except ModelNotFound:  # it was removed a moment ago: another one may have its name
+        trip = router.route(request, job_id, younger_than=0.0)
+        return _accept(services, router, trip, key_id=key_id, watcher=watcher, keep=keep)
+
+
+def _accept(services: Services, router: Router, trip: Trip, *, key_id: str, watcher: str, keep: Keep) -> Kept:
+    job_id, request, way = trip.job_id, trip.request, trip.way
     timeout = services.settings.request_timeout
     created = time.time()
     outline = request.outline().to_json()

@@ -154,14 +154,17 @@ class Router:
         for target in targets:
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
 
-    def route(self, request: GenerationRequest, job_id: str) -> Trip:
+    def route(self, request: GenerationRequest, job_id: str, *, younger_than: float | None = None) -> Trip:
         """Choose where the request goes. Say by `sent` that it did, or by `ended` that it did not.
+
+        Args:
+            younger_than: how old what is known of the cluster may be, as for `Snapshots.now`.
 
         Raises:
             ModelNotFound, ModelDisabled, UnsupportedByModel, ModelUnavailable, Unavailable: it goes nowhere.
         """
         try:
-            return self._route(request, job_id, *self._snapshots.model(request.model))
+            return self._route(request, job_id, *self._snapshots.model(request.model, younger_than=younger_than))
         except (UnsupportedByModel, ModelUnavailable, ModelDisabled):  # as the model was a moment ago
             return self._route(request, job_id, *self._snapshots.model(request.model, younger_than=0.0))
 

@@ -19,15 +19,16 @@ from sqlalchemy import (
     literal,
     null,
     select,
+    true,
     update,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.dialects.postgresql import insert as upsert
 
 from localai_q.cluster.events import End, Usage
-from localai_q.cluster.jobs import NODE_JOBS, Job, Keep
+from localai_q.cluster.jobs import GENERATIONS, NODE_JOBS, Job, Keep
 from localai_q.cluster.states import COMING_UP, JOB_MOVES, JobState, sources
-from localai_q.errors import Paused
+from localai_q.errors import ModelNotFound, Paused
 from localai_q.store.tables import backend_wishes, job_logs, jobs, models, quantizations, replicas
 
 OF_NODE = jobs.c.kind.in_(NODE_JOBS)
@@ -43,25 +44,31 @@ def add(db: Connection, job: Job, *, timeout: float | None = None) -> int:
 
     Returns:
         The revision that its model has at this moment; 0 without a model.
+
+    Raises:
+        ModelNotFound: it is a generation whose model is no more.
     """
     revision = select(models.c.revision).where(models.c.id == job.model_id).scalar_subquery()
-    entered: int = db.execute(
-        insert(jobs)
-        .values(
-            id=job.id,
-            kind=job.kind,
-            state=job.state,
-            line=job.line,
-            model_id=job.model_id,
-            node_id=job.node_id,
-            key_id=job.key_id,
-            request=job.request,
-            stream=job.stream,
-            keep=job.keep,
-            deadline=None if timeout is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, timeout),
-        )
-        .returning(func.coalesce(revision, 0))
-    ).scalar_one()
+    values = {
+        "id": job.id,
+        "kind": job.kind,
+        "state": job.state,
+        "line": job.line,
+        "model_id": job.model_id,
+        "node_id": job.node_id,
+        "key_id": job.key_id,
+        "request": job.request,
+        "stream": job.stream,
+        "keep": job.keep,
+    }
+    given = [literal(value, jobs.c[name].type) for name, value in values.items()]
+    deadline = null() if timeout is None else func.now() + func.make_interval(0, 0, 0, 0, 0, 0, timeout)
+    row = select(*given, deadline).where(revision.is_not(None) if job.kind in GENERATIONS else true())
+    entered: int | None = db.execute(
+        insert(jobs).from_select([*values, "deadline"], row).returning(func.coalesce(revision, 0))
+    ).scalar_one_or_none()
+    if entered is None:
+        raise ModelNotFound("The model of this request was removed.")
     return entered
 
 

@@ -454,6 +454,9 @@ def test_a_log_is_for_who_may_see_the_job_and_has_none_of_what_a_model_said(
     job_id = fetch(services, node)
     user = {"Authorization": f"Bearer {keys.create(services, name='u', role='user')[1]}"}
     assert http.get(f"/api/jobs/{job_id}/log", headers=user).status_code == 404
+    chatted = Job(
+        id="chatted", kind="chat", state=JobState.OPEN, line="model.m", model_id=add_model(services), request={}
+    )
     with services.db.transaction() as db:
-        job_rows.add(db, Job(id="chatted", kind="chat", state=JobState.OPEN, line="model.m", request={}))
+        job_rows.add(db, chatted)
     assert "has no log" in http.get("/api/jobs/chatted/log").json()["error"]["message"]

@@ -18,7 +18,7 @@ from localai_q.cluster.jobs import Keep
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.requests import GenerationRequest
 from localai_q.cluster.states import JobState, ReplicaState
-from localai_q.errors import Busy, ModelDisabled, Unavailable
+from localai_q.errors import Busy, ModelDisabled, ModelNotFound, Unavailable
 from localai_q.services import generations, jobs, models, nodes, replicas, snapshots
 from localai_q.services.router import COSTLY, FRESH, STALE, UNCLAIMED, Router
 from localai_q.services.snapshots import Snapshots
@@ -462,3 +462,19 @@ def test_a_disabled_model_is_refused_whatever_a_web_process_has_read(play: Play,
         play.ask(web)
     models.edit(services, "m", {"disabled": False})
     assert play.ask(web)
+
+
+def test_a_request_is_for_the_model_that_has_the_name_whatever_a_web_process_has_read(
+    play: Play, services: Services
+) -> None:
+    web = Router(services, Snapshots(services))
+    play.ask(web)
+    models.remove(services, "m")
+    newer = add_model(services)
+    with services.db.transaction() as db:
+        job = job_rows.by_id(db, play.ask(web))
+    assert job
+    assert (job.model_id, job.line) == (newer, names.model_queue(newer))
+    models.remove(services, "m")
+    with pytest.raises(ModelNotFound):
+        play.ask(web)
