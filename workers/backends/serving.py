@@ -30,9 +30,9 @@ STOP_PATIENCE = 1.0  # seconds that the process takes to end
 PR_SET_PDEATHSIG = 1
 
 # The threads of an engine wait for each other some hundred times for each token. libgomp has them wait busily for 300,000
-# turns, and each token takes many times as long where something else needs a core. After 10,000 turns they sleep: where
+# turns, and each token takes many times as long where something else needs a core. After 3,000 turns they sleep: where
 # cores are free, tokens come as fast. libgomp reads this when the engine is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 class Refusal(Exception):
