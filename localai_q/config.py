@@ -131,6 +131,8 @@ class Settings(BaseSettings):
     hf_token: str = Field("", validation_alias="HF_TOKEN")
     ollama_registry: str = Field("https://registry.ollama.ai", validation_alias="LOCALAI_Q_OLLAMA_REGISTRY")
     s3_endpoint: str = Field("", validation_alias="AWS_ENDPOINT_URL_S3")  # empty: Amazon's
+    # Files by their SHA-256, which nodes look for before a source is asked: s3://BUCKET or s3://BUCKET/FOLDER. Empty: none.
+    file_bucket: str = Field("", validation_alias="LOCALAI_Q_FILE_BUCKET")
     # Bytes that stay free when a model comes, or 5 % of it, where that is more; and that cleaning keeps free.
     disk_spare: int = Field(SPARE, ge=0, le=1 << 60, validation_alias="LOCALAI_Q_DISK_SPARE")
     clean_grace: float = Field(600.0, ge=0, validation_alias="LOCALAI_Q_CLEAN_GRACE")  # of files that no model names
@@ -159,6 +161,13 @@ class Settings(BaseSettings):
         if value and not (found and least <= int(found[1]) < 65536):
             raise ValueError("needs the form HOST:PORT, as 10.0.0.5:50050")
         return value
+
+    @field_validator("file_bucket")
+    @classmethod
+    def _is_a_bucket(cls, value: str) -> str:
+        if value and not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/?#]+)*/?", value):
+            raise ValueError("needs the form s3://BUCKET or s3://BUCKET/FOLDER")
+        return value.rstrip("/")
 
     @field_validator("hf_endpoint", "ollama_registry", "s3_endpoint")
     @classmethod

@@ -343,3 +343,34 @@ def test_where_another_file_lies_at_its_path_the_right_one_comes_from_a_holder(
         get(url=f"file:{path}")
     told.named = [start("n1")]
     get(url=f"file:{path}")
+
+
+def test_the_clusters_bucket_is_asked_before_the_source(
+    get: Get, start, told: Told, source: FileServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "id")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very secret")
+    source.put(f"/files/of/us/{DIGEST}", Remote(CONTENT, cuts=[1 << 19]))
+    dead = start("h1")
+    dead.process.kill()
+    told.named = [dead]
+    get(file_bucket="s3://files/of/us/", s3_endpoint=source.url)
+    assert {seen.path.partition("?")[0] for seen in source.seen} == {f"/files/of/us/{DIGEST}"}
+    assert all("X-Amz-Signature=" in seen.path for seen in source.seen)
+
+
+@pytest.mark.parametrize("there", [None, CONTENT[:-1], CONTENT[:-1] + b"?"])
+def test_what_the_bucket_has_not_or_has_wrong_comes_from_the_source(
+    get: Get, source: FileServer, there: bytes | None
+) -> None:
+    if there is not None:
+        source.put(f"/files/{DIGEST}", Remote(there))
+    get(file_bucket="s3://files", s3_endpoint=source.url)
+    assert [seen.path for seen in source.seen] == [f"/files/{DIGEST}", "/m.gguf"]
+
+
+def test_what_the_api_has_stored_comes_from_there_before_the_bucket(get: Get, told: Told, source: FileServer) -> None:
+    told.stored = True
+    source.put(f"/api/node/n1/files/{DIGEST}", Remote(CONTENT))
+    get(file_bucket="s3://files", s3_endpoint=source.url)
+    assert [seen.path for seen in source.seen] == [f"/api/node/n1/files/{DIGEST}"]

@@ -290,3 +290,9 @@ def test_a_signed_url_is_in_no_message(tmp_path: Path, server: FileServer, monke
 def test_an_endpoint_that_is_no_address_is_refused(value: str) -> None:
     with pytest.raises(StartupError, match="needs the form https://HOST"):
         load_settings(s3_endpoint=value)
+
+
+@pytest.mark.parametrize("value", ["files", "s3://", "s3://UPPER", "s3://files?x", "https://files"])
+def test_a_bucket_of_files_that_is_none_is_refused(value: str) -> None:
+    with pytest.raises(StartupError, match="needs the form s3://BUCKET"):
+        load_settings(file_bucket=value)

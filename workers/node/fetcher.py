@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from lzma import LZMAError
 from pathlib import Path
@@ -177,7 +177,7 @@ class _Fetch:
         return self._store.brought(self._wanted.source) if isinstance(self._source, Wheel) else None
 
     def _from_the_cluster(self, sha256: str) -> Path | None:
-        """The file from another node, or from the API's store; None if it is to come from its source."""
+        """The file from another node, the API's store or the cluster's bucket; None if it is to come from its source."""
         peers = self._access.peers
         if peers is None:
             return None
@@ -196,11 +196,22 @@ class _Fetch:
         room, size, most = self._store.need_room, self._wanted.size, settings.max_upload
         try:
             return pull(sha256, part, peers, told["holders"], report, room, size=size, most=most)
-        except LocalAIError:
-            if not told["stored"] or isinstance(self._source, Stored):
-                raise
-        origin = uploaded(Stored(sha256), self._access)
-        return download(origin, part, self._access.network(), report, room, most=most)
+        except LocalAIError as error:
+            failure = error
+        for origin in self._kept_elsewhere(sha256, stored=told["stored"]):
+            try:
+                return download(origin, part, self._access.network(), report, room, most=most)
+            except LocalAIError as error:
+                failure = error
+        raise failure
+
+    def _kept_elsewhere(self, sha256: str, *, stored: bool) -> Iterator[Origin]:
+        """What may have a file of this content besides nodes and its source; `stored`: the API's store has it."""
+        if stored and not isinstance(self._source, Stored):
+            yield uploaded(Stored(sha256), self._access)
+        if bucket := self._access.settings.file_bucket:
+            found = resolve(parse(f"{bucket}/{sha256}"), self._access, self._access.network())
+            yield replace(found, sha256=sha256)
 
     def _completed(self, origin: Origin) -> Origin:
         """The origin with what the model says of its file. Where both say something, it must be the same."""
