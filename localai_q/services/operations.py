@@ -34,7 +34,7 @@ def history(services: Services, *, limit: int) -> list[Record]:
     ended = [state for state in JobState if state is not JobState.OPEN]
     found = jobs.listed(services, states=ended, kinds=NODE_JOBS, limit=limit)
     return [
-        {**_named(job["subject"]), **_task(job["kind"]), "jobID": job["id"], "outcome": OUTCOMES[job["state"]],
+        {**_named(job["subject"] or job["kind"]), **_task(job["kind"]), "jobID": job["id"], "outcome": OUTCOMES[job["state"]],
          "error": (job["error"] or {}).get("message"), "nodeID": job["node_id"], "nodeName": job["node"],
          "started": job["created"], "ended": job["ended"]}
         for job in found
@@ -78,7 +78,7 @@ def _of_job(job: Record) -> Record:
     done, total = progress.get("done", 0), progress.get("total", 0)
     sizes = {"currentBytes": int(done), "totalBytes": int(total)} if progress.get("unit") in ("bytes", "B") else {}
     return {
-        **_named(job["subject"]),
+        **_named(job["subject"] or job["kind"]),
         **_task(job["kind"]),
         "jobID": job["id"],
         "progress": int(min(100.0 * done / total, 100.0)) if total else 0,

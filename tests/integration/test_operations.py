@@ -89,6 +89,14 @@ def test_open_work_is_shown_with_its_progress_in_localais_form(
     assert http.post("/api/operations/nothing/cancel").status_code == 404
 
 
+def test_what_is_about_no_one_thing_is_called_by_what_it_does(
+    services: Services, node: Node, http: httpx.Client
+) -> None:
+    request = {"kind": "clean_models", "files": []}
+    jobs.submit_node_job(services, kind="clean_models", node_id=node.id, model_id=None, request=request)
+    assert [(one["name"], one["taskType"]) for one in operations(http)] == [("clean_models", "deletion")]
+
+
 def test_what_a_node_that_is_away_should_do_and_what_was_given_up_is_shown(
     services: Services, node: Node, http: httpx.Client
 ) -> None:
