@@ -24,11 +24,6 @@ from localai_q.store import replicas as rows
 
 
 @pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
 def ready(services: Services, node: Node) -> Replica:
     """A replica of a model of one GB that serves and was reported."""
     model_id = add_model(services, memory=GB, slots=2)

@@ -7,7 +7,6 @@ from typing import Any
 
 import psutil
 import pytest
-from cluster_data import ready_node
 from toy_backends import entry_of, pack, run_script
 from waiting import LIMIT, wait_for
 
@@ -29,11 +28,6 @@ from workers.node.jobs import Jobs
 @pytest.fixture(scope="module")
 def echo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_backend(backend("echo"), tmp_path_factory.mktemp("echo"), lambda _: None)
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
 
 
 @pytest.fixture

@@ -68,11 +68,6 @@ def make_entry(tmp_path: Path, echo: Path) -> Callable[..., BackendEntry]:
 
 
 @pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
 def settings(settings: Settings, tmp_path: Path) -> Settings:
     galleries._of_backends.clear()
     return settings.model_copy(update={"backend_galleries": str(tmp_path / "gallery.yaml")})

@@ -42,11 +42,6 @@ def state_of(services: Services, name: str = "n1") -> NodeState:
 
 
 @pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
 def draining(services: Services, node: Node) -> Node:
     """A node that drains and has a ready replica."""
     replica_in(services, node, add_model(services), ReplicaState.READY)

@@ -5,24 +5,17 @@ import gzip
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fetching import CONTENT, DIGEST, OTHER, access, get, hurry, ignore, remains, visible
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 
 from localai_q.cluster.events import Progress
 from localai_q.errors import LocalAIError, NotFound, Unavailable
 from workers.node import downloads
 from workers.node.fetcher import Wanted, discard, fetch
 from workers.node.store import Store
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cluster_data import api_over_http, ready_node
 from fetching import DIGEST as IN_WHEEL
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 from small_disks import enlarge, fill, small_disk
 from test_files_in_wheels import MEMBER, write_wheel
 from test_model_jobs import result, submit
@@ -32,12 +32,6 @@ from workers.node.sources import Access
 MIB = 1 << 20
 CONTENT = os.urandom(6 * MIB)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Galleries of backends that settings name: what they add, and what of them is refused."""
 
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cluster_data import add_model, model_named, ready_node, reported
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 from sqlalchemy import text
 from test_replicas_service import GB, only
 
@@ -35,12 +34,6 @@ BOMB = (
     + "".join(f", &{name} [{', '.join([f'*{before}'] * 10)}]" for before, name in zip("bcdef", "cdefg", strict=True))
     + "], name: *g}"
 )
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture

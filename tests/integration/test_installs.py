@@ -2,13 +2,12 @@
 
 import json
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cluster_data import add_model, model_named, ready_node
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 from test_galleries import BOMB
 from test_replicas_service import stage
 
@@ -46,17 +45,6 @@ THEIRS = f"""
   name: again
   description: null
 """
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
 
 
 def naming(services: Services, text: str, **more: object) -> Services:

@@ -1,7 +1,7 @@
 """What an admin says of a node stays, whatever the node says of itself."""
 
 import pytest
-from cluster_data import join, node_named, ready_node
+from cluster_data import join, node_named
 
 from localai_q.cluster.labels import MOST_LABELS
 from localai_q.cluster.nodes import Node
@@ -10,11 +10,6 @@ from localai_q.services import fleet, nodes
 from localai_q.services.wiring import Services
 
 FOUND = {"node.name": "n1", "node.replica-slots": "1"}
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
 
 
 def test_labels_are_replaced_added_and_taken_back(services: Services, node: Node) -> None:

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from cluster_data import add_model, join, model_named, node_named, ready_node
+from cluster_data import add_model, join, model_named, node_named
 
 from api.app import create_app
 from localai_q.cluster.nodes import Node, Replica
@@ -16,11 +16,6 @@ from localai_q.services.wiring import Services
 from localai_q.store import replicas as rows
 
 GB = 10**9
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 The replica's process is played by the test, which claims the job as that does; what the process does is in `test_children`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import httpx
@@ -11,7 +11,6 @@ import pytest
 from cluster_data import (
     FACTS,
     add_model,
-    api_over_http,
     claim,
     expire,
     model_named,
@@ -31,26 +30,13 @@ from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.stages import ENDING
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.errors import ModelUnavailable, Paused, to_record
-from localai_q.services import jobs, keys, models, nodes, replicas
+from localai_q.services import jobs, models, nodes, replicas
 from localai_q.services.nodes import OFFLINE_AFTER
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as rows
 
 OPEN, DONE, FAILED, CANCELLED = JobState
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
-def http(services: Services) -> Iterator[httpx.Client]:
-    """An admin's client of the API."""
-    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
-    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as found:
-        yield found
 
 
 def installed(services: Services) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from cluster_data import add_model, api_over_http, model_named, ready_node
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 from gguf_files import gguf
 from holding import Running, holder
 from waiting import LIMIT, wait_for
@@ -32,12 +32,6 @@ from workers.node.sources import Access
 
 CONTENT = os.urandom(2 << 20)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture

@@ -28,11 +28,6 @@ def no_users_left(services: Services):
     node_users._complain.cache_clear()
 
 
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
 def as_node(services: Services, node: Node, secret: str = SECRET) -> redis.Redis:
     parts = urlsplit(services.settings.redis_url)
     return redis.Redis(host=parts.hostname, port=parts.port, username=names.node_user(node.id), password=secret,

@@ -2,12 +2,11 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from cluster_data import add_model, api_over_http, claim, ready_node
+from cluster_data import add_model, claim, ready_node
 from waiting import LIMIT, wait_for
 
 from api import events as api_events
@@ -28,19 +27,6 @@ from localai_q.store import replicas as replica_rows
 from workers.claims import Claims
 
 FAILED = End(state=JobState.FAILED, error={"error": "Unavailable", "message": "no network"})
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
-def http(services: Services) -> Iterator[httpx.Client]:
-    """An admin's client of the API."""
-    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
-    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
-        yield client
 
 
 def fetch(services: Services, node: Node, name: str = "tiny") -> str:

@@ -5,7 +5,6 @@ What a node does is done by the test; how it does it is tested in `test_quantize
 
 import hashlib
 import json
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cluster_data import SECRET, add_model, api_over_http, claim, join, model_named, node_named, ready_node
+from cluster_data import SECRET, add_model, claim, join, model_named, node_named, ready_node
 from gguf_files import gguf
 
 from api.admin import quantization as api_quantization
@@ -52,19 +51,6 @@ def services(services: Services, tmp_path: Path) -> Services:
     add_model(found, "big", source="https://host/m.gguf", sha256=SOURCE, size=1000, context_size=77, pinned=True,
               options=("a:b",))  # fmt: skip
     return found
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
-@pytest.fixture
-def http(services: Services) -> Iterator[httpx.Client]:
-    """An admin's client of the API."""
-    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
-    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as client:
-        yield client
 
 
 def ask(services: Services, **order: Any) -> str:

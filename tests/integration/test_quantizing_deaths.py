@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from cluster_data import api_over_http, join, ready_node
 from e2e_cluster import processes_of
-from file_server import FileServer, Remote, serve
+from file_server import FileServer, Remote
 from gguf_files import gguf
 from test_quantizations_service import ABLE, end, files, shown
 from waiting import LIMIT, wait_for
@@ -106,12 +106,6 @@ def services(services: Services, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (tmp_path / "gallery.yaml").write_text(ABLE)
     settings = services.settings.model_copy(update={"backend_galleries": str(tmp_path / "gallery.yaml")})
     return replace(services, settings=settings)
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture

@@ -18,12 +18,6 @@ from workers.node.fetcher import Wanted, fetch
 from workers.node.sources import Access
 
 
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
-
-
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
     hurry(monkeypatch)

@@ -93,11 +93,6 @@ def error_of(services: Services, job_id: str) -> dict | None:
     return found.error
 
 
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
-
-
 def test_a_model_that_somebody_waits_for_comes_up_stage_by_stage(services: Services, node: Node) -> None:
     add_model(services, source=FILE, sha256="a" * 64, size=5, slots=3)
     ask(services)

@@ -14,7 +14,7 @@ from gguf_files import gguf, split, split_into
 from test_children import Node as Machine
 from test_children import echo
 from test_children import node as machine
-from test_model_jobs import asking, everything, holding_for, identity, node, result, server, submit, url, worker
+from test_model_jobs import asking, everything, holding_for, identity, node, result, submit, url, worker
 from test_models_service import files, upload
 from waiting import LIMIT, wait_for
 
@@ -31,7 +31,7 @@ from workers.node.fetcher import Wanted, fetch
 from workers.node.jobs import Jobs
 from workers.node.store import Store
 
-__all__ = ["echo", "identity", "machine", "node", "server", "url", "worker"]
+__all__ = ["echo", "identity", "machine", "node", "url", "worker"]
 
 WHOLE = gguf()
 PARTS = split(WHOLE, 3)

@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -23,12 +22,6 @@ from workers.node.store import Store
 
 CONTENT = os.urandom(1 << 20)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
-
-
-@pytest.fixture
-def server() -> Iterator[FileServer]:
-    with serve() as found:
-        yield found
 
 
 @pytest.fixture(autouse=True)

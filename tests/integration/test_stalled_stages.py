@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster_data import claim, ready_node, watched
+from cluster_data import claim, watched
 from sqlalchemy import text
 
 from localai_q import names
@@ -75,11 +75,6 @@ def source() -> Iterator[Source]:
     server = Source()
     yield server
     server.shutdown()
-
-
-@pytest.fixture
-def node(services: Services) -> Node:
-    return ready_node(services)
 
 
 def worker(services: Services, node: Node, home: Path, source: Source) -> Jobs:

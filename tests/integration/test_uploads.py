@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from cluster_data import api_over_http, ready_node
+from cluster_data import ready_node
 from small_disks import fill, small_disk
 from test_web_process import Web
 from waiting import LIMIT, wait_for
@@ -33,7 +33,7 @@ from localai_q.errors import (
     WrongOffset,
 )
 from localai_q.processes import stop
-from localai_q.services import keys, uploads
+from localai_q.services import uploads
 from localai_q.services.uploads import Chunk
 from localai_q.services.wiring import Services
 from localai_q.store import quantizations
@@ -306,13 +306,6 @@ def test_an_unknown_file_is_not_found(services: Services) -> None:
     for ask in (lambda: uploads.read(services, "0" * 64, 0), lambda: uploads.state(services, "0" * 64)):
         with pytest.raises(NotFound):
             ask()
-
-
-@pytest.fixture
-def http(services: Services) -> Iterator[httpx.Client]:
-    headers = {"Authorization": f"Bearer {keys.create(services, name='a', role='admin')[1]}"}
-    with api_over_http(services) as url, httpx.Client(base_url=url, headers=headers, trust_env=False) as found:
-        yield found
 
 
 def test_the_headers_are_those_of_localais_staging(http: httpx.Client) -> None:
