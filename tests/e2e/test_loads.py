@@ -88,6 +88,7 @@ def test_a_load_that_is_cancelled_leaves_nothing_and_who_waits_gets_the_next_one
     ]
     assert own.ended_job(again["id"])["state"] == "done"
     own.cli("models", "remove", "cancelled")
+    until(lambda: own.pids("server.py") == before, LIMIT, "the end of the model's backend")
 
 
 def test_a_model_that_is_removed_while_it_loads_leaves_nothing(own: Cluster) -> None:

@@ -322,7 +322,8 @@ def test_a_wheel_that_does_not_work_is_not_switched_to(
     wheels.remove(services, wheel["id"])
     key = WheelKey.model_validate({name: wheel[name] for name in WheelKey.model_fields})
     with made.open("rb") as file:
-        wheels.take(services, node_named(services, "n1"), key.digest, key, made.name, file, made.stat().st_size)
+        chunk = uploads.Chunk(size=made.stat().st_size)
+        wheels.take(services, node_named(services, "n1"), key.digest, key, made.name, file, chunk)
     second = Machine(services, api, tmp_path / "n2")
     state, error = second.install(entry, monkeypatch)
     assert state is JobState.FAILED

@@ -13,11 +13,13 @@ from test_replicas_service import GB, only
 from localai_q import names, network
 from localai_q.cluster.backends import Op
 from localai_q.cluster.memory import Memory
+from localai_q.cluster.states import ReplicaState
 from localai_q.config import load_settings
 from localai_q.errors import InvalidValue, NotFound, StartupError
 from localai_q.services import backends, galleries, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
+from localai_q.store import replicas as replica_rows
 
 ENTRY = """
 - name: mine
@@ -103,6 +105,9 @@ def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_ha
     replicas.place(own, model_named(own, "m"), node.id)
     placed = only(own)
     assert placed.reserved == Memory(vram=GB)
+    with own.db.transaction() as db:
+        for state in (ReplicaState.INSTALLING, ReplicaState.LOADING):
+            assert replica_rows.move(db, placed.id, state, job_id="load")
     told = nodes.replica_spec(own, node, placed.id)
     with own.db.transaction() as db:
         db.execute(text("DELETE FROM replicas"))

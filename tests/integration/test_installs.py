@@ -25,7 +25,7 @@ from localai_q.errors import (
     StartupError,
 )
 from localai_q.gallery import catalog
-from localai_q.services import galleries, holders, installs, jobs, keys, models, nodes, replicas
+from localai_q.services import galleries, holders, installs, jobs, keys, models, nodes, replicas, retries
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
 from localai_q.store import replicas as replica_rows
@@ -295,7 +295,7 @@ class TestPreloading:
         first = fetch_of(services, uuid)
         jobs.cancel(services, first, admin)
         jobs.apply_ends(services)
-        again = jobs.retry(services, first, admin)
+        again = retries.retry(services, first, admin)
         jobs.forget(services, first, admin)
         assert model_named(services, "qwen3-0.6b").config.preload, "it was asked for again since"
         jobs.cancel(services, again, admin)
