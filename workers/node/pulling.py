@@ -11,6 +11,7 @@ import http.client
 import logging
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,12 +104,14 @@ def pull(
 
 
 class _Pull:
-    """One file on its way. The thread that runs it writes; others wait for holders, one for each connection."""
+    """One file on its way. The thread that runs it compares, another writes; others wait for holders, one for each connection."""
 
     def __init__(self, sha256: str, growing: Growing, peers: NodeApi, report: Report, room: Room, most: int) -> None:
         self.size = 0
         self._sha256 = sha256
         self._growing = growing
+        self._compared = growing.digest  # what has come in order and is right; a piece of it may not be written yet
+        self._writing: Future[None] | None = None
         self._peers = peers
         self._report = report
         self._room = room
@@ -136,8 +139,15 @@ class _Pull:
             Unavailable: nobody is left who could go on.
         """
         self._check_beginning()
+        self._compared = self._growing.digest
+        with ThreadPoolExecutor(1, "writing") as writer:
+            self._go_on(writer)
+            if self._writing:
+                self._writing.result()
+
+    def _go_on(self, writer: ThreadPoolExecutor) -> None:
         asked_for_room, marked, until = False, 0, time.monotonic() + STALL
-        while not (self.size and self._growing.done >= self.size):
+        while not (self.size and self._compared.size >= self.size):
             self._hire()
             with self._changed:
                 piece = self._pieces.get(self._next)
@@ -146,10 +156,10 @@ class _Pull:
                 self._tell()
                 came = self._came
             if self.size and not asked_for_room:
-                self._room(self.size - self._growing.done)
+                self._room(self.size - self._compared.size)
                 asked_for_room = True
             if piece and piece.content is not None:
-                self._write(piece)
+                self._add(piece, writer)
             if came - marked >= SLICE:
                 marked, until = came, time.monotonic() + STALL
             elif time.monotonic() > until:
@@ -166,11 +176,11 @@ class _Pull:
                 if line.sock:
                     line.sock.shutdown(2)
 
-    # --- by the thread that writes
+    # --- by the thread that compares
 
     @property
     def _next(self) -> int:
-        return self._growing.done // PIECE
+        return self._compared.size // PIECE
 
     def _check_beginning(self) -> None:
         """Begin anew if what lies here is not how the file begins."""
@@ -203,19 +213,23 @@ class _Pull:
                         holder.connections += 1
                         threading.Thread(target=self._work, args=(holder,), name=holder.name, daemon=True).start()
 
-    def _write(self, piece: _Piece) -> None:
-        assert piece.content is not None
+    def _add(self, piece: _Piece, writer: ThreadPoolExecutor) -> None:
+        """Compare a piece, and have it written while the next one is compared."""
+        content = piece.content
+        assert content is not None
         assert piece.giver is not None
-        digest = self._growing.digest.copy()
-        digest.update(piece.content)
+        digest = self._compared.copy()
+        digest.update(content)
         if piece.beginning and digest.sha256 != piece.beginning:
             self._refuse(piece.giver)
             return
+        if self._writing:
+            self._writing.result()
         number = self._next
-        self._growing.add(piece.content, digest)
+        self._compared = digest
+        self._writing = writer.submit(self._write, content, digest)
         with self._changed:
             self._pieces.pop(number)
-            self._buffers.append(piece.content.obj)  # type: ignore[arg-type]
             self._changed.notify_all()
 
     def _refuse(self, holder: _Holder) -> None:
@@ -230,9 +244,16 @@ class _Pull:
             self._peers.blame(self._sha256, holder.id)
 
     def _tell(self) -> None:
-        done = self._growing.done + sum(piece.come for piece in self._pieces.values())
+        done = self._compared.size + sum(piece.come for piece in self._pieces.values())
         givers = sorted(holder.name for holder in self._holders.values() if holder.connections and not holder.out)
         self._report("downloading", done, self.size, note=f"from {', '.join(givers)}" if givers else "")
+
+    # --- by the thread that writes
+
+    def _write(self, content: memoryview, digest: Digest) -> None:
+        self._growing.add(content, digest)
+        with self._changed:
+            self._buffers.append(content.obj)  # type: ignore[arg-type]
 
     # --- by a thread for each connection
 
