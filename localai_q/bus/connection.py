@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import redis
@@ -50,6 +51,7 @@ def client(url: str, secret: Secret | None = None) -> redis.Redis:
         urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if found else url,
         credential_provider=found,
         decode_responses=True,
+        encoding_errors="replace",  # what a node has written may be anything
         socket_connect_timeout=CONNECT_TIMEOUT,
         socket_timeout=SOCKET_TIMEOUT,
         socket_keepalive=True,
@@ -57,6 +59,18 @@ def client(url: str, secret: Secret | None = None) -> redis.Redis:
         max_connections=256,
         retry=Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=2),
     )
+
+
+def answers(pipe: Any) -> list[Any]:
+    """What a pipeline is answered; None where a key holds something of another type than it should.
+
+    Nodes can write to some keys, and what one has made of its own holds up nobody who reads those of all.
+    """
+    found = pipe.execute(raise_on_error=False)
+    for answer in found:
+        if isinstance(answer, Exception) and not str(answer).startswith("WRONGTYPE"):
+            raise answer
+    return [None if isinstance(answer, Exception) else answer for answer in found]
 
 
 @contextmanager

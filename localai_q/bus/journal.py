@@ -18,7 +18,7 @@ import redis
 
 from localai_q import names
 from localai_q.bus import presence
-from localai_q.bus.connection import broker_errors
+from localai_q.bus.connection import answers, broker_errors
 from localai_q.bus.scripting import script
 from localai_q.cluster.events import End, Event, decode
 from localai_q.cluster.jobs import Keep
@@ -76,8 +76,8 @@ def latest(client: redis.Redis, job_ids: list[str]) -> dict[str, Event]:
     for job_id in job_ids:
         pipe.xrevrange(names.journal_key(job_id), count=1)
     with broker_errors():
-        answers = pipe.execute() if job_ids else []
-    events = {job: _readable(rows[0][1]) for job, rows in zip(job_ids, answers, strict=True) if rows}
+        found = answers(pipe) if job_ids else []
+    events = {job: _readable(rows[0][1]) for job, rows in zip(job_ids, found, strict=True) if rows}
     return {job: event for job, event in events.items() if event}
 
 

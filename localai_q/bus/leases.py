@@ -18,7 +18,7 @@ from typing import Any
 import redis
 
 from localai_q import names
-from localai_q.bus.connection import broker_errors
+from localai_q.bus.connection import answers, broker_errors
 from localai_q.bus.scripting import script
 from localai_q.cluster.events import End, Event, decode, encode
 from localai_q.cluster.fleet import PATIENCE, Demand
@@ -101,8 +101,8 @@ class LiveState:
 
 def _live(row: Sequence[Any]) -> LiveState | None:
     """What the fields of a job's hash say; None where there are none, or none of ours: nodes can write them."""
-    state, attempt, node, line, watch, keep, left = row
     try:
+        state, attempt, node, line, watch, keep, left = row
         return state and LiveState(state=state, attempt=int(attempt), node_id=node, line=line, watchers=tuple(watch.split()),
                                    keep=Keep(keep), left=int(left) / 1000 if left else None)  # fmt: skip
     except (ValueError, TypeError, AttributeError):
@@ -354,7 +354,7 @@ class Leases:
         for job_id in job_ids:
             pipe.hmget(names.job_key(job_id), ["state", "attempt", "node", "line", "watch", "keep", "left"])
         with broker_errors():
-            rows = pipe.execute() if job_ids else []
+            rows = answers(pipe) if job_ids else []
         found = {job_id: _live(row) for job_id, row in zip(job_ids, rows, strict=True)}
         return {job_id: state for job_id, state in found.items() if state}
 
@@ -383,7 +383,7 @@ class Leases:
         pipe = self._redis.pipeline(transaction=False)
         for writer in writers:
             pipe.hgetall(names.ends_key(writer))
-        return {writer: ends for writer, ends in zip(writers, pipe.execute(), strict=True) if ends}
+        return {writer: ends for writer, ends in zip(writers, answers(pipe), strict=True) if ends}
 
     def forget_ends(self, node_id: str, job_ids: Sequence[str]) -> None:
         """Drop ends that have been written down."""

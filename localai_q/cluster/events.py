@@ -135,7 +135,7 @@ def decode(text: str | bytes) -> Event | None:
     """
     try:
         return _decoded(text)
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"this is no event: {str(text)[:100]!r}") from error
 
 

@@ -146,6 +146,7 @@ def change(services: Services, node: Node, op: Op, name: str) -> str:
         raise Conflict(
             f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
         )
+    name = _meant(services, name)
     chosen = targets(op, name, _builds(services, op, name), [node])
     if not chosen.nodes:
         kind = Conflict if op is Op.INSTALL else NotFound
@@ -166,6 +167,7 @@ def change_everywhere(
         NotFound: there is no such backend or node.
         Conflict: it is for no node; the message says why.
     """
+    name = _meant(services, name)
     builds, entry = _builds(services, op, name), _record(services, op, name)
     with services.db.transaction() as db:
         forgotten = op is Op.DELETE and not only and not selector and _forget_external(db, name)
@@ -333,6 +335,13 @@ def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
                         wish.op, wish.backend, wish.node_id, attempts, MOST_ATTEMPTS, error)  # fmt: skip
     with services.db.transaction() as db:
         backends.note(db, wish, **values)
+
+
+def _meant(services: Services, name: str) -> str:
+    """The name of the backend that is called so, which may be its alias."""
+    found = galleries.backends(services)
+    by_alias = {entry.alias: entry.name for entry in found if entry.alias}
+    return name if name in {entry.name for entry in found} else by_alias.get(name, name)
 
 
 def _builds(services: Services, op: Op, name: str) -> Collection[Build]:

@@ -213,7 +213,11 @@ def load_again(services: Services, replica_id: str) -> str:
         raise Conflict("This copy is not there any more. The next request for its model has another one loaded.")
     if replica.state is not ReplicaState.LOADING or not replica.job_id:
         raise Conflict(f"This copy is {replica.state}: only one that has failed can be loaded again.")
-    return replica.job_id
+    with services.db.transaction() as db:
+        job = jobs.by_id(db, replica.job_id)
+    if job is None or job.state is not JobState.OPEN:
+        raise Conflict("This copy's process is about to end: try again in a moment.")
+    return job.id
 
 
 def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict | None:

@@ -278,6 +278,16 @@ def test_what_an_admin_gives_again_takes_the_place_of_what_was_given_before(serv
             give(services, name, alias=alias)
 
 
+def test_a_backend_is_installed_by_its_alias_too(services: Services) -> None:
+    node = ready_node(services)
+    give(services, alias="chatty")
+    job_id = backends.change(services, node, Op.INSTALL, "chatty")
+    assert backends.change_everywhere(services, Op.INSTALL, "chatty")["gallery_element_name"] == "mine"
+    with services.db.transaction() as db:
+        request = job_rows.request(db, job_id)
+    assert (request["backend"], request["entry"]["name"]) == ("mine", "mine")
+
+
 def test_what_an_admin_gave_is_gone_from_all_nodes_when_it_is_deleted(services: Services) -> None:
     here, coming, away = (ready_node(services, name) for name in ("here", "coming", "away"))
     nodes.deregister(services, away)

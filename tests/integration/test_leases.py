@@ -21,6 +21,7 @@ from leased_jobs import (
 from waiting import listening
 
 from localai_q import names
+from localai_q.bus.journal import latest
 from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Refusal, Submission
 from localai_q.cluster.events import End, encode
 from localai_q.cluster.fleet import Demand
@@ -68,6 +69,19 @@ class TestSubmit:
         leases.submit(submission("j2"), longest_line=10)
         redis_client.hset(names.job_key("j1"), field, value)
         assert leases.live(["j1", "j2"]).keys() == {"j2"}
+
+    @pytest.mark.parametrize("value", ["x", b"\xff"])
+    def test_what_a_node_has_made_of_its_keys_holds_up_no_other(
+        self, leases: Leases, redis_client: redis.Redis, value: str | bytes
+    ) -> None:
+        submitted(leases)
+        leases.submit(submission("j2"), longest_line=10)
+        for key in (names.job_key("j1"), names.journal_key("j1"), names.ends_key("n1")):
+            redis_client.set(key, value)
+        redis_client.hset(names.ends_key("n2"), "j3", value)
+        assert leases.live(["j1", "j2"]).keys() == {"j2"}
+        assert latest(redis_client, ["j1", "j2"]) == {}
+        assert leases.ends(["n1", "n2"]).keys() == {"n2"}
 
     def test_how_long_a_job_has_waited_is_known(self, leases: Leases, redis_client: redis.Redis) -> None:
         submitted(leases)

@@ -208,6 +208,8 @@ def test_one_that_nobody_has_claimed_is_cancelled_and_fails_once_its_process_has
     assert settled(services, job_id).state is CANCELLED
     replicas.reconcile(services)
     assert only(services).state is ReplicaState.LOADING, "what its process has is not free yet"
+    answer = http.post(f"/api/jobs/{job_id}/retry")
+    assert (answer.status_code, "in a moment" in answer.text) == (409, True)
     after(services, ENDING + 1)
     replicas.reconcile(services)
     failed = only(services)

@@ -57,7 +57,7 @@ def test_what_is_no_amount_is_none(number: str) -> None:
     "text",
     ["", "{", "[]", "1", '{"k":"p"}', '{"k":"f"}', '{"k":"e","s":"open","u":[0,0,0],"t":{},"x":null,"r":null}',
      '{"k":"e","s":"done","u":[],"t":{},"x":null,"r":null}', '{"k":"e","s":"done","u":[0,0,0],"t":{},"x":"no","r":null}',
-     '{"k":"e","s":"done","u":[0,0,0],"t":[],"x":null,"r":null}', '{"k":"v","i":0,"v":1}'],
+     '{"k":"e","s":"done","u":[0,0,0],"t":[],"x":null,"r":null}', '{"k":"v","i":0,"v":1}', '{"k":"p","s":' + "[" * 100_000],
 )  # fmt: skip
 def test_what_is_no_event_is_refused_in_one_way(text: str) -> None:
     with pytest.raises(ValueError):

@@ -109,6 +109,8 @@ def _told(wanted: Wanted, store: Store, access: Access) -> Wanted:
         origin = resolve(source, access, access.network())
     except LocalAIError as error:
         raise type(error)(f"cannot fetch {wanted.source}: {error.message}", param=error.param) from error
+    if origin.size and wanted.size and origin.size != wanted.size:
+        raise Unavailable(f"cannot fetch {wanted.source}: it has {origin.size} bytes, expected {wanted.size}")
     if origin.sha256:
         store.note(wanted.source, origin.sha256)
     return replace(wanted, sha256=origin.sha256, size=origin.size or wanted.size)

@@ -219,13 +219,16 @@ def import_files(order: JobOrder, report: Report) -> dict[str, Any]:
     for path in map(str, order.request["files"]):
         try:
             with imports.importable(path, folders) as files:
-                came = [
-                    fetch(Wanted(source=f"file:{file.name}"), spec.models, access, report, opened=file)
-                    for file in files
-                ]
+                came: list[Path] = []
+                tell = _telling(report, came, len(files), Store(spec.models))
+                for file in files:
+                    wanted = Wanted(source=f"file:{file.name}")
+                    came.append(fetch(wanted, spec.models, access, tell, opened=file))
             found.append({"path": path, **described(came, len(came) - 1), "refused": None})
         except LocalAIError as error:
             found.append({"path": path, "refused": error.message})
+        except OSError as error:
+            found.append({"path": path, "refused": f"it cannot be read: {error.strerror or error}"})
     return {"files": found}
 
 

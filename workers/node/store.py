@@ -74,8 +74,9 @@ class Store:
 
     def begun(self, sha256: str) -> int:
         """Bytes of a file that have come, and that a fetch goes on with."""
-        part = self.part(sha256)
-        return part.stat().st_size if part.exists() else 0
+        with suppress(FileNotFoundError):
+            return self.part(sha256).stat().st_size
+        return 0
 
     @contextmanager
     def alone(self, key: str, report: Report | None = None) -> Iterator[Report]:

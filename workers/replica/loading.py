@@ -6,6 +6,7 @@ The process of which the load has failed, or was cancelled, ends; the node repor
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,6 +44,8 @@ class Load:
         self._spec = spec
         self._line = names.replica_queue(spec.id)
         self._refused: LocalAIError | None = None  # why it must not go on
+        self._lock = threading.RLock()
+        self._is_over = False  # whatever becomes of the lease from then on
 
     def run(self, start: Callable[[], Backend]) -> Backend:
         """Start a backend and have it load the model.
@@ -59,10 +62,13 @@ class Load:
             backend.wait_for_health()
             self._say("loading")
             backend.load()
-            self._held.on_cancel(lambda: None)
+            with self._lock:
+                self._is_over = True
             if self._held.why == "cancelled" or self._refused:
                 raise StartupError
         except StartupError as error:
+            with self._lock:
+                self._is_over = True
             if backend:
                 backend.kill()
             raise self._failed(error) from error
@@ -92,17 +98,28 @@ class Load:
 
     def _heed(self, held: Held, backend: Backend) -> None:
         """The load is to stop; or its lease was lost, and it goes on with another one, unless the job has ended."""
-        if held.why != "cancelled":
-            try:
-                answer = self._claims.claim(self._spec.job, self._line)
-            except (redis.RedisError, OSError, LocalAIError) as error:
-                log.warning("the load goes on without its lease: %s", error)
-                return
-            if isinstance(answer, Held):
-                self._hold(answer, backend)
-                return
-            self._refused = self._why(answer)
-        backend.kill()
+        while not self._heeded(held, backend):
+            time.sleep(RETRY)
+
+    def _heeded(self, held: Held, backend: Backend) -> bool:
+        """False: whether it may go on is not known yet."""
+        with self._lock:
+            if self._is_over:
+                return True
+            if held.why != "cancelled":
+                try:
+                    answer = self._claims.claim(self._spec.job, self._line)
+                except (redis.RedisError, OSError, LocalAIError) as error:
+                    log.warning("the load goes on without its lease: %s", error)
+                    return False
+                if isinstance(answer, Held):
+                    self._hold(answer, backend)
+                    return True
+                if answer.why in PASSING:
+                    return False
+                self._refused = self._why(answer)
+            backend.kill()
+            return True
 
     def _why(self, refusal: Refusal) -> LocalAIError:
         """What the job has ended with that is not to be had."""
