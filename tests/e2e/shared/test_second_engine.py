@@ -68,8 +68,9 @@ def test_what_the_engine_cannot_do_is_the_clients_mistake(engine: Cluster) -> No
 
 
 def test_it_serves_one_request_at_a_time(engine: Cluster, weights: Path) -> None:
-    (replica,) = engine.replicas(CHATS)
-    assert replica["slots"] == 1
+    # Another one may have been placed on a node that an earlier test has killed, and of which nobody knows that yet.
+    ready = [replica for replica in engine.replicas(CHATS) if replica["state"] == "ready"]
+    assert [replica["slots"] for replica in ready] == [1]
     assert "works on 1 request" in engine.cli("models", "edit", CHATS, "--slots", "2", code=1)
     line = engine.cli("models", "add", "ranks", "--file", str(weights), *ADD, "--slots", "3", code=1)
     assert "works on 1 request" in line
