@@ -1,12 +1,15 @@
-"""What many tests of this folder begin with: a node in the registry, a server of files, and the API over HTTP."""
+"""What many tests of this folder begin with: a node in the registry, leases, a server of files, and the API over HTTP."""
 
 from collections.abc import Iterator
 
 import httpx
 import pytest
+import redis
 from cluster_data import api_over_http, ready_node
 from file_server import FileServer, serve
+from leased_jobs import JOURNAL_MAX
 
+from localai_q.bus.leases import Leases
 from localai_q.cluster.nodes import Node
 from localai_q.services import keys
 from localai_q.services.wiring import Services
@@ -15,6 +18,11 @@ from localai_q.services.wiring import Services
 @pytest.fixture
 def node(services: Services) -> Node:
     return ready_node(services)
+
+
+@pytest.fixture
+def leases(redis_client: redis.Redis) -> Leases:
+    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=JOURNAL_MAX)
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ from localai_q.bus.leases import Append, Lease, Leases
 from localai_q.cluster.events import encode
 
 
-@pytest.fixture
-def leases(redis_client: redis.Redis) -> Leases:
-    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=JOURNAL_MAX)
-
-
 class TestAppend:
     def test_an_owner_whose_job_was_taken_writes_nothing(self, leases: Leases, redis_client: redis.Redis) -> None:
         first = claimed(leases, submitted(leases))

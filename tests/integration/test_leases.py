@@ -7,7 +7,6 @@ import redis
 from leased_jobs import (
     CANCELLED,
     DONE,
-    JOURNAL_MAX,
     LINE,
     bereave,
     claimed,
@@ -25,11 +24,6 @@ from localai_q.bus.journal import latest
 from localai_q.bus.leases import CONTROL, Append, Lease, Leases, Refusal, Submission
 from localai_q.cluster.events import End, encode
 from localai_q.cluster.fleet import Demand
-
-
-@pytest.fixture
-def leases(redis_client: redis.Redis) -> Leases:
-    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=JOURNAL_MAX)
 
 
 class TestSubmit:

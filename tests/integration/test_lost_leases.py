@@ -5,7 +5,6 @@ import redis
 from leased_jobs import (
     CANCELLED,
     DONE,
-    JOURNAL_MAX,
     LINE,
     bereave,
     claimed,
@@ -18,11 +17,6 @@ from leased_jobs import (
 
 from localai_q import names
 from localai_q.bus.leases import Append, Lease, Leases
-
-
-@pytest.fixture
-def leases(redis_client: redis.Redis) -> Leases:
-    return Leases(redis_client, lease=30.0, journal_ttl=60.0, journal_max=JOURNAL_MAX)
 
 
 class TestRestore:
