@@ -79,22 +79,22 @@ def read_facts(path: Path, *parts: Path) -> Facts:
 
 @dataclass(frozen=True)
 class Tensors:
-    """What a file's tensors are in all."""
+    """What a model's tensors are in all."""
 
     types: frozenset[str]  # as "q4_k"
     parameters: int  # numbers that they hold
 
 
-def read_tensors(path: Path) -> Tensors:
-    """What the header of a GGUF file says of its tensors.
+def read_tensors(path: Path, *parts: Path) -> Tensors:
+    """What the headers of a model's GGUF file, or of all its files, say of its tensors.
 
     Raises:
         InvalidValue, OSError: as `read_facts`.
     """
-    found = _read(path)
+    found = [tensor for each in (path, *parts) for tensor in _read(each).tensors]
     return Tensors(
-        types=frozenset(TYPES.get(tensor.kind, f"type {tensor.kind}") for tensor in found.tensors),
-        parameters=_bounded("parameters", sum(tensor.elements for tensor in found.tensors), MOST_PARAMETERS),
+        types=frozenset(TYPES.get(tensor.kind, f"type {tensor.kind}") for tensor in found),
+        parameters=_bounded("parameters", sum(tensor.elements for tensor in found), MOST_PARAMETERS),
     )
 
 

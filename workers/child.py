@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from localai_q.cluster import parts
 from localai_q.cluster.models import File, ModelConfig
 from localai_q.config import settings, write_private
 from localai_q.errors import StartupError
@@ -59,12 +60,11 @@ class ReplicaSpec(BaseModel):
     @property
     def links(self) -> dict[Path, Path]:
         """Of a model in several files: what leads to each while it loads, for an engine finds them by their names."""
-        count = len(self.model.own)
-        if count < 2:
+        own = self.model.own
+        if len(own) < 2:
             return {}
-        stem = self.socket.stem
-        return {self.socket.with_name(f"{stem}-{number:05}-of-{count:05}.gguf"): self.path_of(file)
-                for number, file in enumerate(self.model.own, 1)}  # fmt: skip
+        names = parts.named(self.socket.stem, len(own))
+        return {self.socket.with_name(name): self.path_of(file) for name, file in zip(names, own, strict=True)}
 
     @property
     def template_file(self) -> Path:

@@ -113,10 +113,10 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
         if "selector" in config:
             config["selector"] = _labels(config["selector"])
         if digests := config.pop("sha256", None):
-            config |= _of_files([{"sha256": digest} for digest in digests])
+            config |= of_files([{"sha256": digest} for digest in digests])
         api = connect()
         if file is not None:
-            config |= _of_files([upload(api, path) for path in _parts_of(file)])
+            config |= of_files([upload(api, path) for path in _parts_of(file)])
         act(api, name, config, **({"force": force} if can_force else {}))
 
     command.__doc__ = act.__doc__
@@ -385,7 +385,7 @@ def _parts_of(file: Path) -> list[Path]:
     return found
 
 
-def _of_files(files: list[dict[str, Any]]) -> dict[str, Any]:
+def of_files(files: list[dict[str, Any]]) -> dict[str, Any]:
     """What a model's document says of its own file, or of its several."""
     first, *others = files
     return {**first, "parts": others} if others else first

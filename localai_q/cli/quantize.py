@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from localai_q.cli.client import Api, Record, connect
 from localai_q.cli.jobs import POLL
+from localai_q.cli.models import of_files
 from localai_q.cli.show import AsJson, rows, when
 from localai_q.cli.watch import display
 from localai_q.errors import InvalidValue, LocalAIError
@@ -57,7 +58,10 @@ def start(
     imatrix_sha256: Annotated[str, typer.Option(help="Its SHA-256.")] = "",
     text: Annotated[str, typer.Option(help="The source of a text to compare the result with.")] = "",
     text_sha256: Annotated[str, typer.Option(help="Its SHA-256.")] = "",
-    sha256: Annotated[str, typer.Option(help="The SHA-256 of a source.")] = "",
+    sha256: Annotated[
+        list[str] | None,
+        typer.Option(help="The SHA-256 of a source; repeatable: of each of its files, in their order."),
+    ] = None,
     backend: Annotated[str, typer.Option(help="Which backend does it; else the first that can.")] = "",
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the id and return at once.")] = False,
     as_json: AsJson = False,
@@ -72,6 +76,8 @@ def start(
         localai-q quantize --type q8_0 --allow-requantize --import smollm2-135m-instruct
 
         localai-q quantize --type q4_k_m --name small huggingface://owner/repo/model-f16.gguf
+
+        localai-q quantize --type q4_k_m --import huggingface://owner/repo/big-f16-00001-of-00003.gguf
     """
     if import_ and no_wait:
         raise InvalidValue("--import waits until it is done: leave out --no-wait")
@@ -80,7 +86,8 @@ def start(
         "output_tensor_type": output_type, "token_embedding_type": embedding_type,
         "imatrix": _file(imatrix, imatrix_sha256),
     }  # fmt: skip
-    body = {"model": model, "quantization_type": type_, "name": name, "sha256": sha256, "backend": backend,
+    body = {"model": model, "quantization_type": type_, "name": name, "backend": backend,
+            **(of_files([{"sha256": digest} for digest in sha256]) if sha256 else {}),
             "text": _file(text, text_sha256), "extra_options": _given(options)}  # fmt: skip
     api = connect()
     made = api.call("POST", "/api/quantization/jobs", json=_given(body))

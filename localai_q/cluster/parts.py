@@ -55,6 +55,11 @@ def every(first: str) -> list[str]:
     return [found.beside(number) for number in range(1, found.count + 1)]
 
 
+def named(stem: str, count: int) -> list[str]:
+    """What the files of a model in several are called that an engine is given."""
+    return [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
 def whole(name: str) -> str:
     """What a model in several files would be called if it were one."""
     found = part(name)

@@ -18,10 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from localai_q.cluster.builds import Build, suitable
 from localai_q.cluster.builds import choose as build_for
 from localai_q.cluster.capacity import Site, disk_free, disk_spare, human, is_silent
+from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.models import SHA256, File, ModelConfig, ModelName
 from localai_q.cluster.nodes import on_nodes
+from localai_q.cluster.parts import MOST_FILES, whole
 from localai_q.cluster.sources import MOST_MIRRORS
 from localai_q.cluster.states import JobState, NodeState
 
@@ -50,10 +52,33 @@ TYPES: tuple[Quantized, ...] = get_args(Quantized)
 WITH_IMATRIX: frozenset[Quantized] = frozenset({"iq2_m", "iq2_s", "iq2_xs", "iq2_xxs", "iq1_m", "iq1_s", "q2_k_s"})
 
 
-class Source(File):
-    """What is quantized."""
+class Part(File):
+    """A file of what is quantized."""
 
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)
+
+
+class Source(Part):
+    """What is quantized: its file, or the first of several."""
+
+    parts: tuple[Part, ...] = Field((), max_length=MOST_FILES - 1)  # the files behind the first
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> Source:
+        """The own files of a model that has some."""
+        first, *others = [{**file.model_dump(), "mirrors": config.mirrors_of(number)}
+                          for number, file in enumerate(config.own)]  # fmt: skip
+        return cls.model_validate({**first, "parts": others})
+
+    @property
+    def files(self) -> tuple[Part, ...]:
+        """All its files, in their order."""
+        return (self, *self.parts)
+
+    @property
+    def whole_size(self) -> int:
+        """Bytes of all its files, as far as they are known."""
+        return sum(file.size for file in self.files)
 
 
 class Options(BaseModel):
@@ -73,6 +98,16 @@ class Options(BaseModel):
     pure: bool = False  # every tensor gets the same type
 
 
+class OrderedPart(BaseModel):
+    """What is said of a file behind the first, of a source in several; without a source, it is called like the first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field("", max_length=2000)
+    sha256: str | None = Field(None, pattern=SHA256)
+    size: int = Field(0, ge=0)
+
+
 class Order(BaseModel):
     """What is asked for. LocalAI's names, where it has them."""
 
@@ -82,6 +117,7 @@ class Order(BaseModel):
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a source
     sha256: str | None = Field(None, pattern=SHA256)  # of a source
     size: int = Field(0, ge=0)  # bytes of a source; 0: not known
+    parts: tuple[OrderedPart, ...] = Field((), max_length=MOST_FILES - 1)  # of a source in several files
     quantization_type: Quantized = "q4_k_m"
     backend: str = Field("", max_length=64)  # empty: the first that can
     name: ModelName | None = None  # of the model that the result becomes; None: made of the source's and the type
@@ -141,7 +177,8 @@ class Quantization:
     @property
     def files(self) -> frozenset[str]:
         """The SHA-256 of all files that it needs."""
-        wanted = [self.spec.source, self.spec.text, self.spec.options.imatrix] if self.state is JobState.OPEN else []
+        spec = self.spec
+        wanted = [*spec.source.files, spec.text, spec.options.imatrix] if self.state is JobState.OPEN else []
         return frozenset(filter(None, [self.output, *(file.sha256 for file in wanted if file)]))
 
 
@@ -213,13 +250,13 @@ def choose(one: Quantization, fleet: Fleet, builds: Collection[Build], working: 
 def result_size(spec: Spec) -> int:
     """Bytes that the result takes at most; 0 where nothing is known of the source."""
     before = LEAST_BITS if spec.options.allow_requantize else 16.0
-    return int(spec.source.size * BITS.get(spec.quantization_type, OTHER_BITS) / before)
+    return int(spec.source.whole_size * BITS.get(spec.quantization_type, OTHER_BITS) / before)
 
 
 def default_name(model: str, quantization_type: str) -> str:
     """A name for the result of a model's name or a source."""
     last = re.split(r"[/#]", re.sub(r"(@|\?).*", "", model).rstrip("/"))[-1]
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", last.removesuffix(".gguf")).strip("-._") or "model"
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", whole(last).removesuffix(".gguf")).strip("-._") or "model"
     return f"{plain[:100]}-{quantization_type}"
 
 
@@ -239,11 +276,12 @@ def _unfit(
         return f"failed: {failed[-1].reason}"
     if node.id in working:
         return "works on another quantization"
-    fetched = 0 if spec.source.sha256 in site.files else spec.source.size
-    needed, disk = fetched + result_size(spec) + disk_spare(node, spec.source.size), disk_free(node)
+    size = spec.source.whole_size
+    coming = sum(file.size for file in _lacking(spec.source, site))
+    needed, disk = coming + result_size(spec) + disk_spare(node, size), disk_free(node)
     if needed > disk:
         return f"needs {human(needed)} of disk, {human(disk)} free"
-    memory, free = max(spec.source.size, result_size(spec)) + BUFFERS, max(site.free.ram, 0)
+    memory, free = max(size, result_size(spec)) + BUFFERS, max(site.free.ram, 0)
     if memory > free:
         return f"needs {human(memory)}, {human(free)} free"
     if idle < 1:
@@ -251,10 +289,15 @@ def _unfit(
     return ""
 
 
-def _rank(one: Quantization, site: Site, fleet: Fleet, idle: int) -> tuple[int, bool, bool, int, int, str]:
+def _rank(one: Quantization, site: Site, fleet: Fleet, idle: int) -> tuple[int, bool, int, int, int, str]:
     failed = sum(each.node_id == site.node.id for each in one.failures)
-    lacks_file = one.spec.source.sha256 not in site.files
-    return (failed, _requests(site, fleet) > 0, lacks_file, -idle, len(site.there), site.node.name)
+    lacking = len(_lacking(one.spec.source, site))
+    return (failed, _requests(site, fleet) > 0, lacking, -idle, len(site.there), site.node.name)
+
+
+def _lacking(source: Source, site: Site) -> list[Part]:
+    """The files of the source that are not there."""
+    return [file for file in source.files if file.sha256 not in site.files]
 
 
 def _requests(site: Site, fleet: Fleet) -> int:
@@ -271,9 +314,10 @@ def _idle_cores(site: Site, fleet: Fleet) -> int:
 
 # --- how it is told
 
-DOWNLOADING = ("installing", "resolving", "downloading", "copying", "verifying")
+FETCHING = "fetching"  # several files
+DOWNLOADING = ("installing", "resolving", "downloading", "copying", "verifying", FETCHING)
 SPANS = {"installing": (0.0, 5.0), "resolving": (5.0, 5.0), "downloading": (5.0, 15.0), "copying": (5.0, 15.0),
-         "verifying": (15.0, 20.0), "quantizing": (20.0, 60.0),
+         "verifying": (15.0, 20.0), FETCHING: (5.0, 20.0), "quantizing": (20.0, 60.0),
          "reading with the source": (60.0, 75.0), "reading with the result": (75.0, 90.0),
          "hashing": (90.0, 92.0), "uploading": (92.0, 100.0)}  # fmt: skip
 ENDED = {JobState.DONE: "completed", JobState.FAILED: "failed", JobState.CANCELLED: "stopped"}
@@ -292,7 +336,19 @@ def percentage(one: Quantization, progress: Mapping[str, Any]) -> float:
     """How far it is in all, of 100. `progress`: of its job."""
     if one.state is not JobState.OPEN:
         return 100.0 if one.state is JobState.DONE else 0.0
-    begin, end = SPANS.get(str(progress.get("stage") or ""), (0.0, 0.0))
-    total = float(progress.get("total") or 0)
-    part = min(float(progress.get("done") or 0) / total, 1.0) if total else 0.0
-    return round(begin + part * (end - begin), 1)
+    done, total = float(progress.get("done") or 0), float(progress.get("total") or 0)
+    return round(_percentage(str(progress.get("stage") or ""), done, total), 1)
+
+
+def together(progress: Progress, before: int, count: int) -> Progress:
+    """What a fetch of one of several files says, as that of all of them. `before`: the files that have come."""
+    if count == 1:
+        return progress
+    begin, end = SPANS[FETCHING]
+    part = (_percentage(progress.stage, progress.done, progress.total) - begin) / (end - begin)
+    return Progress(stage=FETCHING, done=round(before + part, 2), total=count, unit="files", note=progress.note)
+
+
+def _percentage(stage: str, done: float, total: float) -> float:
+    begin, end = SPANS.get(stage, (0.0, 0.0))
+    return begin + (min(done / total, 1.0) if total else 0.0) * (end - begin)

@@ -241,14 +241,14 @@ def _checked(services: Services, config: ModelConfig, *, given: Collection[str])
         raise InvalidValue(f"The backend '{config.backend}' needs a file: give 'source'.", param="source")
     if not config.source and config.mirrors:
         sources.parse(config.source, config.mirrors)
-    _check_names(config)
+    check_names(config)
     for number, file in enumerate(config.files):
         check_file(services, file, config.mirrors_of(number))
     return fitted(config, capabilities=entry.capabilities, most_slots=entry.most_slots, given=given)
 
 
-def _check_names(config: ModelConfig) -> None:
-    """Refuse what is named as one of several files where that cannot be meant."""
+def check_names(config: ModelConfig) -> None:
+    """Refuse with `InvalidValue` what is named as one of several files where that cannot be meant."""
     for source in (config.source, *config.mirrors):
         parts.every(source)
     if config.parts and not all(map(parts.part, config.mirrors)):

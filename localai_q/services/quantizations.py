@@ -9,12 +9,12 @@ from pathlib import PurePosixPath
 from typing import IO, Any
 
 from localai_q import names
-from localai_q.cluster import parts, sources
+from localai_q.cluster import sources
 from localai_q.cluster.backends import Op, has
 from localai_q.cluster.builds import Build
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import Model, ModelConfig
+from localai_q.cluster.models import File, Model, ModelConfig
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.quantizing import (
     CAPABILITY,
@@ -23,6 +23,7 @@ from localai_q.cluster.quantizing import (
     MOST_ATTEMPTS,
     TYPES,
     Order,
+    Part,
     Quantization,
     Source,
     Spec,
@@ -35,6 +36,7 @@ from localai_q.cluster.quantizing import (
     status,
 )
 from localai_q.cluster.states import JobState
+from localai_q.documents import checked
 from localai_q.errors import (
     Cancelled,
     Conflict,
@@ -60,7 +62,7 @@ from localai_q.store.engine import clock
 log = logging.getLogger(__name__)
 
 STARTS_ANEW = frozenset({
-    "source", "mirrors", "sha256", "size", "memory", "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned",
+    "source", "mirrors", "sha256", "size", "parts", "memory", "spread_all", "min_replicas", "max_replicas", "idle_timeout", "pinned",
     "disabled", "preload",
 })  # fmt: skip  # what of a model's configuration is not that of a model made of it
 
@@ -364,51 +366,56 @@ def _builds(services: Services, one: Quantization) -> dict[Build, BuildEntry]:
 
 
 def _source(services: Services, order: Order) -> tuple[Model | None, Source]:
-    """The model of that name, if there is one, and its file; else the source."""
+    """The model of that name, if there is one, and its files; else the source."""
     with services.db.transaction() as db:
         model = model_rows.by_name(db, order.model)
     if model is None:
-        return None, _file(order)
-    if order.sha256 or order.mirrors or order.size:
+        return None, Source.of(_stored(services, _given(order)))
+    if order.sha256 or order.mirrors or order.size or order.parts:
         raise InvalidValue(f"'{order.model}' is a model: its file is known.", param="sha256")
     if not model.config.source:
         raise InvalidValue(f"The model '{model.name}' has no file.", param="model")
-    if model.config.parts:
-        raise _in_several(f"The model '{model.name}'")
     if model.config.embeddings or model.config.rerank:
         raise UnsupportedByModel(
             f"The model '{model.name}' does not generate text, by which the result is compared with it.", param="model"
         )
-    size = model.config.size or (model.facts.file_size if model.facts else 0)
-    return model, Source(
-        source=model.config.source, mirrors=model.config.mirrors, sha256=model.config.sha256, size=size
-    )
+    return model, Source.of(_stored(services, model.config))
 
 
-def _file(order: Order) -> Source:
+def _given(order: Order) -> ModelConfig:
+    """A model of just what is given as a source."""
+    given = order.model_dump(include={"mirrors", "sha256", "size"})
+    behind = [part.model_dump(exclude_unset=True) for part in order.parts]
     try:
-        source = sources.parse(order.model, order.mirrors)
+        sources.parse(order.model, order.mirrors)
+        config = checked(ModelConfig, {**given, "source": order.model, "parts": behind})
+        models.check_names(config)
     except InvalidValue as error:
         raise InvalidValue(
             f"There is no model of that name, and as a source: {error.message}", param="model"
         ) from error
-    if parts.part(order.model):
-        raise _in_several("The source")
-    stored = source.sha256 if isinstance(source, sources.Stored) else None
-    return Source(source=order.model, mirrors=order.mirrors, sha256=order.sha256 or stored, size=order.size)
+    return config
 
 
-def _in_several(what: str) -> InvalidValue:
-    return InvalidValue(f"{what} is in several files, and only one file can be quantized: merge them with llama.cpp's "
-                        "'llama-gguf-split --merge', and quantize that.", param="model")  # fmt: skip
+def _stored(services: Services, config: ModelConfig) -> ModelConfig:
+    """The same with what the API's store knows of those of its files that were uploaded."""
+
+    def known(file: File) -> dict[str, Any]:
+        source = sources.parse(file.source)
+        path = uploads.path_of(services, source.sha256) if isinstance(source, sources.Stored) else None
+        told = {"sha256": path.name, "size": path.stat().st_size} if path and path.exists() else {}
+        return {**file.model_dump(), **told}
+
+    return config.knowing([known(file) for file in config.own])
 
 
 def _check(services: Services, spec: Spec) -> None:
     """Refuse files that no node could fetch."""
-    for param, file in (("model", spec.source), ("text", spec.text), ("imatrix", spec.options.imatrix)):
+    own = [("model", file) for file in spec.source.files]
+    for param, file in (*own, ("text", spec.text), ("imatrix", spec.options.imatrix)):
         try:
             if file:
-                models.check_file(services, file, file.mirrors if isinstance(file, Source) else ())
+                models.check_file(services, file, file.mirrors if isinstance(file, Part) else ())
         except InvalidValue as error:
             raise InvalidValue(error.message, param=param) from error
 

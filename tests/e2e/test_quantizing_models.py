@@ -70,4 +70,7 @@ def test_its_node_dies_another_makes_the_file_which_chats(start_cluster: Callabl
     assert json.loads(cluster.cli("models", "show", "eight", "--json"))["origin"] == "q8_0 of smol"
     refused = cluster.cli("quantize", "smol", "--type", "q8_0", code=1, timeout=LONG)
     assert "quantized already" in refused
+    digests = ("--sha256", "0" * 64, "--sha256", "1" * 64)
+    refused = cluster.cli("quantize", "https://x.example/m-00001-of-00003.gguf", *digests, code=1)
+    assert "needs the 2 files behind the first" in refused
     cluster.stop()

