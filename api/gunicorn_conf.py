@@ -64,7 +64,7 @@ def post_worker_init(worker: Any) -> None:
         while worker.alive:
             gevent.sleep(0.1)
         gevent.sleep(_settings.web_drain)
-        worker.wsgi.extensions["localai_q"].streams.stop()
+        worker.wsgi.extensions["localai_q"].stop()
 
     gevent.spawn(stop_streams)
 

@@ -193,6 +193,7 @@ class Streams:
     def stop(self) -> None:
         """End all followings, now and from now on, so that clients can come back to other processes."""
         self.stopping = True
+        self.listener.stop()
         for following in list(self._open):
             following.end(Stopping())
 
@@ -221,7 +222,7 @@ class Streams:
 
     def _look_up(self) -> None:
         """Learn where the jobs stand of which nothing is heard. Apart from the streams, for the stores may be away."""
-        while True:
+        while not self.stopping:
             time.sleep(LOOK)
             late = time.monotonic() - SILENT
             silent = [each for each in list(self._open) if each.kept and each.heard < late]
@@ -237,7 +238,7 @@ class Streams:
                 log.exception("where jobs stand cannot be looked up; it is tried again")
 
     def _sweep(self) -> None:
-        while True:
+        while not self.stopping:
             time.sleep(SWEEP)
             late = time.monotonic() - self.settings.stalled_client
             for following in list(self._open):

@@ -29,6 +29,12 @@ class Web:
     authenticator: Authenticator
     metrics: Metrics
 
+    def stop(self) -> None:
+        """End all streams, so that clients can come back to other processes, and what goes on in the background."""
+        self.streams.stop()
+        self.router.stop()
+        self.snapshots.stop()
+
 
 def make_web(settings: Settings) -> Web:
     """Connect a web process."""

@@ -1,5 +1,6 @@
 """Clients that remember what they saw: each request in a thread of its own, with every event, its id and its time."""
 
+import contextlib
 import http.client
 import itertools
 import json
@@ -116,13 +117,18 @@ class Caller:
         """Go away: with a FIN, or with a RST."""
         connection = self._connection.sock
         if connection is not None:
-            if how == "RST":  # nothing is sent until the descriptor is closed, which then resets
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                connection.shutdown(socket.SHUT_RD)
-            else:
-                connection.shutdown(socket.SHUT_RDWR)
+            with contextlib.suppress(OSError):  # an answer that ends at this moment closes it, too
+                self._hang_up(connection, how)
         self.reading.set()
         self._thread.join(LIMIT)
+
+    @staticmethod
+    def _hang_up(connection: socket.socket, how: str) -> None:
+        if how == "RST":  # nothing is sent until the descriptor is closed, which then resets
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            connection.shutdown(socket.SHUT_RD)
+        else:
+            connection.shutdown(socket.SHUT_RDWR)
 
     # How it sees.
 

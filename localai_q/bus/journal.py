@@ -91,8 +91,13 @@ class Listener:
         self._detach = script(client, "detach")
         self._readers: dict[str, list[queue.Queue[str]]] = {}
         self._lock = threading.Lock()
+        self._stopping = False
         self._announce()  # before the first job can name this process as its watcher
         threading.Thread(target=self._run, name="journal-listener", daemon=True).start()
+
+    def stop(self) -> None:
+        """Hear nothing any more: this process ends."""
+        self._stopping = True
 
     def open(self, job_id: str) -> Reader:
         """A reader of the job's announcements from now on. Close it."""
@@ -144,7 +149,7 @@ class Listener:
         return sum(map(len, self._readers.values()))
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
@@ -161,7 +166,7 @@ class Listener:
         due = 0.0
         with self._redis.pubsub() as pubsub:
             pubsub.subscribe(f"web:{self.watcher}")
-            while True:
+            while not self._stopping:
                 if time.monotonic() >= due:
                     presence.announce(self._redis, self.watcher)
                     due = time.monotonic() + presence.REFRESHED

@@ -145,6 +145,7 @@ class Router:
         self._latest: Snapshot | None = None
         self._tidied: Snapshot | None = None
         self._work = threading.Event()
+        self._stopping = False
 
     def start(self) -> None:
         """Watch what is taken, and hear what other processes have seen."""
@@ -153,6 +154,11 @@ class Router:
         )
         for target in targets:
             threading.Thread(target=target, name=target.__name__.strip("_"), daemon=True).start()
+
+    def stop(self) -> None:
+        """Watch and hear nothing any more: this process ends."""
+        self._stopping = True
+        self._work.set()
 
     def route(self, request: GenerationRequest, job_id: str, *, younger_than: float | None = None) -> Trip:
         """Choose where the request goes. Say by `sent` that it did, or by `ended` that it did not.
@@ -291,7 +297,7 @@ class Router:
             log.warning("what another process has seen cannot be read: %r", error)
 
     def _tend_always(self) -> None:
-        while True:
+        while not self._stopping:
             self._work.clear()
             if not self._watched and not self._pressed:
                 self._work.wait()
@@ -305,7 +311,7 @@ class Router:
                 log.exception("who takes what cannot be seen; it is tried again")
 
     def _listen_always(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 self._listen()
             except (redis.RedisError, OSError) as error:
@@ -315,7 +321,7 @@ class Router:
     def _listen(self) -> None:
         with self._services.redis.pubsub(ignore_subscribe_messages=True) as pubsub:
             pubsub.subscribe(names.PREFIXES_CHANNEL)
-            while True:
+            while not self._stopping:
                 message = pubsub.get_message(timeout=5.0)
                 if message:
                     self.hear(message["data"], time.monotonic())

@@ -40,10 +40,16 @@ class Snapshots:
         self._lasts = FRESH  # seconds
         self._asked = time.monotonic()
         self._work = threading.Event()
+        self._stopping = False
 
     def start(self) -> None:
         """Read ahead of those who ask, so that none of them waits for it, until nobody has asked for `KEPT` seconds."""
         threading.Thread(target=self._keep, name="snapshots", daemon=True).start()
+
+    def stop(self) -> None:
+        """Read nothing ahead any more: this process ends."""
+        self._stopping = True
+        self._work.set()
 
     def now(self, *, younger_than: float | None = None) -> Snapshot:
         """A snapshot: not older than so many seconds, or as old as may be."""
@@ -72,10 +78,10 @@ class Snapshots:
         return found
 
     def _keep(self) -> None:
-        while True:
+        while not self._stopping:
             self._work.wait()
             self._work.clear()
-            while time.monotonic() - self._asked < KEPT:
+            while time.monotonic() - self._asked < KEPT and not self._stopping:
                 time.sleep(AHEAD * self._lasts)
                 try:
                     with self._lock:

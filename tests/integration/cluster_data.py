@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from flask import Flask
 from werkzeug.serving import make_server
 
 from api.app import create_app
@@ -15,6 +16,7 @@ from localai_q.bus.leases import Lease
 from localai_q.cluster.models import Facts, ModelConfig
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Report
+from localai_q.config import Settings
 from localai_q.services import models, nodes
 from localai_q.services.wiring import Services
 from localai_q.store import models as model_rows
@@ -55,12 +57,23 @@ def ready_node(services: Services, name: str = "n1", secret: str = SECRET) -> No
 
 
 @contextmanager
+def web_process(settings: Settings) -> Iterator[Flask]:
+    """The application of a web process, whose threads end with it."""
+    app = create_app(settings)
+    try:
+        yield app
+    finally:
+        app.extensions["localai_q"].stop()
+
+
+@contextmanager
 def api_over_http(services: Services) -> Iterator[str]:
     """The API, as nodes call it: its URL. Users that nodes were on Redis go at the end."""
-    server = make_server("127.0.0.1", 0, create_app(services.settings), threaded=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+    with web_process(services.settings) as app:
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
     for node_id in users.known(services.redis):
         users.remove(services.redis, node_id)
 

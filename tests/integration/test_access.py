@@ -8,11 +8,10 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from cluster_data import SECRET, join, node_named, ready_node
+from cluster_data import SECRET, join, node_named, ready_node, web_process
 from flask import Flask
 from flask.testing import FlaskClient
 
-from api.app import create_app
 from api.auth import GUARDS
 from api.node import LARGEST_REPORT
 from localai_q.cluster.reports import MOST_REPLICAS
@@ -25,8 +24,9 @@ PROCESS = {"id": "r", "model_id": "m", "revision": 1, "number": 1, "state": "rea
 
 
 @pytest.fixture
-def app(services: Services) -> Flask:
-    return create_app(services.settings)
+def app(services: Services) -> Iterator[Flask]:
+    with web_process(services.settings) as made:
+        yield made
 
 
 @pytest.fixture

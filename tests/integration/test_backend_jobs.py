@@ -7,10 +7,10 @@ from typing import Any
 
 import psutil
 import pytest
+from cluster_data import web_process
 from toy_backends import entry_of, pack, run_script
 from waiting import LIMIT, wait_for
 
-from api.app import create_app
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled
@@ -51,7 +51,7 @@ def call(services: Services) -> Callable[..., Any]:
     key = keys.create(services, name="a", role="admin")[1]
 
     def ask(method: str, path: str, status: int = 200, **more: Any) -> Any:
-        with create_app(services.settings).test_client() as http:
+        with web_process(services.settings) as app, app.test_client() as http:
             answer = http.open(path, method=method, headers={"Authorization": f"Bearer {key}"}, **more)
         assert answer.status_code == status, answer.text
         return answer.get_json()

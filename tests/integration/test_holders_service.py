@@ -4,9 +4,8 @@ import logging
 import time
 
 import pytest
-from cluster_data import add_model, model_named, node_named, ready_node
+from cluster_data import add_model, model_named, node_named, ready_node, web_process
 
-from api.app import create_app
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.tickets import is_valid
 from localai_q.errors import InvalidValue, NotFound
@@ -85,7 +84,7 @@ def test_a_holder_that_is_blamed_is_named_in_the_log(
 def test_over_http_with_the_nodes_own_secret(services: Services, asker: Node) -> None:
     has(services, "n2", FILE, files_address="0.0.0.0:7000")
     path = f"/api/node/{asker.id}/holders/{FILE}"
-    with create_app(services.settings).test_client() as http:
+    with web_process(services.settings) as app, app.test_client() as http:
         own = {"Authorization": "Bearer s", "Host": "api.lan:8080"}
         (holder,) = http.get(path, headers=own).get_json()["holders"]
         assert holder["url"] == f"http://api.lan:7000/blobs/{FILE}", "on the API's machine, as this node calls that"

@@ -6,9 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from cluster_data import add_model, join, model_named, node_named
+from cluster_data import add_model, join, model_named, node_named, web_process
 
-from api.app import create_app
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.states import ReplicaState
 from localai_q.services import fleet, keys, models, nodes, replicas
@@ -24,7 +23,7 @@ def call(services: Services, node: Node) -> Callable[..., dict[str, Any]]:
     key = keys.create(services, name="a", role="admin")[1]
 
     def ask(method: str, path: str, status: int = 200, **more: Any) -> dict[str, Any]:
-        with create_app(services.settings).test_client() as http:
+        with web_process(services.settings) as app, app.test_client() as http:
             answer = http.open(
                 f"/api/nodes/n1{path}", method=method, headers={"Authorization": f"Bearer {key}"}, **more
             )

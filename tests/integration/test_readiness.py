@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
+from cluster_data import web_process
 
-from api.app import create_app
 from localai_q import ports
 from localai_q.config import Settings
 from localai_q.services.wiring import Services
@@ -15,9 +15,9 @@ AWAY = "cannot be reached at the moment"
 
 def asked(settings: Settings) -> tuple[int, dict[str, Any]]:
     """The answer of a web process with these settings; it lives, whatever is away."""
-    http = create_app(settings).test_client()
-    assert http.get("/healthz").status_code == 200
-    answer = http.get("/readyz")
+    with web_process(settings) as app, app.test_client() as http:
+        assert http.get("/healthz").status_code == 200
+        answer = http.get("/readyz")
     assert "127.0.0.1" not in answer.text
     return answer.status_code, answer.get_json()
 

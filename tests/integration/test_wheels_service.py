@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cluster_data import add_model, node_named, ready_node
+from cluster_data import add_model, node_named, ready_node, web_process
 from toy_packages import package
 
 from api import node as node_routes
-from api.app import create_app
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, NodeState
 from localai_q.cluster.wheels import Machine, WheelKey, wheel_key
@@ -123,7 +122,7 @@ def test_a_node_cannot_give_itself_the_label(services: Services) -> None:
     ready_node(services)
     secret = {"Authorization": "Bearer s"}
     node_id = node_named(services, "n1").id
-    with create_app(services.settings).test_client() as http:
+    with web_process(services.settings) as app, app.test_client() as http:
         for hardware in ({"labels": {"builder": "true"}}, {"builder": "true"}, {"given_labels": {"builder": "true"}}):
             http.post(f"/api/node/{node_id}/heartbeat", json={"hardware": hardware}, headers=secret)
         told = {"hardware": {}, "labels": {"builder": "true"}}
@@ -256,7 +255,7 @@ def test_a_builder_whose_job_has_ended_is_waited_for_no_more(services: Services,
 
 @pytest.fixture
 def http(services: Services):
-    with create_app(services.settings).test_client() as client:
+    with web_process(services.settings) as app, app.test_client() as client:
         yield client
 
 

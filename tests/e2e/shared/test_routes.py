@@ -1,6 +1,7 @@
 """Every route has a guard, and whatever is not listed as public here answers nobody without a key."""
 
 import re
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -11,15 +12,17 @@ PUBLIC = {("GET", "/healthz"), ("GET", "/readyz"), ("POST", "/api/node/register"
 
 
 @pytest.fixture(scope="module")
-def app(cluster: Cluster) -> Flask:
+def app(cluster: Cluster) -> Iterator[Flask]:
     """The application as a web process of this cluster makes it, on the cluster's own stores."""
     from api.app import create_app
     from localai_q.config import load_settings
 
     state = cluster.state()
-    return create_app(
+    made = create_app(
         load_settings(home=cluster.home, database_url=state["database_url"], redis_url=state["redis_url"])
     )
+    yield made
+    made.extensions["localai_q"].stop()
 
 
 def routes(app: Flask) -> list[tuple[str, str]]:
