@@ -112,9 +112,10 @@ class Settings(BaseSettings):
         default_factory=lambda: platformdirs.user_cache_path("localai_q") / "wheels",
         validation_alias="LOCALAI_Q_WHEEL_CACHE",
     )
-    # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them.
+    # Files (by their whole path) and URLs of lists of further backends, with spaces or commas between them, or in LocalAI's
+    # form: [{"name": "mine", "url": "https://HOST/index.yaml"}].
     backend_galleries: str = Field("", validation_alias="LOCALAI_Q_BACKEND_GALLERIES")
-    # The same of models, or in LocalAI's form: [{"name": "mine", "url": "https://HOST/index.yaml"}].
+    # The same of models.
     galleries: str = Field("", validation_alias="LOCALAI_GALLERIES")
     auto_upgrade: bool = Field(False, validation_alias="LOCALAI_AUTO_UPGRADE_BACKENDS")  # by control, every six hours
     models_path: Path | None = Field(None, validation_alias="LOCALAI_MODELS_PATH")
@@ -176,14 +177,6 @@ class Settings(BaseSettings):
             raise ValueError("needs the form https://HOST or https://HOST:PORT")
         return value
 
-    @field_validator("backend_galleries")
-    @classmethod
-    def _are_places(cls, value: str) -> str:
-        for place in re.split(r"[\s,]+", value.strip()) if value.strip() else ():
-            if not re.match(r"/|https?://[^\s/?#@]", place):
-                raise ValueError("needs whole paths or https://… URLs, with spaces or commas between them")
-        return value
-
     @field_validator("import_folders")
     @classmethod
     def _are_folders(cls, value: str) -> str:
@@ -196,7 +189,7 @@ class Settings(BaseSettings):
         """The folders that models may be imported from, one by one."""
         return tuple(Path(place) for place in self.import_folders.split(":") if place)
 
-    @field_validator("galleries")
+    @field_validator("galleries", "backend_galleries")
     @classmethod
     def _are_galleries(cls, value: str) -> str:
         if not all(re.match(r"/|https?://[^\s/?#@]|github:", place) for place in _named_places(value).values()):
@@ -209,9 +202,9 @@ class Settings(BaseSettings):
         return _named_places(self.galleries)
 
     @property
-    def gallery_places(self) -> tuple[str, ...]:
-        """The galleries, one by one."""
-        return tuple(place for place in re.split(r"[\s,]+", self.backend_galleries) if place)
+    def named_backend_galleries(self) -> dict[str, str]:
+        """The galleries of backends: where they are, by their names."""
+        return _named_places(self.backend_galleries)
 
     @field_validator("backend_indexes")
     @classmethod

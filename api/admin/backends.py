@@ -13,7 +13,7 @@ from api.strictjson import load_object
 from api.web import caller, web
 from localai_q.cluster.backends import Op
 from localai_q.documents import checked
-from localai_q.gallery.catalog import External, Name
+from localai_q.gallery.catalog import External, Wanted
 from localai_q.services import backends, galleries, jobs, nodes, operations, wheels
 
 routes = Blueprint("backends", __name__)
@@ -26,7 +26,7 @@ class OnNode(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    backend: Name
+    backend: Wanted
 
 
 class Narrowed(BaseModel):
@@ -41,7 +41,7 @@ class Narrowed(BaseModel):
 class Apply(Narrowed):
     """What to install on all nodes."""
 
-    id: Name
+    id: Wanted
 
 
 class Given(Narrowed, External):
@@ -58,8 +58,14 @@ def of_node(node: str) -> list[dict[str, Any]]:
 @routes.post("/api/nodes/<node>/backends/delete", defaults={"op": Op.DELETE})
 def change_on_node(node: str, op: Op) -> tuple[dict[str, Any], int]:
     """The job's id; `GET /api/jobs/<id>` shows it."""
-    name = parse(OnNode, request.get_data()).backend
-    job_id = backends.change(web().services, nodes.named(web().services, node), op, name)
+    services, content = web().services, _said()
+    there = nodes.named(services, node)
+    if op is Op.INSTALL and "uri" in content:
+        given = checked(External, content)
+        name, job_id = given.name, backends.install_external_on(services, there, given)
+    else:
+        name = checked(OnNode, content).backend
+        job_id = backends.change(services, there, op, name)
     return {"jobID": job_id, "message": f"{op} of {name} on {node}"}, 202
 
 
@@ -102,16 +108,22 @@ def apply() -> tuple[dict[str, Any], int]:
 @routes.post("/api/backends/install-external")
 def install_external() -> tuple[dict[str, Any], int]:
     """The same with the answer that LocalAI gives to this."""
-    made = _applied()
-    return {"jobID": made["uuid"], "message": made["message"]}, 202
+    return _as_job(_applied()), 202
 
 
-@routes.post("/backends/upgrade/<name>", defaults={"op": Op.UPGRADE})
-@routes.post("/backends/delete/<name>", defaults={"op": Op.DELETE})
-def change_everywhere(op: Op, name: str) -> tuple[dict[str, Any], int]:
+@routes.post("/backends/upgrade/<wanted>", defaults={"op": Op.UPGRADE})
+@routes.post("/backends/delete/<wanted>", defaults={"op": Op.DELETE})
+def change_everywhere(op: Op, wanted: str) -> tuple[dict[str, Any], int]:
     """On every node that has it."""
-    body = parse(Narrowed, request.get_data())
-    return backends.change_everywhere(web().services, op, name, only=body.nodes, selector=body.selector), 202
+    return _changed(op, wanted), 202
+
+
+@routes.post("/api/backends/install/<wanted>", defaults={"op": Op.INSTALL})
+@routes.post("/api/backends/upgrade/<wanted>", defaults={"op": Op.UPGRADE})
+@routes.post("/api/backends/delete/<wanted>", defaults={"op": Op.DELETE})
+def change_for_ui(op: Op, wanted: str) -> tuple[dict[str, Any], int]:
+    """The same, and an install as `apply` does, with the answer that LocalAI gives to these."""
+    return _as_job(_changed(op, wanted)), 202
 
 
 @routes.get("/backends/jobs")
@@ -181,9 +193,23 @@ def forget_ended_operations() -> dict[str, Any]:
 
 
 def _applied() -> dict[str, Any]:
-    content = {name: value for name, value in load_object(request.get_data() or b"{}").items() if value != ""}
+    content = _said()
     if "uri" in content:
         given = checked(Given, content)
         return backends.install_external(web().services, given, only=given.nodes, selector=given.selector)
     body = checked(Apply, content)
     return backends.change_everywhere(web().services, Op.INSTALL, body.id, only=body.nodes, selector=body.selector)
+
+
+def _changed(op: Op, wanted: str) -> dict[str, Any]:
+    body = parse(Narrowed, request.get_data())
+    return backends.change_everywhere(web().services, op, wanted, only=body.nodes, selector=body.selector)
+
+
+def _said() -> dict[str, Any]:
+    """The fields of the body that say something: LocalAI's forms send empty ones along."""
+    return {name: value for name, value in load_object(request.get_data() or b"{}").items() if value != ""}
+
+
+def _as_job(operation: dict[str, Any]) -> dict[str, Any]:
+    return {"jobID": operation["uuid"], "message": operation["message"]}

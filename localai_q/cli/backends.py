@@ -16,7 +16,7 @@ from localai_q.errors import InvalidValue, LocalAIError
 
 app = typer.Typer(no_args_is_help=True, help="List backends, install, upgrade and delete them on nodes.")
 
-Name = Annotated[str, typer.Argument(help="The backend's name; 'list --available' shows them.")]
+Name = Annotated[str, typer.Argument(help="The backend's name, or GALLERY@NAME; 'list --available' shows them.")]
 Node = Annotated[str, typer.Option("--node", help="On this node, now.")]
 All = Annotated[bool, typer.Option("--all", help="On every node; those that are away follow when they are back.")]
 Selector = Annotated[list[str] | None, typer.Option(help="With --all, key=value: a label of the nodes; repeatable.")]
@@ -33,8 +33,18 @@ def list_backends(
     if as_json:
         rows(records, [], as_json=True, empty="")
     elif available:
-        shown = [{**one, "builds": ", ".join(one["builds"]), "nodes": ", ".join(one["nodes"])} for one in records]
-        rows(shown, ["name", "version", "builds", "nodes", "description"], as_json=False, empty="No backends.")
+        shown = [
+            {
+                **one,
+                "gallery": one["gallery"]["name"],
+                "builds": ", ".join(one["builds"]),
+                "nodes": ", ".join(one["nodes"]),
+            }
+            for one in records
+        ]
+        rows(
+            shown, ["name", "gallery", "version", "builds", "nodes", "description"], as_json=False, empty="No backends."
+        )
     else:
         rows([row for one in records for row in _on_nodes(one)],
              ["name", "node", "version", "build", "digest", "drift", "installed"], as_json=False,
@@ -135,8 +145,9 @@ def _change(
     if selector and not everywhere:
         raise InvalidValue("--selector narrows --all")
     api = connect()
-    if node and not given:
-        job_id = str(api.call("POST", f"/api/nodes/{{}}/backends/{op}", node, json={"backend": name})["jobID"])
+    if node:
+        body = given or {"backend": name}
+        job_id = str(api.call("POST", f"/api/nodes/{{}}/backends/{op}", node, json=body)["jobID"])
         if no_wait:
             print(job_id)
         else:
@@ -145,11 +156,10 @@ def _change(
     labels = dict(pair.split("=", 1) for pair in selector if "=" in pair)
     if len(labels) != len(selector):
         raise InvalidValue(f"--selector needs key=value, each key once: {' '.join(selector)}")
-    body: dict[str, Any] = {"selector": labels, "nodes": [node] if node else []}
     if op == "install":
-        made = api.call("POST", "/backends/apply", json={**(given or {"id": name}), **body})
+        made = api.call("POST", "/backends/apply", json={**(given or {"id": name}), "selector": labels})
     else:
-        made = api.call("POST", f"/backends/{op}/{{}}", name, json=body)
+        made = api.call("POST", f"/backends/{op}/{{}}", name, json={"selector": labels})
     if no_wait:
         print(made["uuid"])
     else:

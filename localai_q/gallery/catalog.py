@@ -73,6 +73,7 @@ def _pinned(text: str) -> str:
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+Wanted = Annotated[str, StringConstraints(pattern=r"^(.{1,100}@)?[a-z0-9][a-z0-9._-]{0,63}$")]  # name, or gallery@name
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Source = Annotated[str, AfterValidator(_source)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -28,7 +28,7 @@ from localai_q.cluster.builds import Build
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState
 from localai_q.errors import Cancelled, Conflict, NotFound
-from localai_q.gallery.catalog import External
+from localai_q.gallery.catalog import BackendEntry, External
 from localai_q.services import galleries
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
@@ -79,12 +79,12 @@ def available(services: Services) -> list[dict[str, Any]]:
     with services.db.transaction() as db:
         known = nodes.every(db)
     return [
-        {"name": entry.name, "version": entry.version, "description": entry.description,
-         "alias": entry.alias, "capabilities": list(entry.capabilities), "builds": list(entry.builds),
+        {"name": entry.name, "gallery": {"name": gallery}, "id": f"{gallery}@{entry.name}", "version": entry.version,
+         "description": entry.description, "alias": entry.alias, "capabilities": list(entry.capabilities), "builds": list(entry.builds),
          "most_slots": entry.most_slots,
          "installed": any(has(node, entry.name) for node in known),
          "nodes": [node.name for node in known if has(node, entry.name)]}
-        for entry in galleries.backends(services)
+        for gallery, entry in galleries.listed(services)
     ]  # fmt: skip
 
 
@@ -135,18 +135,18 @@ def _upgrade_where_nothing_is_wanted(services: Services, told: dict[str, Any]) -
         change_everywhere(services, Op.UPGRADE, name, only=due)
 
 
-def change(services: Services, node: Node, op: Op, name: str) -> str:
+def change(services: Services, node: Node, op: Op, wanted: str) -> str:
     """Have one node install, upgrade or delete a backend now; the id of the job.
+
+    Args:
+        wanted: its name, its alias, or `gallery@name`.
 
     Raises:
         NotFound: there is no such backend, or the node does not have it.
         Conflict: the node is not there, or nothing of the backend runs on it.
     """
-    if node.state not in REACHABLE:
-        raise Conflict(
-            f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
-        )
-    name = _meant(services, name)
+    _need_reachable(node, op, wanted)
+    name = _meant(services, op, wanted)
     chosen = targets(op, name, _builds(services, op, name), [node])
     if not chosen.nodes:
         kind = Conflict if op is Op.INSTALL else NotFound
@@ -155,10 +155,20 @@ def change(services: Services, node: Node, op: Op, name: str) -> str:
     return job_services.submit_node_job(services, kind=op.kind, node_id=node.id, model_id=None, request=request)
 
 
+def _need_reachable(node: Node, op: Op, name: str) -> None:
+    if node.state not in REACHABLE:
+        raise Conflict(
+            f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
+        )
+
+
 def change_everywhere(
-    services: Services, op: Op, name: str, *, only: Collection[str] = (), selector: Mapping[str, str] | None = None
+    services: Services, op: Op, wanted: str, *, only: Collection[str] = (), selector: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Have every node that it is for install, upgrade or delete a backend, those that are away when they are back.
+
+    Args:
+        wanted: as for `change`.
 
     Returns:
         The operation, as `operation` shows it.
@@ -167,7 +177,7 @@ def change_everywhere(
         NotFound: there is no such backend or node.
         Conflict: it is for no node; the message says why.
     """
-    name = _meant(services, name)
+    name = _meant(services, op, wanted)
     builds, entry = _builds(services, op, name), _record(services, op, name)
     with services.db.transaction() as db:
         forgotten = op is Op.DELETE and not only and not selector and _forget_external(db, name)
@@ -188,20 +198,36 @@ def install_external(
         Conflict: its name or alias is another backend's, there are too many, or it is for no node.
     """
     entry = given.entry
-    own = {name for name in (entry.name, entry.alias) if name}
     others = galleries.backends(services)
     with services.db.transaction() as db:
-        there = {record["name"] for record in backends.external(db)}
-        for other in others:
-            if own & {other.name, other.alias} and not (other.name == entry.name and other.name in there):
-                raise Conflict(
-                    f"There is a backend '{other.name}' already, by a name of this one: give it another name."
-                )
-        if len(there | {entry.name}) > MOST_EXTERNAL:
-            raise Conflict(f"There are {MOST_EXTERNAL} such backends: delete one first, or list them in a gallery.")
-        backends.keep_external(db, entry.name, entry.model_dump(mode="json"))
+        _keep(db, entry, others)
         operation_id = _want(db, Op.INSTALL, entry.name, entry.builds, entry.record, only, selector)
     return _begun(services, Op.INSTALL, entry.name, operation_id)
+
+
+def install_external_on(services: Services, node: Node, given: External) -> str:
+    """Let there be a backend of this archive, as `install_external` does, and have one node install it now; the id of the job.
+
+    Raises:
+        Conflict: the node is not there, or it cannot be such a backend.
+    """
+    _need_reachable(node, Op.INSTALL, given.name)
+    others = galleries.backends(services)
+    with services.db.transaction() as db:
+        _keep(db, given.entry, others)
+    return change(services, node, Op.INSTALL, given.name)
+
+
+def _keep(db: Any, entry: BackendEntry, others: Sequence[BackendEntry]) -> None:
+    """Keep the entry of an archive, unless its name or alias is that of one of the others, or there are too many."""
+    own = {name for name in (entry.name, entry.alias) if name}
+    there = {record["name"] for record in backends.external(db)}
+    for other in others:
+        if own & {other.name, other.alias} and not (other.name == entry.name and other.name in there):
+            raise Conflict(f"There is a backend '{other.name}' already, by a name of this one: give it another name.")
+    if len(there | {entry.name}) > MOST_EXTERNAL:
+        raise Conflict(f"There are {MOST_EXTERNAL} such backends: delete one first, or list them in a gallery.")
+    backends.keep_external(db, entry.name, entry.model_dump(mode="json"))
 
 
 def _want(
@@ -337,11 +363,14 @@ def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
         backends.note(db, wish, **values)
 
 
-def _meant(services: Services, name: str) -> str:
-    """The name of the backend that is called so, which may be its alias."""
-    found = galleries.backends(services)
-    by_alias = {entry.alias: entry.name for entry in found if entry.alias}
-    return name if name in {entry.name for entry in found} else by_alias.get(name, name)
+def _meant(services: Services, op: Op, wanted: str) -> str:
+    """The name of the backend that is called so. What is to be deleted may be in no gallery any more."""
+    try:
+        return galleries.backend(services, wanted).name
+    except NotFound:
+        if op is not Op.DELETE:
+            raise
+        return wanted.rpartition("@")[2]
 
 
 def _builds(services: Services, op: Op, name: str) -> Collection[Build]:

@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 GITHUB = re.compile(r"github:(?://)?([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)")  # LocalAI's word for a file there
 FRESH = 60.0  # seconds
 LARGEST = 4 << 20  # bytes
+OWN = "builtin"  # what this version comes with is listed under this,
+GIVEN = "external"  # and backends that admins have given the archive of under this
 
 AnyModel = ModelEntry | ForeignEntry
 Entry = TypeVar("Entry")
@@ -82,20 +84,28 @@ _of_models: dict[str, Gallery[AnyModel]] = {}
 
 def backends(services: Services) -> list[BackendEntry]:
     """Every backend that can be installed; of two that have one name the first."""
-    return _firsts(catalog.catalog().backends, external(services), _listed(services))
+    return [entry for _, entry in listed(services)]
 
 
-def backend(services: Services, name: str) -> BackendEntry:
-    """The backend of that name, or else of that alias.
+def listed(services: Services) -> list[tuple[str, BackendEntry]]:
+    """The same, each after the name of its gallery."""
+    own = [(OWN, entry) for entry in catalog.catalog().backends]
+    return _firsts(own, [(GIVEN, entry) for entry in external(services)], _of_galleries(services))
+
+
+def backend(services: Services, wanted: str) -> BackendEntry:
+    """The backend of that name, or else of that alias, or of either as `gallery@name`.
 
     Raises:
         NotFound: there is none; the message lists those that are.
     """
-    found = backends(services)
-    known = {entry.alias: entry for entry in found} | {entry.name: entry for entry in found}
+    gallery, _, name = wanted.rpartition("@")
+    found = [(where, entry) for where, entry in listed(services) if gallery in ("", where)]
+    known = {entry.alias: entry for _, entry in found} | {entry.name: entry for _, entry in found}
     if name not in known:
-        names = ", ".join(entry.name for entry in found)
-        raise NotFound(f"there is no backend {name!r} in the catalogue; there are: {names}")
+        names = ", ".join(entry.name for _, entry in found)
+        place = f"gallery {gallery!r}" if gallery else "catalogue"
+        raise NotFound(f"there is no backend {name!r} in the {place}; there are: {names or 'none'}")
     return known[name]
 
 
@@ -112,31 +122,29 @@ def look(services: Services) -> None:
 
 def read_anew(services: Services) -> None:
     """Wait until each gallery was read, however fresh it is."""
-    for gallery in _galleries(services, wait=False):
+    for _, gallery in _galleries(services, wait=False):
         gallery.look_now(services.settings)
 
 
 def gpu_backends(services: Services) -> frozenset[str]:
     """The backends that use the GPUs of their node, as far as galleries have been read: this waits for nothing."""
-    found = _firsts(catalog.catalog().backends, _listed(services, wait=False))
-    return frozenset(entry.name for entry in found if entry.gpu)
+    found = _firsts([(OWN, entry) for entry in catalog.catalog().backends], _of_galleries(services, wait=False))
+    return frozenset(entry.name for _, entry in found if entry.gpu)
 
 
 def record(services: Services, name: str) -> dict[str, Any] | None:
     """The entry of a backend, as it goes with a job; None for one of this version, which nodes have themselves."""
-    found = {entry.name: entry for entry in _firsts(external(services), _listed(services))}
-    return found[name].record if name in found else None
+    own = {entry.name for entry in catalog.catalog().backends}
+    return next((entry.record for entry in backends(services) if entry.name == name and name not in own), None)
 
 
 def shown(services: Services) -> list[dict[str, Any]]:
-    """Each gallery: where it is, what it lists, and why it could not be read the last time."""
+    """Each gallery: its name, where it is, what it lists, and why it could not be read the last time."""
     return [
-        {"url": gallery.place, "backends": [entry.name for entry in gallery.entries], "error": gallery.error or None}
-        for gallery in _galleries(services)
-    ]
-
-
-OWN = "builtin"  # what the models of this version are listed under
+        {"name": name, "url": gallery.place, "backends": [entry.name for entry in gallery.entries],
+         "error": gallery.error or None}
+        for name, gallery in _galleries(services)
+    ]  # fmt: skip
 
 
 def models(services: Services) -> list[tuple[str, AnyModel]]:
@@ -179,25 +187,25 @@ def _read_backends(text: str, place: str) -> tuple[tuple[BackendEntry, ...], str
     return catalog.read_gallery(text, place), ""
 
 
-def _galleries(services: Services, *, wait: bool = True) -> list[Gallery[BackendEntry]]:
-    places = services.settings.gallery_places
+def _galleries(services: Services, *, wait: bool = True) -> list[tuple[str, Gallery[BackendEntry]]]:
+    named = services.settings.named_backend_galleries
     with _lock:
-        found = [_of_backends.setdefault(place, Gallery(place, _read_backends)) for place in places]
-    for gallery in found:
+        found = [(name, _of_backends.setdefault(url, Gallery(url, _read_backends))) for name, url in named.items()]
+    for _, gallery in found:
         gallery.look(services.settings, wait=wait)
     return found
 
 
-def _listed(services: Services, *, wait: bool = True) -> list[BackendEntry]:
+def _of_galleries(services: Services, *, wait: bool = True) -> list[tuple[str, BackendEntry]]:
     """What the galleries list."""
-    return [entry for gallery in _galleries(services, wait=wait) for entry in gallery.entries]
+    return [(name, entry) for name, gallery in _galleries(services, wait=wait) for entry in gallery.entries]
 
 
-def _firsts(*lists: Iterable[BackendEntry]) -> list[BackendEntry]:
-    """All of these; of two that have one name the first."""
-    found: dict[str, BackendEntry] = {}
-    for entry in chain(*lists):
-        found.setdefault(entry.name, entry)
+def _firsts(*lists: Iterable[tuple[str, BackendEntry]]) -> list[tuple[str, BackendEntry]]:
+    """All of these; of two backends that have one name the first."""
+    found: dict[str, tuple[str, BackendEntry]] = {}
+    for where, entry in chain(*lists):
+        found.setdefault(entry.name, (where, entry))
     return list(found.values())
 
 

@@ -168,6 +168,14 @@ def test_the_api_on_many_nodes(services: Services, node: Node, call) -> None:
     assert call("DELETE", told["status"])["nodes"][0]["status"] == "cancelled"
     call("POST", "/backends/apply", 409, json={"id": "echo", "selector": {"zone": "home"}})
     call("POST", "/backends/apply", 404, json={"id": "echo", "nodes": ["n9"]})
+    call("POST", "/backends/apply", 404, json={"id": "nowhere@echo"})
+    call("POST", "/backends/apply", 400, json={"id": "builtin@../echo"})
+    made = call("POST", "/api/backends/install/builtin@echo", 202)
+    assert call("GET", f"/backends/jobs/{made['jobID']}")["gallery_element_name"] == "echo"
+    call("DELETE", f"/backends/jobs/{made['jobID']}")
+    for path in ("/backends", "/api/backends"):
+        call("POST", f"{path}/upgrade/builtin@echo", 409)
+        call("POST", f"{path}/delete/builtin@echo", 409)
     call("POST", "/backends/upgrade/echo", 409)
     call("POST", "/backends/delete/echo", 409)
     call("GET", "/backends/jobs/nothing", 404)
@@ -204,6 +212,19 @@ def test_an_archive_that_an_admin_gives_becomes_a_backend_that_models_can_name(
     worker.run(call("GET", gone["status"])["nodes"][0]["job"])
     assert versions.installed(root) == []
     call("POST", "/api/models", 404, json={"name": "c", "backend": "chatty", **source})
+
+
+def test_an_archive_that_is_given_for_one_node_is_installed_there(
+    services: Services, node: Node, worker: Jobs, echo: Path, root: Path, tmp_path: Path, call
+) -> None:
+    archive = pack(tmp_path / "a.tgz", run_script(python_of(echo), echo))
+    given = {"uri": archive.source, "name": "mine", "alias": "", "sha256": archive.sha256}
+    told = call("POST", "/api/nodes/n1/backends/install", 202, json=given)
+    worker.run(told["jobID"])
+    state, made = result(services, told["jobID"])
+    assert (state, made["name"], versions.pointer(root, "mine").is_symlink()) == (JobState.DONE, "mine", True)
+    assert call("GET", "/backends/jobs") == {}
+    assert "external@mine" in {one["id"] for one in call("GET", "/backends/available")}
 
 
 def test_an_archive_with_another_content_is_not_installed(
@@ -246,7 +267,9 @@ def test_an_archive_with_another_content_is_not_installed(
 def test_what_cannot_become_a_backend_is_refused_and_leaves_nothing(
     services: Services, node: Node, call, given: dict, status: int, says: str
 ) -> None:
-    for path in ("/backends/apply", "/api/backends/install-external"):
+    paths = ["/backends/apply", "/api/backends/install-external"]
+    paths += ["/api/nodes/n1/backends/install"] * ("uri" in given and not {"nodes", "selector"} & given.keys())
+    for path in paths:
         assert says in call("POST", path, status, json=given)["error"]["message"]
     assert galleries.external(services) == []
     assert call("GET", "/backends/jobs") == {}

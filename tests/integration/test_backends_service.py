@@ -288,6 +288,31 @@ def test_a_backend_is_installed_by_its_alias_too(services: Services) -> None:
     assert (request["backend"], request["entry"]["name"]) == ("mine", "mine")
 
 
+def test_what_is_given_for_one_node_is_known_to_all_and_installed_by_that_one(services: Services) -> None:
+    node, other = ready_node(services), ready_node(services, "n2")
+    given = External(uri="oci://x.example/b:1", name="mine", alias="chatty")
+    job_id = backends.install_external_on(services, node, given)
+    assert backends.install_external_on(services, node, given) == job_id
+    with services.db.transaction() as db:
+        request = job_rows.request(db, job_id)
+    assert (request["kind"], request["entry"]["name"]) == ("install_backend", "mine")
+    backends.fulfil(services)
+    assert (wishes(services), open_jobs(services, other)) == ([], [])
+    assert [entry.alias for entry in galleries.external(services)] == ["chatty"]
+    backends.change(services, other, Op.INSTALL, "chatty")
+
+
+def test_what_cannot_be_given_for_one_node_is_not_remembered(services: Services) -> None:
+    node = ready_node(services)
+    with pytest.raises(Conflict, match="There is a backend 'echo' already"):
+        backends.install_external_on(services, node, External(uri="oci://x.example/b:1", name="echo"))
+    nodes.deregister(services, node)
+    away = node_named(services, node.name)
+    with pytest.raises(Conflict, match=r"is offline.*waits for it"):
+        backends.install_external_on(services, away, External(uri="oci://x.example/b:1", name="mine"))
+    assert galleries.external(services) == []
+
+
 def test_what_an_admin_gave_is_gone_from_all_nodes_when_it_is_deleted(services: Services) -> None:
     here, coming, away = (ready_node(services, name) for name in ("here", "coming", "away"))
     nodes.deregister(services, away)

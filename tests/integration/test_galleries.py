@@ -1,5 +1,6 @@
 """Galleries of backends that settings name: what they add, and what of them is refused."""
 
+import json
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from localai_q.cluster.memory import Memory
 from localai_q.cluster.states import ReplicaState
 from localai_q.config import load_settings
 from localai_q.errors import InvalidValue, NotFound, StartupError
+from localai_q.gallery import catalog
+from localai_q.gallery.catalog import External
 from localai_q.services import backends, galleries, models, nodes, replicas
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -90,6 +93,43 @@ def test_a_gallerys_backend_can_be_used_by_models_and_its_entry_goes_with_the_jo
         assert [job.id for job in job_rows.open_in(db, names.node_jobs_queue(node.id))] == [job_id]
     assert {"mine", "echo"} <= {entry["name"] for entry in backends.available(own)}
     assert galleries.record(own, "echo") is None
+
+
+def test_a_backend_can_be_named_after_its_gallery(services: Services, gallery: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(ENTRY.replace("mine", "second", 1) + ENTRY.replace('"2"', '"3"'))
+    own = naming(services, json.dumps([{"name": "a", "url": str(gallery)}, {"name": "b", "url": str(other)}]))
+    node = ready_node(own)
+    given = External(uri="oci://x.example/b:1", name="given", alias="there")
+    backends.install_external_on(own, node, given)
+    assert {one["id"]: one["gallery"] for one in backends.available(own)} == {
+        **{f"builtin@{entry.name}": {"name": "builtin"} for entry in catalog.catalog().backends},
+        "external@given": {"name": "external"}, "a@mine": {"name": "a"}, "b@second": {"name": "b"}}  # fmt: skip
+    assert [(one["name"], one["backends"]) for one in galleries.shown(own)] == [
+        ("a", ["mine"]),
+        ("b", ["second", "mine"]),
+    ]
+    for wanted, name in (
+        ("builtin@echo", "echo"),
+        ("a@mine", "mine"),
+        ("external@there", "given"),
+        ("b@second", "second"),
+    ):
+        assert backends.change_everywhere(own, Op.INSTALL, wanted)["gallery_element_name"] == name
+        backends.change(own, node, Op.INSTALL, wanted)
+    for wanted in ("b@mine", "a@echo", "nowhere@mine", "@b@mine"):
+        with pytest.raises(NotFound, match=r"no backend '(mine|echo)' in the gallery"):
+            backends.change(own, node, Op.INSTALL, wanted)
+        with pytest.raises(NotFound, match="in the gallery"):
+            backends.change_everywhere(own, Op.UPGRADE, wanted)
+
+
+def test_what_is_in_no_gallery_any_more_is_deleted_by_its_name_in_one(services: Services, gallery: Path) -> None:
+    has = {"name": "mine", "version": "2", "digest": "a" * 64, "build": "cpu", "installed_at": 1.0}
+    node = ready_node(services)
+    nodes.heartbeat(services, node, hardware={"backends": [has]})
+    told = backends.change_everywhere(services, Op.DELETE, "gone@mine")
+    assert (told["gallery_element_name"], [each["node_name"] for each in told["nodes"]]) == ("mine", ["n1"])
 
 
 def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_has_not_read_it_yet(
@@ -216,7 +256,7 @@ def test_a_gallery_that_is_not_there_is_named(services: Services, tmp_path: Path
     assert "No such file" in error_of(naming(services, tmp_path / "none.yaml"))
 
 
-@pytest.mark.parametrize("value", ["list.yaml", "ftp://x/y", "https://", "/a relative"])
+@pytest.mark.parametrize("value", ["list.yaml", "ftp://x/y", "https://", "/a relative", '[{"url": "/a"}]', "[{"])
 def test_a_setting_that_names_no_gallery_stops_the_start(value: str) -> None:
-    with pytest.raises(StartupError, match=r"LOCALAI_Q_BACKEND_GALLERIES.*whole paths"):
+    with pytest.raises(StartupError, match=r"LOCALAI_Q_BACKEND_GALLERIES.*(whole paths|needs the form)"):
         load_settings(backend_galleries=value)
