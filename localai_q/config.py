@@ -24,12 +24,17 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from localai_q.cluster.amounts import amount, part_of
-from localai_q.cluster.builds import Build
+from localai_q.cluster.builds import BUILDS, Build
 from localai_q.cluster.disk import SPARE
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
 
 ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
+
+
+def _words(text: str) -> list[str]:
+    """What stands in a list with spaces or commas."""
+    return [word for word in re.split(r"[\s,]+", text) if word]
 
 
 def _named_places(value: str) -> dict[str, str]:
@@ -107,6 +112,9 @@ class Settings(BaseSettings):
     backends_path: Path | None = Field(None, validation_alias="LOCALAI_BACKENDS_PATH")
     # A further package index for one kind of hardware, as {"cuda12": "https://HOST/whl/cu124"}.
     backend_indexes: dict[Build, str] = Field(default_factory=dict, validation_alias="LOCALAI_Q_BACKEND_INDEXES")
+    # The kinds of hardware besides the CPU that backends here may be made for, as "cuda12 vulkan"; "cpu": none of them.
+    # Empty: what the machine can.
+    backend_builds: str = Field("", validation_alias="LOCALAI_Q_BACKEND_BUILDS")
     # The wheels that this machine has compiled, of all its nodes.
     wheel_cache: Path = Field(
         default_factory=lambda: platformdirs.user_cache_path("localai_q") / "wheels",
@@ -176,6 +184,18 @@ class Settings(BaseSettings):
         if value and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", value):
             raise ValueError("needs the form https://HOST or https://HOST:PORT")
         return value
+
+    @field_validator("backend_builds")
+    @classmethod
+    def _are_builds(cls, value: str) -> str:
+        if not set(_words(value)) <= set(BUILDS):
+            raise ValueError(f"needs one or several of {', '.join(BUILDS)}, with spaces or commas between them")
+        return value
+
+    @property
+    def builds(self) -> list[str]:
+        """The builds of backends that this node may have, one by one; none: any."""
+        return _words(self.backend_builds)
 
     @field_validator("import_folders")
     @classmethod

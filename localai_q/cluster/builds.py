@@ -11,15 +11,18 @@ Build = Literal[
 
 BUILDS: tuple[Build, ...] = get_args(Build)
 CUDA_DRIVERS: dict[Build, int] = {"cuda13": 580, "cuda12": 525}  # NVIDIA's first driver for it, without its last parts
+RUNTIMES: tuple[Build, ...] = ("rocm", "vulkan")  # that need libraries of the system besides a device and its driver
 CUDA_DEVICES: dict[Build, float] = {"cuda13": 7.5, "cuda12": 5.0}  # the oldest compute capability that it still serves
 
 
 def suitable(hardware: Mapping[str, Any]) -> tuple[Build, ...]:
     """The builds that run on a machine, by what its node says of its hardware; the best first.
 
-    What a device does not say counts as enough: a build that does not run fails its check when it is installed.
+    `builds` in it are those that the machine's owner wants; `cpu` is always one. What a device does not say counts as
+    enough: a build that does not run fails its check when it is installed.
     """
-    return tuple(build for build in BUILDS if _runs(build, hardware))
+    wanted = {*hardware.get("builds", BUILDS), "cpu"}
+    return tuple(build for build in BUILDS if build in wanted and _runs(build, hardware))
 
 
 def choose(offered: Collection[Build], hardware: Mapping[str, Any]) -> Build | None:
@@ -27,9 +30,16 @@ def choose(offered: Collection[Build], hardware: Mapping[str, Any]) -> Build | N
     return next((build for build in suitable(hardware) if build in offered), None)
 
 
+def uses_gpus(offered: Collection[Build], hardware: Mapping[str, Any]) -> bool:
+    """Whether what a machine gets of the offered builds computes on its devices."""
+    return choose(offered, hardware) not in (None, "cpu")
+
+
 def _runs(build: Build, hardware: Mapping[str, Any]) -> bool:
     devices = hardware.get("gpus") or []
     vendors = {device.get("vendor") for device in devices}
+    if build in RUNTIMES and build not in hardware.get("runtimes", RUNTIMES):
+        return False
     match build:
         case "cuda13" | "cuda12":
             return any(_serves_cuda(build, device) for device in devices if device.get("vendor") == "nvidia")

@@ -18,6 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from localai_q.cluster.amounts import part_of
+from localai_q.cluster.builds import Build, uses_gpus
 from localai_q.cluster.disk import SPARE, spare
 from localai_q.cluster.memory import Memory, Need, need, need_within
 from localai_q.cluster.models import Model
@@ -36,19 +37,25 @@ class Seeker:
     """A model that looks for a place, with what is the same wherever it looks."""
 
     def __init__(
-        self, model: Model, *, gpu: bool, rivals: Mapping[str, str] | None = None, patience: float = math.inf
+        self,
+        model: Model,
+        *,
+        builds: Collection[Build],
+        rivals: Mapping[str, str] | None = None,
+        patience: float = math.inf,
     ) -> None:
-        """`gpu`: whether its backend uses GPUs. `rivals`: the models that must not be on its node, name by id.
+        """`builds`: what its backend is made for. `rivals`: the models that must not be on its node, name by id.
         `patience`: seconds since a node's last heartbeat after which it gets nothing new."""
         self.model = model
         self.patience = patience
         self.rivals = rivals or {}
-        self._gpu = gpu
+        self._builds = builds
         self._needs: dict[int, Need | None] = {}
 
     def need(self, site: Site) -> Need | None:
         """What a replica takes there; None where nothing is known of the model."""
-        config, gpus = self.model.config, site.gpus if self._gpu else 0
+        config = self.model.config
+        gpus = site.gpus if site.gpus and uses_gpus(self._builds, site.node.hardware) else 0
         if config.fit_context:
             return need_within(config, self.model.facts, gpus, site.free)
         if gpus not in self._needs:

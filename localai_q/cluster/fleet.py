@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from localai_q.cluster.builds import Build
 from localai_q.cluster.capacity import (
     WITHOUT_PROCESS,
     Seeker,
@@ -55,7 +56,7 @@ class Fleet:
     replicas: Sequence[Replica]
     demand: Mapping[str, Demand] = field(default_factory=dict)  # by model id
     busy: Mapping[str, int] = field(default_factory=dict)  # jobs at work, by replica id
-    gpu_backends: frozenset[str] = frozenset()  # that use a node's GPUs
+    builds: Mapping[str, Collection[Build]] = field(default_factory=dict)  # that there are of a backend, by its name
     speeds: Speeds = field(default_factory=Speeds)  # of models on nodes
     now: float  # seconds since the epoch
     patience: float = math.inf  # seconds since its last heartbeat after which a node gets nothing new
@@ -164,8 +165,8 @@ class Board:
     def examine(self, model: Model, node_id: str) -> Verdict:
         """Whether a replica of the model can go to the node."""
         if model.id not in self._seekers:
-            gpu = model.config.backend in self.fleet.gpu_backends
-            self._seekers[model.id] = Seeker(model, gpu=gpu, rivals=rivals_of(model, self.fleet.models),
+            self._seekers[model.id] = Seeker(model, builds=self.fleet.builds.get(model.config.backend, ()),
+                                             rivals=rivals_of(model, self.fleet.models),
                                              patience=self.fleet.patience)  # fmt: skip
         return examine(self._seekers[model.id], self.site(node_id), self.now)
 

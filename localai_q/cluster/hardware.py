@@ -9,10 +9,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from localai_q.cluster.builds import Build
 from localai_q.cluster.nodes import MOST_SLOTS
 
 MOST_GPUS = 64
 MOST_FILES = 2000
+MOST_RUNTIMES = 16
 MOST_BACKENDS = 64
 LATEST = 1e11  # seconds since the epoch, of any time: later ones are no dates
 FREE_OF = {"ram_total": "ram_available", "disk_total": "disk_free", "vram_total": "vram_free"}
@@ -76,6 +78,8 @@ class Hardware(_Reading):
     budget: Bytes | None = None  # how much models may take
     max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)
     gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)
+    runtimes: list[Word] | None = Field(None, max_length=MOST_RUNTIMES)  # for devices, that the system has
+    builds: list[Build] | None = Field(None, max_length=MOST_RUNTIMES)  # of backends, that the owner wants; None: any
     os: Word | None = None
     arch: Word | None = None
 

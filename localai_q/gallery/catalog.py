@@ -77,6 +77,7 @@ Wanted = Annotated[str, StringConstraints(pattern=r"^(.{1,100}@)?[a-z0-9][a-z0-9
 Version = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9.+_-]{0,63}$")]
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Source = Annotated[str, AfterValidator(_source)]
+WebAddress = Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+(/[^\s?#@]*)?$", max_length=500)]
 PythonRequirement = Annotated[str, StringConstraints(max_length=500), AfterValidator(_requirement)]
 PinnedRequirement = Annotated[str, StringConstraints(max_length=200), AfterValidator(_pinned)]
 SettingName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
@@ -132,6 +133,7 @@ class BuildEntry(BaseModel):
     compiled: tuple[CompiledPackage, ...] = Field((), max_length=MOST_COMPILED)  # besides the requirements
     requirements: tuple[PythonRequirement, ...] = Field((), max_length=MOST_REQUIREMENTS)  # instead of requirements.txt
     archive: Archive | None = None  # instead of a folder of this version
+    index: WebAddress | None = None  # a further package index, which goes before the machine's own
 
 
 class BackendEntry(BaseModel):
@@ -148,7 +150,6 @@ class BackendEntry(BaseModel):
     default: bool = False
     takes: tuple[Literal["chat_template", "mmproj", "draft_model", "loras"], ...] = ()  # of a model's document
     most_slots: int | None = Field(None, ge=1, le=256)  # requests that one replica works on at once; None: any number
-    gpu: bool = False  # it uses the GPUs of its node, so that models lie in their memory
     alias: Name | None = None  # another name by which models can name it
 
     @model_validator(mode="after")

@@ -11,13 +11,14 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import httpx
 
+from localai_q.cluster.builds import Build
 from localai_q.config import Settings
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.gallery import catalog
@@ -116,7 +117,7 @@ def external(services: Services) -> list[BackendEntry]:
 
 
 def look(services: Services) -> None:
-    """Wait until each gallery was read once, so that `gpu_backends` knows of all."""
+    """Wait until each gallery was read once, so that `builds` knows of all."""
     _galleries(services)
 
 
@@ -126,10 +127,10 @@ def read_anew(services: Services) -> None:
         gallery.look_now(services.settings)
 
 
-def gpu_backends(services: Services) -> frozenset[str]:
-    """The backends that use the GPUs of their node, as far as galleries have been read: this waits for nothing."""
+def builds(services: Services) -> dict[str, Collection[Build]]:
+    """What backends are made for, by their names, as far as galleries have been read: this waits for nothing."""
     found = _firsts([(OWN, entry) for entry in catalog.catalog().backends], _of_galleries(services, wait=False))
-    return frozenset(entry.name for _, entry in found if entry.gpu)
+    return {entry.name: entry.builds.keys() for _, entry in found}
 
 
 def record(services: Services, name: str) -> dict[str, Any] | None:

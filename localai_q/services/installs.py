@@ -300,7 +300,7 @@ def _where(services: Services, model: Model) -> str | None:
     """The node that a replica of the model would go to; None if there is room nowhere."""
     with services.db.transaction() as db:
         fleet = Fleet(models=model_rows.every(db), nodes=node_rows.every(db), replicas=replica_rows.every(db),
-                      gpu_backends=galleries.gpu_backends(services), now=clock(db))  # fmt: skip
+                      builds=galleries.builds(services), now=clock(db))  # fmt: skip
     verdict = next(best(Board(fleet), model), None)
     return verdict.node.id if verdict else None
 

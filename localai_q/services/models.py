@@ -142,7 +142,7 @@ def _keep_possible(services: Services, db: Any, model: Model) -> None:
         return
     known = [model if each.id == model.id else each for each in models.every(db)]
     fleet = Fleet(models=known, nodes=nodes.every(db), replicas=replicas.every(db),
-                  gpu_backends=galleries.gpu_backends(services), now=clock(db))  # fmt: skip
+                  builds=galleries.builds(services), now=clock(db))  # fmt: skip
     if found := ruled_out(fleet, model):
         reasons = "; ".join(f"{node}: {reason}" for node, reason in found.items())
         raise Conflict(

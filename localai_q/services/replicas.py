@@ -57,7 +57,7 @@ def reconcile(services: Services) -> None:
         replicas=what,
         demand={model_id: replace(demand[line], pressure=pressed[model_id]) for model_id, line in lines.items()},
         busy=services.leases.owners(list(lines.values())),
-        gpu_backends=galleries.gpu_backends(services),
+        builds=galleries.builds(services),
         speeds=speeds,
         now=now,
         patience=_patience(services),
@@ -229,8 +229,8 @@ def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict
 
 def _seeker(services: Services, db: Any, model: Model) -> Seeker:
     rivals = rivals_of(model, models.every(db)) if model.config.concurrency_groups else {}
-    gpu = model.config.backend in galleries.gpu_backends(services)
-    return Seeker(model, gpu=gpu, rivals=rivals, patience=_patience(services))
+    builds = galleries.builds(services).get(model.config.backend, ())
+    return Seeker(model, builds=builds, rivals=rivals, patience=_patience(services))
 
 
 def _patience(services: Services) -> float:

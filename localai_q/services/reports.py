@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from localai_q.cluster.builds import BUILDS
 from localai_q.cluster.capacity import Booking, Seeker, Site, booking, weigh
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
@@ -73,7 +74,8 @@ def _booking(node: Node, report: Report, model: Model) -> Booking:
     """What the process takes with the context that it was given, whatever is free: it has that already."""
     tokens = min(report.context_size or model.config.context_size, model.config.context_size)
     config = model.config.model_copy(update={"context_size": tokens, "fit_context": False})
-    return booking(model, weigh(Seeker(model.model_copy(update={"config": config}), gpu=report.gpu), Site(node, [])))
+    seeker = Seeker(model.model_copy(update={"config": config}), builds=BUILDS if report.gpu else ())
+    return booking(model, weigh(seeker, Site(node, [])))
 
 
 def _news(reports: Sequence[Report], fresh: Sequence[Measure]) -> set[str]:

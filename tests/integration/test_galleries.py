@@ -31,6 +31,8 @@ ENTRY = """
   capabilities: [chat]
   builds: {cpu: {archive: {source: "https://x.example/mine.tgz", sha256: "%s"}}}
 """ % ("0" * 64)
+FOR_GPUS = ENTRY.replace("cpu:", "cuda12:")
+NVIDIA = {"index": 0, "vendor": "nvidia", "vram_total": 8 * GB, "vram_free": 8 * GB}
 
 
 # Of a hundred thousand lists in one another, if somebody writes them out.
@@ -135,12 +137,12 @@ def test_what_is_in_no_gallery_any_more_is_deleted_by_its_name_in_one(services: 
 def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_has_not_read_it_yet(
     services: Services, gallery: Path
 ) -> None:
-    gallery.write_text(ENTRY + "  gpu: true\n")
+    gallery.write_text(FOR_GPUS)
     own = naming(services, gallery)
     add_model(own, "m", backend="mine", memory=GB, source="https://x.example/m.gguf", sha256="1" * 64)
-    assert "mine" in galleries.gpu_backends(own)
+    assert set(galleries.builds(own)["mine"]) == {"cuda12"}
     node = ready_node(own)
-    has = {"ram_available": 4 * GB, "gpus": [{"index": 0, "vram_total": 8 * GB, "vram_free": 8 * GB}]}
+    has = {"ram_available": 4 * GB, "gpus": [NVIDIA]}
     nodes.heartbeat(own, node, hardware=has)
     replicas.place(own, model_named(own, "m"), node.id)
     placed = only(own)
@@ -158,11 +160,11 @@ def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_ha
 def test_whoever_places_has_read_all_galleries_and_who_may_not_wait_does_not(
     services: Services, server: FileServer
 ) -> None:
-    url = server.put("/slow.yaml", Remote((ENTRY + "  gpu: true\n").encode(), block=64, pause=0.1))
+    url = server.put("/slow.yaml", Remote(FOR_GPUS.encode(), block=64, pause=0.1))
     own = naming(services, url, allow_private_sources=True)
-    assert "mine" not in galleries.gpu_backends(own)
+    assert "mine" not in galleries.builds(own)
     replicas.reconcile(own)
-    assert "mine" in galleries.gpu_backends(own)
+    assert "mine" in galleries.builds(own)
 
 
 def test_a_server_that_never_comes_to_an_end_holds_nobody_up(

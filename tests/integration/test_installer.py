@@ -1,5 +1,6 @@
 """Installing a backend: what counts as installed, what an interruption leaves, and what is said when it fails."""
 
+import hashlib
 import os
 import shutil
 import signal
@@ -16,13 +17,14 @@ from waiting import wait_for
 from localai_q.cluster.events import Progress
 from localai_q.errors import Unavailable
 from localai_q.gallery import catalog
-from localai_q.gallery.catalog import BackendEntry
+from localai_q.gallery.catalog import BackendEntry, BuildEntry
 from workers import versions
 from workers.node import installer
-from workers.node.installer import install_backend, python_of
+from workers.node.installer import Kit, install_backend, python_of
 
 ECHO = catalog.backend("echo")
 SOURCES = installer.SOURCES
+NVIDIA = {"gpus": [{"index": 0, "vendor": "nvidia", "driver": "580.65.06", "compute_capability": "8.6"}]}
 
 
 @pytest.fixture
@@ -178,15 +180,16 @@ def test_a_folder_that_cannot_be_written_is_said_in_one_line(tmp_path: Path, sou
         install_backend(entry, tmp_path / "taken", lambda _: None)
 
 
-def false_index(folder: Path, server: FileServer) -> str:
-    """The URL of a package index that promises a wheel of another content than it gives."""
+def index_on(server: FileServer, folder: Path, sha256: str | None = None) -> str:
+    """The URL of a package index that has one wheel, and says that this is its SHA-256."""
     name = "toy_wheel-1.0-py3-none-any.whl"
     with zipfile.ZipFile(folder / name, "w") as wheel:
         wheel.writestr("toy_wheel-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-wheel\nVersion: 1.0\n")
         wheel.writestr("toy_wheel-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         wheel.writestr("toy_wheel-1.0.dist-info/RECORD", "")
     server.put(f"/{name}", Remote((folder / name).read_bytes()))
-    page = f'<a href="/{name}#sha256={"0" * 64}">{name}</a>'
+    sha256 = sha256 or hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    page = f'<a href="/{name}#sha256={sha256}">{name}</a>'
     server.put("/simple/toy-wheel/", Remote(page.encode(), headers={"Content-Type": "text/html"}))
     return f"{server.url}/simple"
 
@@ -196,8 +199,48 @@ def test_a_wheel_that_is_not_the_one_that_its_index_names_is_refused(
 ) -> None:
     entry = make_backend(sources, requirements="toy-wheel==1.0\n")
     with serve() as server:
-        quiet.setenv("UV_DEFAULT_INDEX", false_index(tmp_path, server))
+        quiet.setenv("UV_DEFAULT_INDEX", index_on(server, tmp_path, "0" * 64))
         quiet.setenv("UV_CACHE_DIR", str(tmp_path / "cache"))
         with pytest.raises(Unavailable, match=r"(?i)cannot install backend toy\. uv said.*hash mismatch.*toy-wheel"):
             install_backend(entry, tmp_path / "root", lambda _: None)
     assert names(tmp_path / "root" / "toy") == {".lock"}
+
+
+NOWHERE = "http://127.0.0.1:1/simple"
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_packages_come_from_the_index_of_their_build_or_from_the_one_that_the_machine_names_for_it(
+    tmp_path: Path, sources: Path, told: bool
+) -> None:
+    entry = make_backend(sources, requirements="grpcio\nprotobuf\ntoy-wheel==1.0\n")
+    with serve() as server:
+        url = index_on(server, tmp_path)
+        build = BuildEntry(index=NOWHERE if told else url)
+        kit = Kit(hardware=NVIDIA, indexes={"cuda12": url} if told else {"rocm": NOWHERE})
+        entry = entry.model_copy(update={"builds": {"cpu": BuildEntry(index=NOWHERE), "cuda12": build}})
+        place = install_backend(entry, tmp_path / "root", lambda _: None, kit)
+    assert list(place.glob("venv/lib/*/site-packages/toy_wheel-1.0.dist-info"))
+    assert versions.current(tmp_path / "root", "toy").build == "cuda12"
+
+
+def test_an_engine_that_is_made_for_gpus_and_finds_none_is_not_switched_to(tmp_path: Path) -> None:
+    entry = catalog.backend("xllamacpp")
+    kit = Kit(hardware=NVIDIA, indexes={"cuda12": installer.index_url()})  # whose engine is the processor's
+    with pytest.raises(Unavailable, match=r"made for cuda12, and llama\.cpp finds no such device.*BACKEND_BUILDS=cpu"):
+        install_backend(entry, tmp_path, lambda _: None, kit)
+    assert names(tmp_path / "xllamacpp") == {".lock"}
+
+
+def test_what_an_engine_is_made_for_is_the_best_that_its_machine_can(tmp_path: Path) -> None:
+    entry = catalog.backend("xllamacpp")
+    machines = {
+        "cuda12": NVIDIA,
+        "cpu": {"gpus": [{"vendor": "amd"}], "runtimes": []},
+        "vulkan": {"gpus": [{"vendor": "amd"}], "runtimes": ["vulkan"]},
+        "rocm": {"gpus": [{"vendor": "amd"}], "runtimes": ["vulkan", "rocm"]},
+        "metal": {"os": "darwin", "arch": "arm64", "gpus": []},
+    }
+    assert {build: installer.wanted(entry, machine).build for build, machine in machines.items()} == {
+        build: build for build in machines
+    }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from localai_q.cluster.builds import BUILDS, choose, suitable
+from localai_q.cluster.builds import BUILDS, choose, suitable, uses_gpus
 
 
 def nvidia(driver: str | None = "580.65.06", capability: str | None = "9.0") -> dict:
@@ -25,6 +25,12 @@ def nvidia(driver: str | None = "580.65.06", capability: str | None = "9.0") -> 
         ({"gpus": [{"vendor": "amd"}]}, ("rocm", "vulkan", "cpu")),
         ({"gpus": [{"vendor": "intel"}]}, ("vulkan", "cpu")),
         ({"gpus": [{"vendor": "acme"}]}, ("cpu",)),
+        ({"gpus": [{"vendor": "amd"}], "runtimes": ["vulkan"]}, ("vulkan", "cpu")),
+        ({"gpus": [{"vendor": "amd"}], "runtimes": ["rocm"]}, ("rocm", "cpu")),
+        ({**nvidia(), "runtimes": []}, ("cuda13", "cuda12", "cpu")),
+        ({**nvidia(), "builds": ["vulkan", "cuda12"]}, ("cuda12", "vulkan", "cpu")),
+        ({**nvidia(), "builds": ["cpu"]}, ("cpu",)),
+        ({**nvidia(), "builds": ["rocm"]}, ("cpu",)),
         ({"os": "darwin", "arch": "arm64", "gpus": []}, ("metal", "cpu")),
         ({"os": "darwin", "arch": "x86_64"}, ("cpu",)),
         ({"os": "linux", "arch": "arm64"}, ("cpu",)),
@@ -43,3 +49,11 @@ def test_the_best_of_what_is_offered_is_chosen() -> None:
 
 def test_one_device_of_several_is_enough() -> None:
     assert choose(BUILDS, {"gpus": [{"vendor": "intel"}, *nvidia()["gpus"]]}) == "cuda13"
+
+
+def test_only_what_is_made_for_devices_uses_them() -> None:
+    assert uses_gpus(("cpu", "cuda12"), nvidia())
+    assert not uses_gpus(("cpu", "cuda12"), {})
+    assert not uses_gpus(("cpu",), nvidia())
+    assert not uses_gpus(("rocm",), nvidia())
+    assert not uses_gpus((), nvidia())

@@ -26,7 +26,7 @@ def node(*, ram: float = 8, state: NodeState = NodeState.READY, heard: float = N
 
 
 def gpu(vram: float) -> dict:
-    return {"vram_free": int(vram * GB), "vram_total": 80 * GB}
+    return {"vendor": "nvidia", "vram_free": int(vram * GB), "vram_total": 80 * GB}
 
 
 def replica(state: ReplicaState, ram: float = 2, *, of: str = "o", changed: float = NOW - 60, **values) -> Replica:
@@ -45,7 +45,8 @@ def free(at: Node, there: list[Replica]) -> Memory:
 def judged(
     of: Model, at: Node, *there: Replica, uses_gpu: bool = False, rivals: dict[str, str] | None = None
 ) -> Verdict:
-    return examine(Seeker(of, gpu=uses_gpu, rivals=rivals), Site(at, there), NOW)
+    builds = ("cuda12", "cpu") if uses_gpu else ("cpu",)
+    return examine(Seeker(of, builds=builds, rivals=rivals), Site(at, there), NOW)
 
 
 def refused(at: Node, of: Model, *there: Replica, uses_gpu: bool = False) -> str:
@@ -113,7 +114,7 @@ class TestExamine:
 
     @pytest.mark.parametrize(("heard", "reason"), [(NOW - 30, ""), (NOW - 31, "has not reported for 30 s")])
     def test_a_node_that_has_been_silent_gets_nothing_new(self, heard: float, reason: str) -> None:
-        assert examine(Seeker(model(), gpu=False, patience=30), Site(node(heard=heard), []), NOW).reason == reason
+        assert examine(Seeker(model(), builds=(), patience=30), Site(node(heard=heard), []), NOW).reason == reason
 
     def test_too_little_memory_is_told_in_numbers(self) -> None:
         verdict = judged(model(memory=3_100_000_000), node(ram=1.2))
@@ -128,6 +129,11 @@ class TestExamine:
 
     def test_a_backend_that_uses_no_gpu_takes_ram_beside_them(self) -> None:
         assert refused(node(gpus=[gpu(1)]), model(memory=3 * GB)) == ""
+
+    def test_a_node_that_takes_no_build_for_its_gpus_has_models_in_ram(self) -> None:
+        assert refused(node(gpus=[gpu(1)], builds=["cpu"]), model(memory=3 * GB), uses_gpu=True) == ""
+        old = {**gpu(1), "driver": "470.1"}
+        assert refused(node(gpus=[old]), model(memory=3 * GB), uses_gpu=True) == ""
 
     def test_on_a_gpu_that_has_no_memory_of_its_own_a_model_takes_the_machines(self) -> None:
         shared = node(ram=3, gpus=[{"index": 0, "vendor": "nvidia"}], budget=2 * GB)
@@ -195,7 +201,7 @@ class TestExamine:
         assert booking(cut, judged(cut, node())).context_size == 0
 
     def test_of_what_nothing_is_known_nothing_is_booked(self) -> None:
-        verdict = weigh(Seeker(model(), gpu=False), Site(node(ram=0), []))
+        verdict = weigh(Seeker(model(), builds=()), Site(node(ram=0), []))
         assert (verdict.reason, booking(model(), verdict).memory) == ("", Memory())
 
 

@@ -102,6 +102,8 @@ ARCHIVE = "{archive: {source: 'https://x.example/b.tgz', sha256: '" + "0" * 64 +
         ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {'a=b': 'x'}}]}}", "settings"),
         ("builds: {cpu: {compiled: [{requirement: 'a==1', settings: {a: !!str \"x\\n\"}}]}}", "settings"),
         (f"builds: {{cpu: {ARCHIVE}}}", "either 'source', or an 'archive'"),
+        ("builds: {cuda12: {index: 'file:///tmp'}}", "index"),
+        ("builds: {cuda12: {index: 'https://me:secret@x.example/whl'}}", "index"),
         ("source: null", "either 'source', or an 'archive'"),
         (
             "source: null, builds: {cpu: {archive: {source: 'https://x.example/b.tgz'}}}",

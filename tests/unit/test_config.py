@@ -74,6 +74,7 @@ def test_no_two_settings_share_a_name() -> None:
         ("LOCALAI_Q_WEB_WORKERS", "0"),
         ("LOCALAI_Q_LEASE", "0.1"),
         ("LOCALAI_Q_NO_MODEL", "perhaps"),
+        ("LOCALAI_Q_BACKEND_BUILDS", "cuda12 tpu"),
     ],
 )
 def test_a_bad_value_is_named_with_its_setting(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:

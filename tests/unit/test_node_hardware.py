@@ -188,3 +188,21 @@ def test_devices_of_other_vendors_are_read_from_sysfs(tmp_path: Path, monkeypatc
         {"index": 3, "vendor": "intel", "name": "intel 0x56a0", "vram_total": 16 * GIB},
     ]
     assert found["budget"] == 56 * GIB
+
+
+def test_libraries_for_devices_are_looked_for_where_there_are_some(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware._runtimes.cache_clear()
+    monkeypatch.setattr(hardware, "LIBRARIES", {"vulkan": "c", "rocm": "not-there"})
+    try:
+        assert read_with(Driver(), tmp_path, monkeypatch)["runtimes"] == ["vulkan"]
+        assert "runtimes" not in read_with(Driver(nvmlInit=pynvml.NVMLError_LibraryNotFound), tmp_path, monkeypatch)
+    finally:
+        hardware._runtimes.cache_clear()
+
+
+def test_the_builds_that_the_owner_wants_are_told(tmp_path: Path) -> None:
+    wanted = Settings(LOCALAI_Q_BACKEND_BUILDS="cuda12, vulkan").builds
+    assert hardware.read(tmp_path, Settings().budget_of, wanted)["builds"] == ["cuda12", "vulkan"]
+    assert "builds" not in hardware.read(tmp_path, Settings().budget_of, Settings().builds)

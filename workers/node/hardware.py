@@ -9,13 +9,16 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from ctypes.util import find_library
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pynvml
 
+from localai_q.cluster.builds import Build
 from workers.node import cgroups
 from workers.node.store import Store
 
@@ -23,18 +26,21 @@ log = logging.getLogger(__name__)
 MOST_FILES = 2000  # as the API takes them
 DRM = Path("/sys/class/drm")
 VENDORS = {"0x1002": "amd", "0x8086": "intel"}  # by PCI's number
+LIBRARIES: dict[Build, str] = {"rocm": "amdhip64", "vulkan": "vulkan"}  # which each of these builds needs
 LEAST_VRAM = 1 << 30  # bytes; less is what firmware sets aside for a screen
 _said: set[str] = set()  # complaints: each is made once
 
 
-def read(models: Path, budget_of: Callable[[int], int]) -> dict[str, Any]:
+def read(models: Path, budget_of: Callable[[int], int], builds: Sequence[str] = ()) -> dict[str, Any]:
     """Bytes and counts: cpus, ram_total, ram_available, disk_total, disk_free (of the models' folder), gpus; os, arch;
-    files, the SHA-256 of the models that lie here; and budget.
+    runtimes, the libraries for GPUs that the system has; files, the SHA-256 of the models that lie here; and budget.
 
     `budget` is how much models may take in all: of the GPUs' memory, or where there are none of RAM; `budget_of` tells
-    it from the total. It is left out where it cannot be told whether there are GPUs.
+    it from the total. It is left out where it cannot be told whether there are GPUs. `builds` are those of backends that
+    the owner wants here, if not any.
     """
     found: dict[str, Any] = {"os": platform.system().lower(), "arch": platform.machine().lower()}
+    found |= {"builds": list(builds)} if builds else {}
     for part in (_processors, _memory, lambda: _disk(models), _devices):
         found |= _tolerant(part)
     if "gpus" not in found:  # what could not be read is not what is not there
@@ -74,7 +80,14 @@ def _disk(models: Path) -> dict[str, Any]:
 def _devices() -> dict[str, Any]:
     """Every device that computes; one whose memory is the machine's own has no numbers of memory."""
     found = [*_nvidia(), *_others()]
-    return {"gpus": [{"index": index, **device} for index, device in enumerate(found)]}
+    gpus = [{"index": index, **device} for index, device in enumerate(found)]
+    return {"gpus": gpus, "runtimes": _runtimes()} if gpus else {"gpus": gpus}
+
+
+@cache
+def _runtimes() -> list[str]:
+    """As this process finds them when it first looks, which takes other programs."""
+    return [name for name, library in LIBRARIES.items() if find_library(library)]
 
 
 def _nvidia() -> list[dict[str, Any]]:

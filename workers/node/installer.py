@@ -160,9 +160,9 @@ class _Build:
             self._bring_files(part)
             if not (part / "run.sh").is_file():
                 self._install_packages(part)
+            versions.describe(part, manifest)
             self._say("starting it, to see whether it answers")
             self._check_health(part)
-            versions.describe(part, manifest)
             part.replace(part.with_name(name))
             versions.switch(root, self._entry.name, name)
         finally:
@@ -194,7 +194,7 @@ class _Build:
             shutil.rmtree(part / "wheels")
         if self._build.requirements:
             (part / "requirements.txt").write_text("\n".join(self._build.requirements) + "\n")
-        further = self._kit.indexes.get(self._manifest.build)
+        further = self._kit.indexes.get(self._manifest.build) or self._build.index
         index = ["--index", further] if further else []
         compiled = [package.requirement for package in self._build.compiled]
         requirements = ["--requirements", str(part / "requirements.txt"), *compiled]

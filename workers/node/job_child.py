@@ -115,7 +115,7 @@ def checked_name(text: str) -> str:
 
 def devices(spec: ChildSpec) -> dict[str, Any]:
     """The hardware of this machine."""
-    return hardware.read(spec.models, lambda total: total)
+    return hardware.read(spec.models, lambda total: total, settings().builds)
 
 
 def _present(spec: ChildSpec, entry: catalog.BackendEntry) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def prepare(worker: Any, conf: Any) -> None:
 
 def reading(cfg: Settings) -> dict[str, Any]:
     """What the node says of its machine and of what that may hold."""
-    found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of)
+    found = hardware.read(cfg.models_path or cfg.node_home / "models", cfg.budget_of, cfg.builds)
     limits = {"max_replicas_per_model": cfg.max_replicas_per_model, "disk_spare": cfg.disk_spare}
     return {**found, **limits, "backends": versions.installed(cfg.backends_of_node)}
 

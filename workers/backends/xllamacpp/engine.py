@@ -10,6 +10,7 @@ import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import backend_pb2
@@ -227,6 +228,21 @@ def _serve_vectors(
         params.pooling_type = found["pooling"]
     elif not header.get(f"{header.get('general.architecture')}.pooling_type"):
         params.pooling_type = POOLING["mean"]
+
+
+def missing_device() -> str:
+    """Why this build cannot be used here; empty if it can.
+
+    One that is made for GPUs and finds none computes on the processor, many times slower than its node believes.
+    """
+    manifest = Path(__file__).with_name("backend.json")  # of whoever installed it
+    build = json.loads(manifest.read_text())["build"] if manifest.exists() else "cpu"
+    if build == "cpu" or _has_gpu():
+        return ""
+    return (
+        f"this is made for {build}, and llama.cpp finds no such device that it can use: see to its driver, or have the"
+        " node take other builds (LOCALAI_Q_BACKEND_BUILDS=cpu)"
+    )
 
 
 def _has_gpu() -> bool:

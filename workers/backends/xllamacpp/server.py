@@ -45,4 +45,6 @@ class XllamacppBackend(answering.AnsweringBackend):
 
 
 if __name__ == "__main__":
+    if reason := engine.missing_device():
+        sys.exit(reason)
     serving.main(XllamacppBackend())
