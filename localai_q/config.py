@@ -40,7 +40,7 @@ def _words(text: str) -> list[str]:
 def _named_places(value: str) -> dict[str, str]:
     """Places by their names, those without one by their number."""
     if not value.lstrip().startswith("["):
-        return {str(number): place for number, place in enumerate(re.split(r"[\s,]+", value.strip()), 1) if place}
+        return {str(number): place for number, place in enumerate(_words(value), 1)}
     try:
         return {str(each["name"]): str(each["url"]) for each in json.loads(value)}
     except (ValueError, TypeError, KeyError) as error:
