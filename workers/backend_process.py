@@ -11,7 +11,7 @@ from pathlib import Path
 
 import grpc
 
-from localai_q.config import child_environment
+from localai_q.config import child_environment, settings
 from localai_q.errors import StartupError
 from localai_q.processes import spawn, stop, tail
 from localai_q.proto import backend_pb2, backend_pb2_grpc
@@ -44,7 +44,10 @@ class BackendProcess:
         self._log = log
         self._socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._socket.unlink(missing_ok=True)
-        env = child_environment(LOCALAI_GRPC_AUTH_TOKEN=token, LOCALAI_Q_CHILD_SPEC="")
+        patience = str(settings().cancel_patience)
+        env = child_environment(
+            LOCALAI_GRPC_AUTH_TOKEN=token, LOCALAI_Q_CANCEL_PATIENCE=patience, LOCALAI_Q_CHILD_SPEC=""
+        )
         command = [*_program(folder, threads), "--addr", f"unix:{socket}"]
         self.process: subprocess.Popen[bytes] = spawn(command, env=env, log=log, cwd=folder, session=False)
         self._channel = grpc.insecure_channel(f"unix:{socket}", options=OPTIONS)

@@ -23,6 +23,7 @@ from localai_q.gallery import catalog
 from localai_q.proto import backend_pb2 as pb
 from localai_q.proto import backend_pb2_grpc
 from workers.node.installer import install_backend, python_of
+from workers.replica.backend import STUCK
 
 OPTIONS = [("grpc.max_receive_message_length", 50 << 20), ("grpc.max_send_message_length", 50 << 20)]
 TOOL = {
@@ -268,6 +269,33 @@ def test_echo_answers_nobody_once_it_is_wedged(own_echo: Running) -> None:
     refused(grpc.StatusCode.UNAVAILABLE, lambda: next(stream))
 
 
+def test_a_backend_ends_when_a_cancelled_request_does_not(folders: dict[str, Path]) -> None:
+    with closing(Running(folders["echo"], LOCALAI_Q_CANCEL_PATIENCE="1")) as running:
+        assert running.load(Model="m", Options=["parallel:2"]).success
+        neighbour = running.stream(content="[[echo tokens=9 delay_ms=600000]]")
+        next(neighbour)
+        stream = running.stream(content="[[echo tokens=9 stuck_after=1]]")
+        next(stream)
+        assert running.process.stderr is not None
+        assert b"echo is stuck" in running.process.stderr.readline()
+        stream.cancel()
+        refused(grpc.StatusCode.UNAVAILABLE, lambda: next(neighbour))
+        assert running.process.wait(LIMIT) == STUCK
+        assert b"a request that was cancelled has not ended within 1 seconds" in running.process.stderr.read()
+
+
+def test_a_backend_goes_on_when_a_cancelled_request_ends(folders: dict[str, Path]) -> None:
+    with closing(Running(folders["echo"], LOCALAI_Q_CANCEL_PATIENCE="1")) as running:
+        assert running.load(Model="m", Options=["parallel:2"]).success
+        neighbour = running.stream(content="[[echo tokens=9 delay_ms=500]]")
+        for _ in range(4):
+            next(neighbour)
+            stream = running.stream(content="[[echo tokens=9 delay_ms=600000]]")
+            next(stream)
+            stream.cancel()
+        assert text_of(neighbour) == " 4 5 6 7 8"
+
+
 def test_echo_sends_garbage_when_told(echo: Running) -> None:
     replies = list(echo.stream(content="[[echo tokens=3 garbage_after=1]]"))
     with pytest.raises(UnicodeDecodeError):
@@ -486,6 +514,18 @@ def test_a_request_can_be_cancelled_before_its_first_token(llama: Running) -> No
     assert wait_for(lambda: llama.status().slots_busy == 0)
     llama.stub.Predict(chat("hi", max_tokens=1))
     assert llama.worked() - before < whole / 2, "the engine went on with a prompt that nobody waits for"
+
+
+def test_a_grammar_that_keeps_the_engine_busy_is_ended_with_the_process(
+    folders: dict[str, Path], weights: Path
+) -> None:
+    with closing(Running(folders["xllamacpp"], LOCALAI_Q_CANCEL_PATIENCE="2")) as running:
+        assert loads(running, weights).success
+        loaded = running.worked()
+        stream = running.stream(grammar="root ::= " + "[a-z]* " * 60)
+        assert wait_for(lambda: running.worked() > loaded + 3)  # it has read the prompt long since
+        stream.cancel()
+        assert running.process.wait(LIMIT) == STUCK
 
 
 def test_two_streams_are_served_at_once(llama: Running) -> None:

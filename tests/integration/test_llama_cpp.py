@@ -334,6 +334,19 @@ def test_a_cancelled_stream_frees_the_slot_and_the_next_request_gets_it(llama: R
     assert wait_for(lambda: llama.status().slots_busy == 0, 60)
 
 
+def test_a_request_can_be_cancelled_while_it_waits_for_another(llama: Running) -> None:
+    stream = llama.stream(content="Tell a long story.", max_tokens=900, ignore_eos=True)
+    next(stream)
+    waits = llama.stream(content="Next", max_tokens=2)
+    assert wait_for(lambda: llama.status().slots_busy == 2)
+    waits.cancel()
+    assert wait_for(lambda: llama.status().slots_busy == 1)
+    next(stream)
+    assert llama.status().slots_busy == 1  # the first goes on
+    stream.cancel()
+    assert wait_for(lambda: llama.status().slots_busy == 0)
+
+
 def test_a_request_can_be_cancelled_between_two_batches_of_its_prompt(llama: Running) -> None:
     long = [1] + [50 + number % 900 for number in range(500)]
     stream = llama.stub.PredictStream(completion(long, max_tokens=1, cache_prompt=False))

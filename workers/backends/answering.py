@@ -128,7 +128,7 @@ class AnsweringBackend(serving.Backend):
         try:
             yield from _replies(body, chunks, call)
         finally:
-            call.stopped.set()
+            call.stop()
 
 
 def _generate(model: Engine, body: bodies.Body, call: serving.Call, chunks: Chunks) -> None:
@@ -164,7 +164,7 @@ def _replies(body: bodies.Body, chunks: Chunks, call: serving.Call) -> Iterator[
         if reply is not None:
             yield reply
         if answer.finished and body.forced_tool:
-            call.stopped.set()
+            call.stop()
             break
     if call.stopped.is_set() and not answer.finished:
         reason = "the model is being freed" if call.freed else "the caller went away"

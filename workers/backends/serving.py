@@ -10,15 +10,17 @@ import argparse
 import ctypes
 import gc
 import hmac
+import math
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import backend_pb2
 import backend_pb2_grpc
@@ -27,6 +29,8 @@ import grpc
 MAX_MESSAGE = 50 << 20  # bytes, as LocalAI has it
 FREE_PATIENCE = 60.0  # seconds that running requests have to notice that their model goes
 STOP_PATIENCE = 1.0  # seconds that the process takes to end
+CANCEL_PATIENCE = float(os.environ.get("LOCALAI_Q_CANCEL_PATIENCE") or 60)  # seconds that a stopped request has to end
+STUCK = 75  # the exit status of a process in which a stopped request does not end
 PR_SET_PDEATHSIG = 1
 
 # The threads of an engine wait for each other some hundred times for each token. libgomp has them wait busily for 300,000
@@ -67,6 +71,7 @@ class Call:
         self._calls = calls
         self._wake: Callable[[], None] | None = None
         self.stopped = threading.Event()
+        self.stopped_at = math.inf  # by the monotonic clock
         self.freed = False
 
     def on_stop(self, wake: Callable[[], None]) -> None:
@@ -78,6 +83,7 @@ class Call:
     def stop(self, *, freed: bool = False) -> None:
         """Ask for its end."""
         self.freed = self.freed or freed
+        self.stopped_at = min(self.stopped_at, time.monotonic())
         self.stopped.set()
         if self._wake:
             self._wake()
@@ -110,6 +116,11 @@ class Calls:
         with self._changed:
             self._calls.discard(call)
             self._changed.notify_all()
+
+    def are_stuck(self) -> bool:
+        """Whether one of them was stopped and does not end."""
+        with self._changed:
+            return any(time.monotonic() - call.stopped_at > CANCEL_PATIENCE for call in self._calls)
 
     def stop_all(self, patience: float) -> bool:
         """Stop them and wait for their end; whether all have ended within `patience` seconds."""
@@ -209,6 +220,10 @@ class Backend(backend_pb2_grpc.BackendServicer):
     def stop(self) -> None:
         """Ask every request to end; the process is going."""
         self._calls.stop_all(0)
+
+    def is_stuck(self) -> bool:
+        """Whether a request that nobody wants any more does not end, and may keep the engine from all others."""
+        return self._calls.are_stuck()
 
     def _unload(self) -> bool:
         """Let go of the engine, if there is one; False when a request does not let go of it."""
@@ -368,12 +383,19 @@ def main(backend: Backend) -> None:
         # may be told of a signal 0, which nobody sent.
         if received is not None and received.si_signo in (signal.SIGTERM, signal.SIGINT):
             break
+        if backend.is_stuck():
+            print(f"a request that was cancelled has not ended within {CANCEL_PATIENCE:g} seconds", file=sys.stderr)
+            _exit(STUCK)
     backend.stop()
     server.stop(STOP_PATIENCE / 2).wait(STOP_PATIENCE)
+    _exit(0)
+
+
+def _exit(status: int) -> NoReturn:
+    """End, though threads of the pool or of the engine may hang; the system takes back what they hold."""
     sys.stdout.flush()
     sys.stderr.flush()
-    # Threads of the pool or of the engine may hang; the system takes back what they hold.
-    os._exit(0)
+    os._exit(status)
 
 
 def _arguments() -> argparse.Namespace:

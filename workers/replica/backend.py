@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 PROBE_EVERY = 5.0  # seconds between two health checks
 PROBE_TIMEOUT = 5.0
 PROBES_MISSED = 3  # after so many in a row the backend counts as wedged
+STUCK = 75  # the exit status of a backend that cannot end a request which was cancelled
 SPARE_THREADS = 16  # of a backend, for what is asked of it besides its slots' requests
 
 
@@ -33,6 +34,7 @@ class Backend:
         self._on_death = on_death
         self._stopping = False
         self.death = ""  # why it died, once `dead` is set
+        self.was_stuck = False  # by a request that was cancelled: it died of none that was under way then
         self.dead = threading.Event()
         folder, self._held = versions.hold(spec.backend_folder)
         if spec.log.exists():  # of the process before this one, whose last words are not this one's
@@ -99,6 +101,7 @@ class Backend:
 
     def _watch_process(self) -> None:
         code = self._server.process.wait()
+        self.was_stuck = code == STUCK
         if not self._stopping:
             self._die(f"the backend ended with exit code {code}")
 

@@ -216,6 +216,9 @@ class Runner:
 
     def _of_death(self, held: Held) -> Exception:
         """Another replica goes on, unless this is the second that dies of the job."""
+        if self._backend.was_stuck:
+            self._give_back(held, died=False)
+            return Lost()
         if held.lease.deaths + 1 >= DEATHS:
             return GenerationFailed(f"The backend died: {self._backend.death}")
         self._give_back(held, died=True)

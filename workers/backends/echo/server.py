@@ -47,6 +47,7 @@ class Plan:
     exit_after: int = -1
     wedge_after: int = -1
     garbage_after: int = -1
+    stuck_after: int = -1
     again: int = 0  # 1: failures happen to a continued answer too
 
 
@@ -278,6 +279,9 @@ class EchoBackend(serving.Backend):
             _exit("echo was told to exit", 3)
         if index == plan.fail_after:
             raise serving.Refusal(grpc.StatusCode.INTERNAL, "echo was told to fail")
+        if index == plan.stuck_after:
+            print("echo is stuck", file=sys.stderr, flush=True)
+            threading.Event().wait()
         if index == plan.wedge_after:
             self._wedged.set()
             self._hang(context)

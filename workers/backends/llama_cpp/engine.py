@@ -38,6 +38,7 @@ from writing import Text, chances, logprob_item
 DEFAULT_CONTEXT = 4096  # tokens of one request, where the load does not say
 BATCH = 128  # tokens of a prompt between two moments at which a request can be cancelled
 MOST_ALTERNATIVES = 20  # in log probabilities
+LOOK = 0.1  # seconds after which a request that waits for another looks whether it is still wanted
 
 POOLING = {name: getattr(c, f"LLAMA_POOLING_TYPE_{name.upper()}") for name in ("mean", "cls", "last")}
 CACHE_TYPES = {
@@ -120,7 +121,10 @@ class OneSequence(Engine):
 
     def generate(self, kind: str, fields: dict[str, Any], take: Callable[[dict[str, Any]], bool]) -> None:
         ask = self._read(kind, fields)
-        with self._alone:
+        while not self._alone.acquire(timeout=LOOK):
+            if take({"timings": Progress().timings()}):
+                return
+        try:
             sampler = Sampler(self._model, ask.settings, ask.grammar, ask.prompt)
             try:
                 for chunk in self._write(ask, sampler, take):
@@ -130,6 +134,8 @@ class OneSequence(Engine):
                 pass
             finally:
                 sampler.close()
+        finally:
+            self._alone.release()
 
     def embed(self, text: str | list[int]) -> tuple[list[float], int]:
         tokens = self._tokens(text)
