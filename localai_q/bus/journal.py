@@ -32,6 +32,7 @@ LONGEST_SILENCE = 8  # SILENCEs between two looks at most
 PAGE = 500  # entries read from the log at once
 UNKNOWN = 2  # what the script `detach` answers for a job that Redis does not know
 RECHECK = ""  # an announcement may have been missed
+UNREADABLE = "The replica has written what cannot be read."
 LOST = "The queue (Redis) lost a part of this stream that was sent already."
 
 Place = tuple[int, int]  # attempt and index of an entry; (0, 0) is before the first
@@ -222,7 +223,8 @@ class Reader:
             fresh: nobody has worked on the job yet, so its first announcement is its first entry.
 
         Raises:
-            GenerationFailed: Redis has lost entries that were read already, and others stand in their place.
+            GenerationFailed: Redis has lost entries that were read already, and others stand in their place; or the log has
+                what cannot be read.
         """
         self._place = after
         if not fresh:
@@ -241,7 +243,10 @@ class Reader:
         if announcement == RECHECK:
             return self._from_log()
         place, _, text = announcement.partition(" ")
-        entry = _entry(place, text)
+        try:
+            entry = _entry(place, text)
+        except GenerationFailed:  # what the log has counts, not what was announced
+            return self._from_log()
         # Indexes run on across attempts. What another attempt wrote must go on from what was read, which the log knows.
         if entry and entry.index == self._place[1] + 1 and entry.attempt == (self._place[0] or entry.attempt):
             return [self._take(entry)]
@@ -255,21 +260,22 @@ class Reader:
         return (None,)
 
     def _from_log(self) -> Iterator[Entry | None]:
-        before = self._place
-        while rows := self._look():
+        before = looked = self._place
+        while rows := self._look(looked):
             for place, text in rows:
                 entry = _entry(place, text)
                 if entry and self._is_news(entry):
                     yield self._take(entry)
             if len(rows) < PAGE:
                 break
+            looked = _place(rows[-1][0])  # which need not be that of an event
         if self._place == before:
             yield None
 
-    def _look(self) -> list[tuple[str, str]]:
-        """What the log has behind this reader's place; nothing while Redis is away, for it comes back."""
+    def _look(self, after: Place) -> list[tuple[str, str]]:
+        """What the log has behind a place; nothing while Redis is away, for it comes back."""
         try:
-            return self._listener.attach(self._job_id, self._place)
+            return self._listener.attach(self._job_id, after)
         except Unavailable as error:
             log.warning("job %s cannot be read at the moment: %s", self._job_id, error)
             return []
@@ -287,13 +293,22 @@ class Reader:
 
 
 def _entry(place: str, text: str) -> Entry | None:
-    event = decode(text)
-    return _placed(place, event) if event else None
+    """The entry of a row; None for a marker. `GenerationFailed`: its writer has written what is neither."""
+    try:
+        event = decode(text)
+        return _placed(place, event) if event else None
+    except ValueError as error:
+        raise GenerationFailed(UNREADABLE) from error
 
 
 def _placed(place: str, event: Event) -> Entry:
-    attempt, _, index = place.partition("-")
-    return Entry(attempt=int(attempt), index=int(index), event=event)
+    attempt, index = _place(place)
+    return Entry(attempt=attempt, index=index, event=event)
+
+
+def _place(text: str) -> Place:
+    attempt, _, index = text.partition("-")
+    return int(attempt), int(index)
 
 
 def _readable(fields: dict[str, str]) -> Event | None:

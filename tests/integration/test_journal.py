@@ -149,6 +149,46 @@ def test_a_long_log_is_read_page_by_page(leases: Leases, listener: Listener, mon
     assert texts(followed(listener.open(writer.job_id))) == numbers(1, 17)
 
 
+def test_pages_without_an_event_hide_nothing_that_comes_behind_them(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    writer.write(1)
+    for _ in range(2 * journal.PAGE + 1):
+        redis_client.xadd(names.journal_key(writer.job_id), {"e": '{"k":"m"}'}, id=f"1-{writer.index}")
+        writer.index += 1
+    writer.write(2)
+    writer.end()
+    thread, found = follow_in_background(listener.open(writer.job_id))
+    thread.join(LIMIT)
+    assert texts(found) == f"1 {writer.index - 2} {writer.index - 1} "
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"k":"v"}', '{"k":"e","s":"over"}'])
+def test_a_reader_of_what_is_no_event_fails(
+    leases: Leases, listener: Listener, redis_client: redis.Redis, text: str
+) -> None:
+    writer = Writer(leases, listener.watcher)
+    redis_client.xadd(names.journal_key(writer.job_id), {"e": text}, id="1-1")
+    with pytest.raises(GenerationFailed, match="cannot be read"):
+        followed(listener.open(writer.job_id))
+    with pytest.raises(GenerationFailed, match="cannot be read"):
+        journal.at(redis_client, writer.job_id, (1, 1))
+
+
+def test_an_announcement_that_cannot_be_read_is_looked_up_in_the_log(
+    leases: Leases, listener: Listener, redis_client: redis.Redis
+) -> None:
+    writer = Writer(leases, "")  # nothing else is announced
+    thread, found = follow_in_background(listener.open(writer.job_id), fresh=True)
+    writer.write(1)
+    for announcement in ("1-1 {", "x-y {}", 'x-y {"k":"f","i":0,"r":"stop"}', ""):
+        redis_client.publish(f"web:{listener.watcher}", f"{writer.job_id} {announcement}")
+    writer.end()
+    thread.join(LIMIT)
+    assert texts(found) == numbers(1, 1)
+
+
 def test_an_entry_is_found_by_its_place(leases: Leases, redis_client: redis.Redis) -> None:
     writer = Writer(leases, "")
     writer.write(2)
