@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.bodies import parse
 from api.web import web
+from localai_q.cluster.importing import Preferences
 from localai_q.services import galleries, installs
 
 routes = Blueprint("models", __name__)
@@ -41,6 +42,7 @@ class FromUri(BaseModel):
     name: str = Field("", max_length=128)
     sha256: str | None = None
     preload: bool = True
+    preferences: Preferences | None = None
 
 
 @routes.get("/models/available")
@@ -86,7 +88,7 @@ def import_documents() -> tuple[dict[str, Any], int]:
 def import_uri() -> dict[str, Any]:
     body = parse(FromUri, request.get_data())
     return installs.import_uri(web().services, body.uri, name=body.name, sha256=body.sha256,
-                               preload=body.preload)  # fmt: skip
+                               preload=body.preload, preferences=body.preferences)  # fmt: skip
 
 
 @routes.post("/models/edit/<path:name>", **WHOLE)

@@ -207,12 +207,21 @@ def apply_models(
 @app.command("import")
 def import_model(
     what: Annotated[
-        str, typer.Argument(help="A YAML file of LocalAI's, - for what comes in, or where a model's file is.")
+        str,
+        typer.Argument(help="A YAML file of LocalAI's, - for what comes in, or where a model's file or repository is."),
     ],
     name: Annotated[str, typer.Option(help="Another name for what a URI names.")] = "",
     sha256: Annotated[
         str, typer.Option(help="The SHA-256 of what a URI names, where its source does not tell it.")
     ] = "",
+    quantization: Annotated[
+        list[str] | None,
+        typer.Option(help="Which file of a repository of Hugging Face, as q8_0; repeatable, the most wanted first."),
+    ] = None,
+    backend: Annotated[str, typer.Option(help="The engine of what a URI names.")] = "",
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="What a URI names embeds; it does not chat.")
+    ] = False,
 ) -> None:
     """Add models from LocalAI's YAML, or one by its URI. What of a document does not hold here is said.
 
@@ -221,13 +230,17 @@ def import_model(
         localai-q models import gpt-4.yaml
 
         localai-q models import huggingface://owner/repo/tiny.Q4_K_M.gguf
+
+        localai-q models import huggingface://owner/repo --quantization q8_0
     """
     api = connect()
+    preferences = {"quantizations": quantization or [], "backend": backend, "embeddings": embeddings}
+    given = {"name": name, "sha256": sha256, "preferences": {key: value for key, value in preferences.items() if value}}
+    given = {key: value for key, value in given.items() if value}
     if re.match(r"[a-z0-9]+:", what):
-        body = {"uri": what, **({"name": name} if name else {}), **({"sha256": sha256} if sha256 else {})}
-        found = [api.call("POST", "/models/import-uri", json=body)]
-    elif name or sha256:
-        raise InvalidValue("--name and --sha256 go with a URI; a document says both itself")
+        found = [api.call("POST", "/models/import-uri", json={"uri": what, **given})]
+    elif given:
+        raise InvalidValue("these options go with a URI: a document says its name and the rest itself")
     else:
         found = api.call("POST", "/models/import", content=_text(Path(what)))["models"]
     for model in found:

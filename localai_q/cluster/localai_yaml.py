@@ -93,7 +93,7 @@ class _Reading:
     def __init__(self, content: Mapping[str, Any], backends: Collection[str]) -> None:
         self.warnings: list[str] = []
         self.refused: list[str] = []
-        self._left = {name: value for name, value in content.items() if _says(value)}
+        self._left = {name: value for name, value in content.items() if says(value)}
         self._backends = backends
         self._files = {
             str(file.get("filename")): file for file in self._list("download_files") if isinstance(file, dict)
@@ -210,16 +210,16 @@ class _Reading:
         if made.get("seed") == -1:  # LocalAI's word for "choose one"
             del made["seed"]
         for name, value in parameters.items():
-            if name not in ours and _says(value):
+            if name not in ours and says(value):
                 self._set_aside(name, f"parameters.{name}")
         if stops := [*self._list("stopwords")]:
             made["stop"] = stops
         return made | {
-            name: value for name in ("mirostat", "mirostat_eta", "mirostat_tau") if _says(value := self._take(name))
+            name: value for name in ("mirostat", "mirostat_eta", "mirostat_tau") if says(value := self._take(name))
         }
 
     def _templates(self, template: dict[str, Any]) -> None:
-        for name in (name for name, value in template.items() if _says(value) and name != "use_tokenizer_template"):
+        for name in (name for name, value in template.items() if says(value) and name != "use_tokenizer_template"):
             self.warnings.append(f"template.{name} is left out: it is in Go's language; the template in the model's file is "
                                  "used, or one in Jinja that you give the model as chat_template")  # fmt: skip
 
@@ -257,10 +257,10 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return {**base, **over, **{name: merged(base[name], over[name]) for name in both}}
 
 
-def _says(value: Any) -> bool:
+def says(value: Any) -> bool:
     """Whether a value is more than what LocalAI writes for "not set"."""
     return value not in (None, "", [], {}, False) and not (
-        isinstance(value, dict) and not any(map(_says, value.values()))
+        isinstance(value, dict) and not any(map(says, value.values()))
     )
 
 

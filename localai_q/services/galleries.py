@@ -236,10 +236,15 @@ def _from_file(path: Path) -> bytes:
     return text
 
 
-def _from_web(url: str, settings: Settings) -> bytes:
+def network(settings: Settings) -> Network:
+    """The network as the API may use it: it leads to no address of the cluster."""
     urls = tuple(each for each in (settings.redis_url, settings.database_url, settings.base_url) if each)
+    return Network(allow_private=settings.allow_private_sources, cluster_urls=urls)
+
+
+def _from_web(url: str, settings: Settings) -> bytes:
     try:
-        response, body = Network(allow_private=settings.allow_private_sources, cluster_urls=urls).read(url)
+        response, body = network(settings).read(url)
     except httpx.HTTPError as error:
         raise Unavailable(f"cannot read {url}: {error}") from error
     if response.status_code != httpx.codes.OK:

@@ -15,6 +15,7 @@ from localai_q.cluster import parts, sources
 from localai_q.cluster.backends import MOST_ATTEMPTS
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Board, Fleet
+from localai_q.cluster.importing import Preferences, choose, repository
 from localai_q.cluster.jobs import Job
 from localai_q.cluster.localai_yaml import UNSAID, Imported, merged, source_of, translate
 from localai_q.cluster.memory import need
@@ -25,7 +26,7 @@ from localai_q.cluster.states import JobState
 from localai_q.documents import checked, read_yaml
 from localai_q.errors import Conflict, InvalidValue, NotFound
 from localai_q.gallery.catalog import ForeignEntry, ModelEntry
-from localai_q.services import galleries, models, replicas
+from localai_q.services import galleries, hub, models, replicas
 from localai_q.services import jobs as job_services
 from localai_q.services.wiring import Services
 from localai_q.store import jobs as job_rows
@@ -164,28 +165,43 @@ def edit(services: Services, name: str, text: bytes) -> Record:
 
 
 def import_uri(
-    services: Services, uri: str, *, name: str = "", sha256: str | None = None, preload: bool = True
-) -> Record:
-    """Add a model by where its file is, or by where its document is. Returns what `install` does.
+    services: Services, uri: str, *, name: str = "", sha256: str | None = None, preload: bool = True,
+    preferences: Preferences | None = None,
+) -> Record:  # fmt: skip
+    """Add a model by where its file is, by where its document is, or by a repository of Hugging Face. Returns what
+    `install` does.
 
     Args:
         sha256: of the file, where its source does not tell it.
 
-    Raises: as `install`.
+    Raises: as `install`; InvalidValue: it is not clear which file of a repository is meant.
     """
+    wanted = preferences or Preferences()
+    found = repository(uri)
+    left_out = wanted.left_out(from_repository=found is not None)
+    name = name or wanted.name
     path = uri.partition("#")[0].partition("?")[0]
     if uri.startswith(("http://", "https://", "github:")) and path.partition("@")[0].endswith((".yaml", ".yml")):
         if sha256:
             raise InvalidValue("'sha256' goes with a model's file; a document says those of its own.", param="sha256")
-        return install(services, url=uri, name=name, preload=preload)
-    source = source_of(uri)
-    document = checked(Document, {"name": name or _name_of(source), "source": source, "sha256": sha256})
-    return _added(services, Imported(document=document), preload=preload)
+        made = install(services, url=uri, name=name, overrides=wanted.fields, preload=preload)
+        return {**made, "warnings": [*made["warnings"], *left_out]}
+    if found:
+        source = found.source(choose(found.name, hub.files_of(found, services.settings), wanted.quantizations))
+    else:
+        source = source_of(uri)
+        sources.parse(source)
+    content = {**wanted.fields, "name": name or _name_of(source), "parameters": {"model": source}}
+    taken = translate(content, _backends(services))
+    document = checked(Document, {**taken.document.model_dump(exclude_unset=True), "sha256": sha256})
+    return _added(services, Imported(document=document, warnings=[*taken.warnings, *left_out]), preload=preload)
 
 
 def _name_of(source: str) -> str:
     """What a model is called after its file."""
-    last = source.partition("?")[0].rstrip("/").rpartition("/")[2].partition("@")[0]
+    found = sources.parse(source)
+    path = found.file if isinstance(found, sources.HuggingFace) else source.partition("?")[0].rstrip("/")
+    last = path.rpartition("/")[2].partition("@")[0]
     return parts.whole(last).removesuffix(".gguf")[:128]
 
 

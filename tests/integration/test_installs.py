@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from cluster_data import add_model, model_named, ready_node
-from file_server import FileServer, Remote
+from file_server import FileServer, Remote, serve
 from test_galleries import BOMB
 from test_replicas_service import stage
 
 from localai_q import names, network
+from localai_q.cluster.importing import Preferences
 from localai_q.cluster.nodes import Node
 from localai_q.cluster.states import JobState, ReplicaState
 from localai_q.config import load_settings
@@ -23,6 +24,7 @@ from localai_q.errors import (
     ModelNotFound,
     NotFound,
     StartupError,
+    Unavailable,
 )
 from localai_q.gallery import catalog
 from localai_q.services import galleries, holders, installs, jobs, keys, models, nodes, replicas, retries
@@ -338,6 +340,14 @@ class TestPreloading:
         assert holders.find(services, node, A, called="h")["holders"] == []
 
 
+def with_hub(services: Services, server: FileServer, *files: str, **more: object) -> Services:
+    """The services of an API whose settings name this hub, and its repository o/r with these files, if there are any."""
+    if files:
+        told = {"id": "o/r", "siblings": [{"rfilename": file} for file in files]}
+        server.put("/api/models/o/r/revision/main", Remote(json.dumps(told).encode()))
+    return naming(services, "", hf_endpoint=server.url, **more)
+
+
 class TestImports:
     def test_all_documents_are_taken_or_none(self, services: Services) -> None:
         text = "- {name: a, backend: echo}\n- {name: b, backend: echo, threads: 2, debug: true}\n"
@@ -374,6 +384,85 @@ class TestImports:
         ):
             with pytest.raises(error):
                 installs.import_uri(services, uri)
+
+    def test_preferences_hold_for_a_file_and_for_a_document(self, services: Services, server: FileServer) -> None:
+        wanted = Preferences(
+            name="e", embeddings=True, backend="llama-cpp", description="d", quantizations="q8_0", cuda=True
+        )
+        made = installs.import_uri(services, "ollama://x", preferences=wanted)
+        config = model_named(services, "e").config
+        assert (made["name"], config.source, config.backend, config.embeddings) == (
+            "e",
+            "ollama://x",
+            "xllamacpp",
+            True,
+        )
+        assert [warning.partition(" ")[0].rstrip(":") for warning in made["warnings"]] == [
+            "backend", "description", "preferences.cuda", "preferences.quantizations"]  # fmt: skip
+        own = naming(services, "", allow_private_sources=True)
+        url = server.put("/m.yaml", Remote(b"name: plain\nthreads: 2\nparameters: {model: 'ollama://y'}\n"))
+        made = installs.import_uri(own, url, preferences=Preferences(embeddings=True, type="x"))
+        config = model_named(services, "plain").config
+        assert (config.threads, config.embeddings, len(made["warnings"])) == (2, True, 1)
+        with pytest.raises(InvalidValue, match="backend: 'vllm' is none of xllamacpp"):
+            installs.import_uri(services, "ollama://z", preferences=Preferences(backend="vllm"))
+
+    def test_a_repository_of_the_hub_is_imported_by_the_quantization_that_is_wanted(
+        self, services: Services, server: FileServer
+    ) -> None:
+        own = with_hub(services, server, "README.md", "d/T-Q4_K_M.gguf", "T-Q8_0-00001-of-00002.gguf",
+                       "T-Q8_0-00002-of-00002.gguf")  # fmt: skip
+        made = installs.import_uri(own, "https://huggingface.co/o/r")
+        assert (made["name"], model_named(own, "T-Q4_K_M").config.source, made["warnings"]) == (
+            "T-Q4_K_M", "huggingface://o/r/d/T-Q4_K_M.gguf", [])  # fmt: skip
+        made = installs.import_uri(own, "hf://o/r", name="big", preferences=Preferences(quantizations="q2_k,q8_0"))
+        assert [file.source for file in model_named(own, "big").config.own] == [
+            f"huggingface://o/r/T-Q8_0-0000{number}-of-00002.gguf" for number in (1, 2)]  # fmt: skip
+        with pytest.raises(
+            InvalidValue, match=r"no GGUF file with q2_k; it has: T-Q8_0-00001-of-00002.gguf, d/T-Q4_K_M.gguf"
+        ):
+            installs.import_uri(own, "hf://o/r", preferences=Preferences(quantizations="q2_k"))
+        server.put(
+            "/api/models/o/r/revision/refs%2Fpr%2F1", Remote(b'{"siblings": [{"rfilename": "x.gguf", "more": 1}]}')
+        )
+        installs.import_uri(own, "hf://o/r@refs/pr/1")
+        assert model_named(own, "x").config.source == "huggingface://o/r/x.gguf@refs/pr/1"
+
+    def test_the_token_goes_to_the_hub_alone(self, services: Services, server: FileServer) -> None:
+        with_hub(services, server, "m.gguf")
+        server.files["/api/models/o/r/revision/main"].key = "Bearer secret"
+        with pytest.raises(NotFound, match="HF_TOKEN needs to be set for the API"):
+            installs.import_uri(with_hub(services, server), "hf://o/r")
+        with serve() as other:
+            server.put("/api/models/o/r/revision/main", Remote(location=other.put("/x", Remote(b"{}"))))
+            with pytest.raises(InvalidValue, match="an address of this cluster"):
+                installs.import_uri(with_hub(services, server, hf_token="secret"), "hf://o/r")
+            own = with_hub(services, server, hf_token="secret", allow_private_sources=True)
+            with pytest.raises(Unavailable, match="something else than a repository"):
+                installs.import_uri(own, "hf://o/r")
+            assert server.seen[-1].headers["authorization"] == "Bearer secret"
+            assert "authorization" not in other.seen[-1].headers
+
+    @pytest.mark.parametrize(
+        ("answer", "error", "says"),
+        [
+            (None, NotFound, "shows no repository 'o/r' with the revision 'main'"),
+            (Remote(statuses=[500]), Unavailable, "status 500"),
+            (Remote(b"[" * 10_000), Unavailable, "something else than a repository"),
+            (Remote(b'{"siblings": [3]}'), Unavailable, "something else than a repository"),
+            (Remote(b'{"siblings": []}'), InvalidValue, "it has: none"),
+            (Remote(b"x" * (5 << 20)), Unavailable, "more than 4 MiB"),
+            (Remote(b"x", cuts=[0], announced=9), Unavailable, "cannot read"),
+        ],
+    )
+    def test_a_hub_that_tells_nothing_of_a_repository(
+        self, services: Services, server: FileServer, answer: Remote | None, error, says: str
+    ) -> None:
+        if answer:
+            server.put("/api/models/o/r/revision/main", answer)
+        with pytest.raises(error, match=says):
+            installs.import_uri(with_hub(services, server), "hf://o/r")
+        assert models.listed(services) == []
 
     def test_a_model_is_made_as_a_document_says(self, services: Services) -> None:
         add_model(services, "m", slots=9)

@@ -693,7 +693,13 @@ def test_localais_paths_of_models(web: Web, tmp_path: Path) -> None:
         ["f16 is left out: the engine decides that"],
     )
     assert post("/models/edit/th", content=b"backend: echo\nthreads: 2\n").json()["config_revision"] == 2
-    assert post("/models/import-uri", json={"uri": "ollama://x"}).json()["name"] == "x"
+    assert post("/models/import-uri", json={"uri": "ollama://x", "preferences": None}).json()["name"] == "x"
+    wanted = {"name": "y", "embeddings": "true", "quantizations": "q8_0", "pipeline_type": "z", "scheduler_type": ""}
+    found = post("/models/import-uri", json={"uri": "ollama://y", "preferences": wanted}).json()
+    assert (found["name"], [warning.split()[0] for warning in found["warnings"]]) == (
+        "y", ["preferences.pipeline_type", "preferences.quantizations"])  # fmt: skip
+    refused = post("/models/import-uri", json={"uri": "ollama://z", "preferences": {"embeddings": "perhaps"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "preferences.embeddings")
     assert (
         post("/api/models/install/smollm2-360m-instruct", json={"preload": False}).json()["name"]
         == "smollm2-360m-instruct"
@@ -729,6 +735,12 @@ def test_models_are_imported_and_installed_by_the_command_line(web: Web, tmp_pat
     assert (code, "'vllm' is none of" in err) == (1, True)
     assert web.cli("models", "import", "ollama://tiny", "--name", "t")[0] == 0
     assert web.cli("models", "import", "https://x.example/u.gguf", "--sha256", "a" * 64)[0] == 0
+    code, out, err = web.cli(
+        "models", "import", "ollama://e", "--embeddings", "--quantization", "q8_0", "--quantization", "f16"
+    )
+    assert (code, "preferences.quantizations is left out" in out) == (0, True), err
+    assert json.loads(web.cli("models", "show", "e", "--json")[1])["embeddings"] is True
+    assert "'none' is none of" in web.cli("models", "import", "ollama://f", "--backend", "none")[2]
     assert "go with a URI" in web.cli("models", "import", str(file), "--sha256", "a" * 64)[2]
-    for name in ("qwen3-0.6b", "their", "t", "u"):
+    for name in ("qwen3-0.6b", "their", "t", "u", "e"):
         assert web.cli("models", "remove", name)[0] == 0
