@@ -18,10 +18,11 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 from localai_q.cluster.builds import Build, suitable
 from localai_q.cluster.builds import choose as build_for
 from localai_q.cluster.capacity import Site, disk_free, disk_spare, human, is_silent
+from localai_q.cluster.events import LARGEST as LARGEST_AMOUNT
 from localai_q.cluster.events import Progress
 from localai_q.cluster.fleet import Fleet
 from localai_q.cluster.jobs import Job
-from localai_q.cluster.models import SHA256, File, ModelConfig, ModelName
+from localai_q.cluster.models import LARGEST, SHA256, File, ModelConfig, ModelName
 from localai_q.cluster.nodes import on_nodes
 from localai_q.cluster.parts import MOST_FILES, whole
 from localai_q.cluster.sources import MOST_MIRRORS
@@ -98,6 +99,9 @@ class Options(BaseModel):
     pure: bool = False  # every tensor gets the same type
 
 
+Figure = Annotated[float, Field(ge=0, le=LARGEST_AMOUNT, allow_inf_nan=False)]
+
+
 class OrderedPart(BaseModel):
     """What is said of a file behind the first, of a source in several; without a source, it is called like the first."""
 
@@ -146,6 +150,24 @@ class Spec(BaseModel):
     config: ModelConfig = Field(default_factory=ModelConfig)  # what a model that is made of the result begins with
 
 
+class Made(BaseModel):
+    """What a node says of the file that it has made, and of the source, with the same text."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sha256: str = Field(pattern=SHA256)
+    size: int = Field(gt=0, le=LARGEST)
+    source_sha256: str = Field(pattern=SHA256)
+    source_size: int = Field(gt=0, le=LARGEST)
+    architecture: str = Field(max_length=256)
+    perplexity: Figure
+    source_perplexity: Figure
+    bits_per_weight: Figure
+    source_bits_per_weight: Figure
+    kl_divergence: Figure  # nats
+    tokens: int = Field(ge=0, le=LARGEST)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """An attempt that failed."""
@@ -168,7 +190,7 @@ class Quantization:
     failures: tuple[Failure, ...] = ()
     reasons: dict[str, str] = field(default_factory=dict)  # why not there, by the node's name, while it waits
     output: str | None = None  # the SHA-256 of what has come to the API's store
-    result: dict[str, Any] | None = None  # what the node says of it, once it is done
+    result: dict[str, Any] | None = None  # `Made`, once it is done
     error: str = ""
     imported: str = ""  # the name of the model that was made of it
     created: float = 0.0  # seconds since the epoch

@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from pydantic import ValidationError
+
 from localai_q import names
 from localai_q.cluster import sources
 from localai_q.cluster.backends import Op, has
@@ -22,6 +24,7 @@ from localai_q.cluster.quantizing import (
     MOST,
     MOST_ATTEMPTS,
     TYPES,
+    Made,
     Order,
     Part,
     Quantization,
@@ -299,11 +302,16 @@ def _begin(services: Services, one: Quantization, node_id: str, kind: str, reque
 
 
 def _finish(services: Services, one: Quantization, result: dict[str, Any]) -> None:
-    if result.get("sha256") != one.output or not uploads.path_of(services, str(one.output)).exists():
+    try:
+        made = Made.model_validate(result)
+    except ValidationError as error:
+        _note_failure(services, one, f"what its node says of the file is wrong at '{error.errors()[0]['loc'][0]}'")
+        return
+    if made.sha256 != one.output or not uploads.path_of(services, made.sha256).exists():
         _note_failure(services, one, "its file has not come to the API's store")
         return
     with services.db.transaction() as db:
-        rows.end(db, one.id, JobState.DONE, result=result)
+        rows.end(db, one.id, JobState.DONE, result=made.model_dump())
     log.info("quantization %s is done: %s", one.id, one.name, extra={"action": "quantize"})
 
 

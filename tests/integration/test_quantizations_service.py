@@ -278,6 +278,30 @@ def test_an_end_without_the_file_is_a_failure(services: Services, node: Node) ->
     assert shown(services, made)["failures"][0]["reason"] == "its file has not come to the API's store"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("perplexity", "good"), ("perplexity", -1), ("perplexity", 10**400), ("perplexity", None), ("kl_divergence", [1.0]),
+     ("bits_per_weight", 1e300), ("size", 0), ("size", 1 << 80), ("size", 1.5), ("source_size", "x"), ("tokens", {}),
+     ("architecture", "x" * 300), ("sha256", "../x"), ("source_sha256", 5)],
+)  # fmt: skip
+def test_what_a_node_says_of_a_file_is_a_failure_where_it_makes_no_sense(
+    services: Services, node: Node, http: httpx.Client, name: str, value: Any
+) -> None:
+    made = begun(services, node)
+    assert give(http, made, node) == 201
+    end(services, made, node, **{**MADE, name: value})
+    told = shown(services, made)
+    assert (told["state"], told["result"]) == ("open", None)
+    assert told["failures"][0]["reason"] == f"what its node says of the file is wrong at '{name}'"
+
+
+def test_a_node_that_tells_no_number_fails_its_job(services: Services, node: Node, http: httpx.Client) -> None:
+    made = begun(services, node)
+    assert give(http, made, node) == 201
+    end(services, made, node, **{**MADE, "perplexity": float("nan")})
+    assert "cannot be read" in shown(services, made)["failures"][0]["reason"]
+
+
 @pytest.mark.parametrize("stage", ["waiting", "installing", "making", "sent"])
 def test_stopped_at_any_stage_nothing_of_it_is_left(
     services: Services, node: Node, http: httpx.Client, stage: str
