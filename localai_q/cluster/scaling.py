@@ -48,8 +48,7 @@ def surplus(board: Board, model: Model) -> list[tuple[Replica, str]]:
 
     Those go that are missed least, in this order: first what has not come up, then what has nothing to do, the longest unused first.
     """
-    alive, config = board.alive(model.id), model.config
-    most = math.inf if config.spread_all else config.max_replicas
+    alive, most = board.alive(model.id), _most(model)
     crowded = {
         node_id: allowed
         for node_id, count in Counter(replica.node_id for replica in alive).items()
@@ -70,6 +69,11 @@ def surplus(board: Board, model: Model) -> list[tuple[Replica, str]]:
     return going[::-1]
 
 
+def is_complete(board: Board, model: Model) -> bool:
+    """Whether the model may not have one more."""
+    return len(board.alive(model.id)) >= _most(model)
+
+
 def superfluous(board: Board, model: Model) -> Replica | None:
     """A replica that should go because it was not used for long."""
     timeout, alive = model.config.idle_timeout, board.alive(model.id)
@@ -83,6 +87,11 @@ def superfluous(board: Board, model: Model) -> Replica | None:
         and board.now - last_used(replica) >= timeout
     ]
     return min(idle, key=last_used, default=None)
+
+
+def _most(model: Model) -> float:
+    """How many replicas the model may have at all."""
+    return math.inf if model.config.spread_all else model.config.max_replicas
 
 
 def _worth(board: Board, replica: Replica) -> tuple[int, int, float, str]:

@@ -12,13 +12,14 @@ from localai_q.cluster.backends import Op
 from localai_q.cluster.capacity import Seeker, Site, Verdict, booking, examine, weigh
 from localai_q.cluster.draining import Drained, plan_drains
 from localai_q.cluster.events import End
-from localai_q.cluster.fleet import Fleet
+from localai_q.cluster.fleet import Board, Fleet
 from localai_q.cluster.groups import rivals_of
 from localai_q.cluster.jobs import DOWNLOADS, LOAD, Job, Keep
 from localai_q.cluster.models import Facts, File, Model
-from localai_q.cluster.nodes import Replica
+from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.placement import MOST_REASONS, Action, Drop, GiveUp, Note, Place, Retry, Stop, plan
 from localai_q.cluster.routing import disabled
+from localai_q.cluster.scaling import is_complete
 from localai_q.cluster.speeds import Speeds
 from localai_q.cluster.stages import Step, end_of_load, next_step
 from localai_q.cluster.states import COMING_UP, JobState, NodeState, ReplicaState
@@ -203,9 +204,7 @@ def load_again(services: Services, replica_id: str) -> str:
         model = models.by_id(db, replica.model_id) if replica else None
         node = nodes.by_id(db, replica.node_id) if replica else None
     if replica and model and node and replica.state is ReplicaState.FAILED:
-        fit = node.state is NodeState.READY and not replica.is_outdated(model) and not model.config.disabled
-        why = _load(services, replica, model) if fit else "its model was changed, or its node takes nothing new"
-        if why:
+        if why := _unfit(services, replica, model, node) or _load(services, replica, model):
             raise Conflict(f"This copy cannot be loaded again: {why}. The next request has one loaded where it can be.")
         with services.db.transaction() as db:
             replica = replicas.by_id(db, replica_id)
@@ -218,6 +217,18 @@ def load_again(services: Services, replica_id: str) -> str:
     if job is None or job.state is not JobState.OPEN:
         raise Conflict("This copy's process is about to end: try again in a moment.")
     return job.id
+
+
+def _unfit(services: Services, replica: Replica, model: Model, node: Node) -> str:
+    """Why a copy that has failed is not to be loaded again, whatever room there is; empty: it may be."""
+    if node.state is not NodeState.READY or replica.is_outdated(model) or model.config.disabled:
+        return "its model was changed, or its node takes nothing new"
+    with services.db.transaction() as db:
+        there = replicas.every(db, model_id=model.id)
+        fleet = Fleet(models=[model], nodes=nodes.every(db), replicas=there, now=clock(db))
+    if is_complete(Board(fleet), model):
+        return f"its model has {model.config.max_replicas} elsewhere, and max_replicas allows no more"
+    return ""
 
 
 def _verdict(services: Services, db: Any, model: Model, node_id: str) -> Verdict | None:

@@ -24,6 +24,7 @@ from sqlalchemy import text
 from localai_q import names
 from localai_q.bus import presence
 from localai_q.bus.leases import Lease, Refusal
+from localai_q.cluster.capacity import Booking
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.jobs import LOAD, Job
 from localai_q.cluster.nodes import Node, Replica
@@ -320,10 +321,19 @@ REFUSED = {
     "gone": (gone, "This copy is not there any more. The next request for its model has another one loaded."),
     "draining": (lambda s, n, f: nodes.drain(s, n), "its node takes nothing new"),
     "full": (lambda s, n, f: full(s), "needs 5.0 GB, 1.0 GB free"),
+    "complete": (lambda s, n, f: elsewhere(s), "its model has 1 elsewhere, and max_replicas allows no more"),
     "changed": (lambda s, n, f: models.edit(s, "m", {"context_size": 256}), "its model was changed"),
     "away": (lambda s, n, f: nodes.deregister(s, n), "its node is not there"),
     "removed": (lambda s, n, f: models.remove(s, "m"), "its model was removed"),
 }
+
+
+def elsewhere(services: Services) -> None:
+    """Another copy is ready on another node."""
+    other, model_id = ready_node(services, "n2", "another"), model_named(services, "m").id
+    with services.db.transaction() as db:
+        rows.enter(db, names.new_id(), ReplicaState.READY, booking=Booking(), model_id=model_id,
+                   node_id=other.id, number=1, revision=1, slots=1)  # fmt: skip
 
 
 def full(services: Services) -> None:
