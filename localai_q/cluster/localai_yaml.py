@@ -149,7 +149,7 @@ class _Reading:
         name = parameters.pop("model", None)
         if not name:
             return {}
-        first, *others = every(str(name))
+        first, *others = every(str(name), field="parameters.model")
         made = self._file("parameters.model", first)
         if any(_base(other) in map(_base, self._files) for other in others):
             made["parts"] = [self._file("parameters.model", other) for other in others]

@@ -37,8 +37,8 @@ def part(name: str) -> Part | None:
     return Part(int(found[2]), int(found[4]), found[1], found[3] + found[5])
 
 
-def every(first: str) -> list[str]:
-    """The names of all files of a model, given that of its first, or of its only one.
+def every(first: str, *, field: str = "source") -> list[str]:
+    """The names of all files of a model, given that of its first, or of its only one. `field`: who has given it.
 
     Raises:
         InvalidValue: it is the name of another one, or of one of too many.
@@ -48,10 +48,10 @@ def every(first: str) -> list[str]:
         return [first]
     if found.number != 1:
         raise InvalidValue(f"{first} is file {found.number} of {found.count} of a model: name the first of them, "
-                           f"{found.beside(1)}, and the others come with it.", param="source")  # fmt: skip
+                           f"{found.beside(1)}, and the others come with it.", param=field)  # fmt: skip
     if found.count > MOST_FILES:
         raise InvalidValue(f"{first} is one of {found.count} files of a model, and it can have {MOST_FILES}: merge them with "
-                           "llama.cpp's 'llama-gguf-split --merge', and split them into fewer.", param="source")  # fmt: skip
+                           "llama.cpp's 'llama-gguf-split --merge', and split them into fewer.", param=field)  # fmt: skip
     return [found.beside(number) for number in range(1, found.count + 1)]
 
 

@@ -249,15 +249,21 @@ def _checked(services: Services, config: ModelConfig, *, given: Collection[str])
 
 def check_names(config: ModelConfig) -> None:
     """Refuse with `InvalidValue` what is named as one of several files where that cannot be meant."""
-    for source in (config.source, *config.mirrors):
-        parts.every(source)
+    parts.every(config.source)
+    for mirror in config.mirrors:
+        parts.every(mirror, field="mirrors")
     if config.parts and not all(map(parts.part, config.mirrors)):
         raise InvalidValue("A mirror of a model in several files must be that of the first, and be called like it: "
                            "…-00001-of-00003.gguf.", param="mirrors")  # fmt: skip
-    for file in config.further:
-        if found := parts.part(file.source):
+    further = [
+        ("mmproj", config.mmproj),
+        ("draft_model", config.draft_model),
+        *(("loras", lora) for lora in config.loras),
+    ]
+    for field, file in further:
+        if file and (found := parts.part(file.source)):
             raise InvalidValue(f"{file.source} is one of {found.count} files, and only a model's own can be in several: merge "
-                               "them with llama.cpp's 'llama-gguf-split --merge'.", param="source")  # fmt: skip
+                               "them with llama.cpp's 'llama-gguf-split --merge'.", param=field)  # fmt: skip
 
 
 def check_file(services: Services, file: File, mirrors: Sequence[str]) -> None:

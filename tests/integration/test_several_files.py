@@ -55,9 +55,12 @@ def described(**changes: object) -> dict:
     ({"parts": [{"sha256": DIGESTS[1]}, {}]}, "big-00003-of-00003.gguf needs its SHA-256", "sha256"),
     ({"source": HUB.format(2), "parts": ()}, "name the first of them, huggingface://o/r/big-00001-of-00003.gguf", "source"),
     ({"source": "hf://o/r/x-00001-of-00300.gguf", "parts": ()}, "is one of 300 files of a model, and it can have 256", "source"),
-    ({"mirrors": ["https://other" + NAME.format(3)]}, "name the first of them, https://other/big-00001", "source"),
+    ({"mirrors": ["https://other" + NAME.format(3)]}, "name the first of them, https://other/big-00001", "mirrors"),
     ({"mirrors": ["https://other/big"]}, "must be that of the first, and be called like it", "mirrors"),
-    ({"draft_model": {"source": HUB.format(1)}}, "only a model's own can be in several", "source"),
+    ({"mirrors": ["https://other/x-00001-of-00300.gguf"]}, "is one of 300 files of a model, and it can have 256", "mirrors"),
+    ({"draft_model": {"source": HUB.format(1)}}, "only a model's own can be in several", "draft_model"),
+    ({"mmproj": {"source": HUB.format(2)}}, "only a model's own can be in several", "mmproj"),
+    ({"loras": [{"source": HUB.format(1)}]}, "only a model's own can be in several", "loras"),
 ])  # fmt: skip
 def test_what_is_said_wrongly_of_them_is_refused(services: Services, given: dict, says: str, field: str) -> None:
     with pytest.raises(InvalidValue, match=says) as caught:

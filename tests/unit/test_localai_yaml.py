@@ -92,6 +92,9 @@ def test_a_model_in_several_files_is_taken_with_all_of_them() -> None:
     assert [file.source for file in hub.own] == [f"huggingface://o/r/big-0000{n}-of-00002.gguf" for n in (1, 2)]
     with pytest.raises(InvalidValue, match=r"big-00003-of-00003.gguf lies in LocalAI's own folder"):
         imported(named + files.rpartition("- ")[0])
+    with pytest.raises(InvalidValue, match="name the first of them") as caught:
+        imported("name: big\nparameters: {model: models/big-00002-of-00003.gguf}")
+    assert caught.value.param == "parameters.model"
 
 
 @pytest.mark.parametrize(
