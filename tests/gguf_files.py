@@ -72,6 +72,30 @@ def lora(layers: int, width: int, rank: int = 4) -> bytes:
     return of_weights(pairs, shapes, 1)
 
 
+def embedder(spread: float = 0.1, **changes: object) -> bytes:
+    """A BERT of one layer that makes vectors of texts, letter by letter; what they mean, it has never learnt."""
+    width, inner, most = 256, 512, 64
+    letters = [*map(chr, range(33, 127))]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"\u2581{letter}" for letter in letters)]
+    pairs = {
+        "general.architecture": "bert", "bert.block_count": 1, "bert.context_length": most, "bert.embedding_length": width,
+        "bert.feed_forward_length": inner, "bert.attention.head_count": 4, "bert.attention.layer_norm_epsilon": 1e-12,
+        "bert.attention.causal": False, "bert.pooling_type": 1, "tokenizer.ggml.model": "bert",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type_count": 2, "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.unknown_token_id": 1,
+        "tokenizer.ggml.cls_token_id": 2, "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.seperator_token_id": 3,
+        "tokenizer.ggml.eos_token_id": 3, "tokenizer.ggml.mask_token_id": 4, **changes,
+    }  # fmt: skip
+    layer = {"attn_q": (width, width), "attn_k": (width, width), "attn_v": (width, width), "attn_output": (width, width),
+             "attn_output_norm": (width,), "ffn_up": (width, inner), "ffn_down": (inner, width),
+             "layer_output_norm": (width,)}  # fmt: skip
+    shapes = {"token_embd.weight": (width, len(tokens)), "token_types.weight": (width, 2),
+              "position_embd.weight": (width, most), "token_embd_norm.weight": (width,), "token_embd_norm.bias": (width,)}  # fmt: skip
+    shapes |= {f"blk.0.{name}.{kind}": shape if kind == "weight" else shape[-1:]
+               for name, shape in layer.items() for kind in ("weight", "bias")}  # fmt: skip
+    return of_weights(pairs, shapes, spread)
+
+
 def projector(width: int) -> bytes:
     """What makes an image of 32 by 32 points into one token for a model of this width, as SmolVLM's does; it knows none."""
     inner, hidden, patch, image = 8, 16, 16, 32

@@ -18,7 +18,8 @@ from localai_q.cli.watch import display
 from localai_q.errors import InvalidValue, LocalAIError
 
 START = "start"
-IN_BRIEF = ("perplexity", "bits_per_weight")
+FIGURES = {"perplexity": ("perplexity", 2), "bits_per_weight": ("bits per weight", 2),
+           "kl_divergence": ("KL divergence in nats", 4), "cosine_similarity": ("cosine similarity", 4)}  # fmt: skip  # what each is called, and how many digits of it are shown
 
 
 class _Group(TyperGroup):
@@ -110,8 +111,8 @@ def list_quantizations(as_json: AsJson = False) -> None:
     """Show quantizations, the newest first."""
     found: Any = connect().call("GET", "/api/quantization/jobs")
     shown = found if as_json else [_shown(one) for one in found]
-    rows(shown, ["id", "name", "status", "percent", "node", "size", "bits", "perplexity", "divergence", "created", "message"],
-         as_json=as_json, empty="Nothing was quantized yet.")  # fmt: skip
+    rows(shown, ["id", "name", "status", "percent", "node", "size", "bits", "perplexity", "divergence", "similarity", "created",
+                 "message"], as_json=as_json, empty="Nothing was quantized yet.")  # fmt: skip
 
 
 @app.command("types")
@@ -214,10 +215,16 @@ def _done(one: Record, *, as_json: bool) -> Record:
         raise LocalAIError(f"{one['id']}: {one['status']}" + (f": {one['message']}" if one["message"] else ""))
     if not as_json:
         made = one["result"]
-        print(f"{one['id']}: {one['name']}: {made['size'] / 1e6:.1f} MB of {made['source_size'] / 1e6:.1f} MB, "
-              + "; ".join(f"{name.replace('_', ' ')} {made[name]:.2f} after {made[f'source_{name}']:.2f}" for name in IN_BRIEF)
-              + f"; KL divergence {made['kl_divergence']:.4f} nats")  # fmt: skip
+        size = f"{made['size'] / 1e6:.1f} MB of {made['source_size'] / 1e6:.1f} MB"
+        measured = [f"{title} {_figure(made, name)}" for name, (title, _) in FIGURES.items() if name in made]
+        print(f"{one['id']}: {one['name']}: " + "; ".join([size, *measured]))
     return one
+
+
+def _figure(made: Record, name: str) -> str:
+    """A figure of a result, and that of its source; empty where it was not measured."""
+    found = [made[key] for key in (name, f"source_{name}") if key in made]
+    return " after ".join(f"{value:.{FIGURES[name][1]}f}" for value in found)
 
 
 def _shown(one: Record) -> Record:
@@ -227,8 +234,9 @@ def _shown(one: Record) -> Record:
         "percent": f"{one['progress_percent']:.0f} %",
         "size": f"{made['size'] / 1e6:.1f} MB of {made['source_size'] / 1e6:.1f}" if made else None,
         "bits": made.get("bits_per_weight"),
-        "perplexity": f"{made['perplexity']:.2f} after {made['source_perplexity']:.2f}" if made else None,
+        "perplexity": _figure(made, "perplexity"),
         "divergence": made.get("kl_divergence"),
+        "similarity": made.get("cosine_similarity"),
         "created": when(one["created"]),
     }
 

@@ -30,6 +30,7 @@ from localai_q.cluster.states import JobState, NodeState
 
 KIND = "quantize"  # of the job that makes the file
 CAPABILITY = "quantize"  # of a backend that can
+SIMILARITY = "cosine_similarity"  # what a result tells of itself whose source embeds
 MOST = 1000  # quantizations that are remembered, for each may keep a file
 MOST_ATTEMPTS = 4
 FIRST_PAUSE = 30.0  # seconds before a node on which it failed is tried again; each further time twice as long
@@ -148,6 +149,11 @@ class Spec(BaseModel):
     options: Options = Field(default_factory=Options)
     model: str = ""  # the name of the model that the source is of
     config: ModelConfig = Field(default_factory=ModelConfig)  # what a model that is made of the result begins with
+
+    @property
+    def pooling(self) -> str | None:
+        """How the model makes its vectors, where that is said."""
+        return dict(option.split(":", 1) for option in self.config.options if ":" in option).get("pooling")
 
 
 class Made(BaseModel):

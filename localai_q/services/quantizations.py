@@ -23,6 +23,7 @@ from localai_q.cluster.quantizing import (
     KIND,
     MOST,
     MOST_ATTEMPTS,
+    SIMILARITY,
     TYPES,
     Made,
     Order,
@@ -87,7 +88,7 @@ def create(services: Services, order: Order) -> dict[str, Any]:
     Raises:
         NotFound: there is no such model or backend.
         InvalidValue: a file cannot be fetched so.
-        UnsupportedByModel: the model does not generate text, by which the result could be compared with it.
+        UnsupportedByModel: the model ranks documents, by which the result could not be compared with it.
         Conflict: there are too many.
     """
     entry = _backend(services, order.backend)
@@ -188,6 +189,8 @@ def import_model(services: Services, quantization_id: str, name: str | None) -> 
     one = _done(services, quantization_id)
     spec, made = one.spec, one.result or {}
     kept = spec.config.model_dump(exclude=set(STARTS_ANEW))
+    if not spec.model:  # nobody has said yet what it is for
+        kept["embeddings"] = SIMILARITY in made
     origin = f"{spec.quantization_type} of {spec.model or spec.source.source}"
     config = ModelConfig.model_validate({
         **kept, "source": f"{models.STORE}{one.output}", "sha256": one.output, "size": made["size"], "origin": origin,
@@ -289,6 +292,7 @@ def _quantize(services: Services, one: Quantization) -> None:
         return
     request = {"kind": KIND, "name": one.name, "quantization": one.id, "engine": spec.backend,
                "type": spec.quantization_type, "threads": choice.threads,
+               "embeddings": spec.config.embeddings, "pooling": spec.pooling,
                **spec.model_dump(mode="json", include={"source", "text", "options"})}  # fmt: skip
     _begin(services, one, node_id, KIND, request)
 
@@ -383,9 +387,11 @@ def _source(services: Services, order: Order) -> tuple[Model | None, Source]:
         raise InvalidValue(f"'{order.model}' is a model: its file is known.", param="sha256")
     if not model.config.source:
         raise InvalidValue(f"The model '{model.name}' has no file.", param="model")
-    if model.config.embeddings or model.config.rerank:
+    if model.config.rerank:
         raise UnsupportedByModel(
-            f"The model '{model.name}' does not generate text, by which the result is compared with it.", param="model"
+            f"The model '{model.name}' ranks documents, and only models that generate text or embed can be compared with "
+            "what becomes of them.",
+            param="model",
         )
     return model, Source.of(_stored(services, model.config))
 

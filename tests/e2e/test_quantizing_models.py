@@ -11,6 +11,7 @@ from typing import Any
 import psutil
 import pytest
 from e2e_cluster import Cluster, until
+from gguf_files import embedder
 
 LONG = 170.0  # seconds that work at the lowest priority may take on a crowded machine
 COMPILING = 1800.0  # seconds that the engine may take on a machine that has never compiled it
@@ -70,6 +71,12 @@ def test_its_node_dies_another_makes_the_file_which_chats(start_cluster: Callabl
     assert json.loads(cluster.cli("models", "show", "eight", "--json"))["origin"] == "q8_0 of smol"
     refused = cluster.cli("quantize", "smol", "--type", "q8_0", code=1, timeout=LONG)
     assert "quantized already" in refused
+    embeds = cluster.home / "e.gguf"
+    embeds.write_bytes(embedder())
+    digest = hashlib.sha256(embeds.read_bytes()).hexdigest()
+    told = cluster.cli("quantize", f"file:{embeds}", "--sha256", digest, "--type", "q8_0", timeout=LONG)
+    assert "; cosine similarity 0.99" in told
+    assert "perplexity" not in told
     digests = ("--sha256", "0" * 64, "--sha256", "1" * 64)
     refused = cluster.cli("quantize", "https://x.example/m-00001-of-00003.gguf", *digests, code=1)
     assert "needs the 2 files behind the first" in refused

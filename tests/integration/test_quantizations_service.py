@@ -18,8 +18,9 @@ from gguf_files import gguf
 from api.admin import quantization as api_quantization
 from localai_q import names
 from localai_q.cluster.events import End, Progress
+from localai_q.cluster.models import ModelConfig
 from localai_q.cluster.nodes import Node
-from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
+from localai_q.cluster.quantizing import MOST_ATTEMPTS, SIMILARITY, Order
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, InvalidValue, NotFound
 from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations, retries, uploads
@@ -131,7 +132,7 @@ def test_from_an_order_to_a_model(services: Services, node: Node, http: httpx.Cl
     assert wanted == {
         "kind": "quantize", "name": "big-q8_0", "quantization": made["id"], "engine": "able", "type": "q8_0", "threads": 2,
         "source": {"source": "https://host/m.gguf", "mirrors": [], "sha256": SOURCE, "size": 1000, "parts": []}, "text": None,
-        "options": {**wanted["options"], "allow_requantize": True},
+        "options": {**wanted["options"], "allow_requantize": True}, "embeddings": False, "pooling": None,
     }  # fmt: skip
     lease = claim(services, making["job"], names.node_jobs_queue(node.id), node.id)
     half = Progress(stage="quantizing", done=5, total=10, unit="tensors")
@@ -501,7 +502,7 @@ def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Ser
         ({"model": f"store:{TEXT}"}, 400, "has not been uploaded"),
         ({"model": "big", "sha256": SOURCE}, 400, "its file is known"),
         ({"model": "nothing"}, 400, "has no file"),
-        ({"model": "vectors"}, 400, "does not generate text"),
+        ({"model": "ranks"}, 400, "The model 'ranks' ranks documents"),
         ({"model": "split", "parts": [{"sha256": TEXT}]}, 400, "its file is known"),
         ({"model": "hf://o/r/m-00002-of-00002.gguf"}, 400, "name the first of them, hf://o/r/m-00001-of-00002.gguf"),
         (
@@ -520,7 +521,7 @@ def test_its_node_is_told_who_has_its_files_and_nobody_cleans_them(services: Ser
 )
 def test_what_cannot_be_made_is_refused(services: Services, http, order: dict, status: int, says: str) -> None:
     add_model(services, "nothing")
-    add_model(services, "vectors", source="https://host/v.gguf", sha256=TEXT, embeddings=True)
+    add_model(services, "ranks", source="https://host/v.gguf", sha256=TEXT, rerank=True)
     add_model(services, "split", source="hf://o/r/m-00001-of-00002.gguf")
     answer = http.post("/api/quantization/jobs", json={"backend": "able", **order})
     assert answer.status_code == status
@@ -561,6 +562,26 @@ def test_a_source_in_several_files_becomes_a_model_in_one(
     name = quantizations.import_model(services, made, None)["name"]
     config = model_named(services, name).config
     assert (config.source, config.parts, config.size) == (f"store:{SHA}", (), len(RESULT))
+
+
+def test_what_a_model_is_for_is_told_with_it_and_learnt_of_another(
+    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_model(services, "vectors", source="https://host/v.gguf", sha256=TEXT, embeddings=True,
+              options=("x:y", "pooling:cls"))  # fmt: skip
+    made = begun(services, node, model="vectors")
+    request = request_of(services, quantizations.show(services, made)["job"])
+    assert (request["embeddings"], request["pooling"]) == (True, "cls")
+    quantizations.stop(services, made)
+    jobs.apply_ends(services)
+    assert not imported(services, done(services, http, node, model="https://host/v.gguf", sha256=TEXT)).embeddings
+    monkeypatch.setitem(MADE, SIMILARITY, 0.99)
+    assert imported(services, done(services, http, node, model="https://host/w.gguf", sha256=TEXT)).embeddings
+    assert not imported(services, done(services, http, node)).embeddings, "as its model says"
+
+
+def imported(services: Services, made: str) -> ModelConfig:
+    return model_named(services, quantizations.import_model(services, made, None)["name"]).config
 
 
 def test_the_size_of_what_was_uploaded_is_known(services: Services, http: httpx.Client) -> None:

@@ -14,9 +14,9 @@ from typing import Any, get_args
 
 import psutil
 import pytest
-from cluster_data import add_model, api_over_http, ready_node
+from cluster_data import add_model, api_over_http, model_named, ready_node
 from file_server import Remote, serve
-from gguf_files import PAIRS, gguf, split_into, text, value
+from gguf_files import PAIRS, embedder, gguf, split_into, text, value
 from waiting import LIMIT, wait_for
 
 from localai_q import gguf as headers
@@ -205,6 +205,69 @@ def test_a_model_in_several_files_becomes_the_same_as_in_one(
 def links(node: Quantizer) -> list[Path]:
     """What jobs of the node have left of their temporary folders."""
     return list(Path(tempfile.gettempdir()).glob(f"{leftovers.scratch(node.node.id)}*"))
+
+
+def embedding_model(folder: Path, **changes: Any) -> dict[str, str]:
+    (folder / "e.gguf").write_bytes(embedder(**changes))
+    return source(folder / "e.gguf")
+
+
+def test_a_model_that_embeds_is_compared_by_its_vectors(node: Quantizer, tmp_path: Path) -> None:
+    wanted = embedding_model(tmp_path)
+    made = {type_: node.make(**wanted, quantization_type=type_) for type_ in ("f32", "q8_0", "q4_k_m", "q2_k")}
+    assert {one["status"] for one in made.values()} == {"completed"}, made
+    results = [one["result"] for one in made.values()]
+    found = [result["cosine_similarity"] for result in results]
+    assert found == sorted(found, reverse=True)
+    assert found[0] == pytest.approx(1.0, abs=1e-6)
+    assert 0.9 < found[-1] < found[-2] < found[1] < 1.0
+    assert {result["texts"] for result in results} == {16}
+    assert [round(result["bits_per_weight"]) for result in results[:2]] == [32, 9]
+    assert not {"perplexity", "kl_divergence"} & results[0].keys()
+    assert_it_only_grows(node.services, {"reading with the source", "reading with the result"})
+    quantizations.import_model(node.services, made["q8_0"]["id"], "small")
+    assert model_named(node.services, "small").config.embeddings
+
+
+def test_a_model_that_is_said_to_embed_is_compared_so_too(node: Quantizer, weights: Path) -> None:
+    add_model(
+        node.services, "vectors", backend="xllamacpp", source=f"file:{weights}", sha256=weights.name, embeddings=True
+    )
+    one = node.make(model="vectors", quantization_type="q4_k_m", extra_options=AGAIN)
+    assert one["status"] == "completed", one
+    assert 0.8 < one["result"]["cosine_similarity"] < 0.9999
+    assert "perplexity" not in one["result"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "type_", "says"),
+    [
+        ({"spread": 1e20}, "f32", "the source is of no use: its vectors are no numbers"),
+        ({"spread": 1e4}, "f16", "the result is of no use: its vectors are no numbers"),
+        ({"bert.pooling_type": 4}, "q8_0", "the source ranks documents"),
+    ],
+)
+def test_vectors_that_cannot_be_compared_fail_it(
+    node: Quantizer, tmp_path: Path, changes: dict, type_: str, says: str
+) -> None:
+    one = node.make(**embedding_model(tmp_path, **changes), quantization_type=type_)
+    assert (one["status"], one["failures"]) == ("failed", []), one
+    assert says in one["message"]
+    assert node.left() == []
+
+
+def test_vectors_are_made_as_the_model_says(node: Quantizer, tmp_path: Path) -> None:
+    (tmp_path / "e.gguf").write_bytes(embedder())
+    made = {}
+    for pooling in ("mean", "cls", "none"):
+        options = (f"pooling:{pooling}",)
+        add_model(
+            node.services, pooling, backend="xllamacpp", **given(tmp_path / "e.gguf"), embeddings=True, options=options
+        )
+        made[pooling] = node.make(model=pooling, quantization_type="q4_0")
+    mean, cls = (made[pooling]["result"]["cosine_similarity"] for pooling in ("mean", "cls"))
+    assert 0.9 < cls < mean, "what many tokens make of it hides the errors of one"
+    assert "pooling 'none' is none of mean, cls, last" in made["none"]["message"]
 
 
 def test_what_the_library_can_be_told(node: Quantizer, smol: str, tmp_path: Path) -> None:

@@ -145,7 +145,8 @@ class _Work:
                 options["imatrix"] = str(imatrix)
             first = stack.enter_context(_beside_each_other(source))
             order = {"source": str(first), "result": str(part), "type": self._request["type"], "options": options,
-                     "threads": _threads(int(self._request["threads"])), "text": str(text) if text else None}  # fmt: skip
+                     "threads": _threads(int(self._request["threads"])), "text": str(text) if text else None,
+                     "embeddings": bool(self._request.get("embeddings")), "pooling": self._request.get("pooling")}  # fmt: skip
             needed = time.monotonic()
             for said in _run([str(python_of(folder)), PROGRAM], folder, order):
                 if "progress" in said:

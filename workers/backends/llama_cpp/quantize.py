@@ -6,7 +6,8 @@ priority, and ends when its stdin does. What is quantized where, and what become
 starts it.
 
 The order: `source`, `result` (paths), `type` (as "q4_k_m"), `threads`, `text` (the path of a text to measure with; None: the
-one beside this program), and `options`: fields of the library's `llama_model_quantize_params`, as `TYPES` and `FLAGS` name
+one beside this program), `embeddings` (whether the model is for vectors; others are, too, whose header says so), `pooling` (how
+these are made, as "mean"; None: as the header says), and `options`: fields of the library's `llama_model_quantize_params`, as `TYPES` and `FLAGS` name
 them, with `imatrix` (a path), `tensor_types` ({pattern: type}) and `prune_layers` (numbers).
 """
 
@@ -18,8 +19,10 @@ import math
 import os
 import re
 import sys
+import textwrap
 import threading
 from collections import deque
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -35,10 +38,13 @@ TOKENS = 256  # of the text, at most
 LEAST_TOKENS = 32
 LOGITS = 64 << 20  # numbers that are kept of the source: fewer tokens of a large vocabulary are measured
 BATCH = 64  # tokens between two reports
+CHUNKS = 16  # of the text, at most, whose vectors are compared
+CHUNK = 100  # characters of one
 BUFFER = 1 << 30  # bytes of a tensor that are kept in memory at once
 ERROR = 4  # the level of a line of the library's log
 
 TYPES = ("output_tensor_type", "token_embedding_type")
+POOLING = {name: getattr(llama_cpp, f"LLAMA_POOLING_TYPE_{name.upper()}") for name in ("mean", "cls", "last")}
 FLAGS = ("allow_requantize", "quantize_output_tensor", "pure", "only_copy")
 
 _TENSOR = re.compile(r"\[\s*(\d+)/\s*(\d+)\]")
@@ -129,14 +135,33 @@ def _number(constant: str, name: str) -> int:
     return found
 
 
-def tokens_of(order: dict[str, Any], log: Log) -> list[int]:
-    """The text to measure with, as the source's tokens."""
+def comparison(order: dict[str, Any], log: Log) -> Callable[[], dict[str, Any]]:
+    """What compares the result with the source, once it is there: by what both are for."""
     text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT]
     with closing(_loaded("source", order["source"], log, vocab_only=True)) as engine:
-        found = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
-    if len(found) < LEAST_TOKENS:
-        raise Failed(f"the text to measure with has {len(found)} tokens, and {LEAST_TOKENS} are needed")
-    return found
+        pooling = pooling_of(order, engine.metadata)
+        tokens = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
+    if len(tokens) < LEAST_TOKENS:
+        raise Failed(f"the text to measure with has {len(tokens)} tokens, and {LEAST_TOKENS} are needed")
+    if pooling is None:
+        return lambda: compare(order, tokens, log)
+    chunks = textwrap.wrap(text.decode("utf-8", "replace"), CHUNK)[:CHUNKS]
+    return lambda: compare_vectors(order, chunks, pooling, log)
+
+
+def pooling_of(order: dict[str, Any], header: dict[str, str]) -> int | None:
+    """How the source makes vectors, as the library numbers it, if it is for these; None of one that generates text."""
+    architecture = header.get("general.architecture")
+    told = header.get(f"{architecture}.pooling_type")
+    sees_all = header.get(f"{architecture}.attention.causal") == "false"  # each token does: it was not made to go on
+    known = {str(number): number for number in POOLING.values()}
+    if told == str(llama_cpp.LLAMA_POOLING_TYPE_RANK):
+        raise Failed("the source ranks documents, and only models that generate text or embed can be compared")
+    if not (order["embeddings"] or sees_all or told in known):
+        return None
+    if (named := order["pooling"]) and named not in POOLING:
+        raise Failed(f"the model's pooling {named!r} is none of {', '.join(POOLING)}")
+    return POOLING[named] if named else known.get(told, llama_cpp.LLAMA_POOLING_TYPE_MEAN)
 
 
 def compare(order: dict[str, Any], tokens: list[int], log: Log) -> dict[str, Any]:
@@ -158,6 +183,41 @@ def compare(order: dict[str, Any], tokens: list[int], log: Log) -> dict[str, Any
             "kl_divergence": max(divergence, 0.0), "tokens": len(tokens)}  # fmt: skip
 
 
+def compare_vectors(order: dict[str, Any], chunks: list[str], pooling: int, log: Log) -> dict[str, Any]:
+    """Load the source, then the result, and have both make vectors of the same texts.
+
+    Returns the mean `cosine_similarity` of what the result and the source make of a text, 1 where it points in the same
+    direction, `bits_per_weight` of both, `source_…` of the source, and how many `texts` there were.
+    """
+    source_bits, expected = _embedded("source", order, chunks, pooling, log)
+    bits, found = _embedded("result", order, chunks, pooling, log)
+    similarity = np.mean(np.sum(expected * found, axis=1))
+    return {"cosine_similarity": min(float(similarity), 1.0), "bits_per_weight": bits,
+            "source_bits_per_weight": source_bits, "texts": len(chunks)}  # fmt: skip
+
+
+def _embedded(name: str, order: dict[str, Any], chunks: list[str], pooling: int, log: Log) -> tuple[float, Any]:
+    """The bits of a weight, and the vectors of the texts, a row of length 1 for each."""
+    threads = order["threads"]
+    with closing(_loaded(name, order[name], log, n_ctx=TOKENS, n_batch=TOKENS, n_ubatch=TOKENS, n_threads=threads,
+                         n_threads_batch=threads, n_gpu_layers=0, embedding=True, pooling_type=pooling)) as engine:  # fmt: skip
+        most = llama_cpp.llama_model_n_ctx_train(engine.model)
+        engine.n_batch = min(engine.n_batch, most or engine.n_batch)  # it cuts texts off there
+        rows = []
+        for number, chunk in enumerate(chunks):
+            log.progress(f"reading with the {name}", number, len(chunks), "texts")
+            try:
+                rows.append(engine.embed(chunk))
+            except RuntimeError as error:
+                raise Failed(f"the {name} cannot read the text: {log.reason(str(error))}") from error
+        log.progress(f"reading with the {name}", len(chunks), len(chunks), "texts")
+        found = np.asarray(rows, dtype=np.float64)
+        lengths = np.linalg.norm(found, axis=1, keepdims=True)
+        if not (np.isfinite(lengths).all() and lengths.all()):
+            raise Failed(f"the {name} is of no use: its vectors are no numbers")
+        return _bits(engine), found / lengths
+
+
 def _read(name: str, order: dict[str, Any], tokens: list[int], log: Log) -> tuple[dict[str, float], Any]:
     """Read the text: figures, and for each token but the last the logarithms of what may come next."""
     threads = order["threads"]
@@ -173,16 +233,16 @@ def _read(name: str, order: dict[str, Any], tokens: list[int], log: Log) -> tupl
             row -= row.max()
             row -= np.log(np.sum(np.exp(row, dtype=np.float64)))
         likely = rows[np.arange(len(rows)), tokens[1:]].astype(np.float64)
-        model = engine.model
-        figures = {
-            "perplexity": float(np.exp(-likely.mean())),
-            "bits_per_weight": 8 * llama_cpp.llama_model_size(model) / max(llama_cpp.llama_model_n_params(model), 1),
-        }
-        return figures, rows
+        return {"perplexity": float(np.exp(-likely.mean())), "bits_per_weight": _bits(engine)}, rows
     except RuntimeError as error:
         raise Failed(f"the {name} cannot read the text: {log.reason(str(error))}") from error
     finally:
         engine.close()
+
+
+def _bits(engine: llama_cpp.Llama) -> float:
+    """What a weight of the model takes."""
+    return 8 * llama_cpp.llama_model_size(engine.model) / max(llama_cpp.llama_model_n_params(engine.model), 1)
 
 
 def _loaded(name: str, path: str, log: Log, **options: Any) -> llama_cpp.Llama:
@@ -207,9 +267,9 @@ def main() -> None:
     order = json.loads(sys.stdin.readline())
     threading.Thread(target=_end_with_stdin, daemon=True).start()
     try:
-        tokens = tokens_of(order, log)
+        compared = comparison(order, log)
         quantize(order, log)
-        log.say(result=compare(order, tokens, log))
+        log.say(result=compared())
     except Failed as error:
         log.say(error=str(error))
     except imatrix.Damaged as error:
