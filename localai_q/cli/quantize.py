@@ -19,7 +19,7 @@ from localai_q.errors import InvalidValue, LocalAIError
 
 START = "start"
 FIGURES = {"perplexity": ("perplexity", 2), "bits_per_weight": ("bits per weight", 2),
-           "kl_divergence": ("KL divergence in nats", 4), "cosine_similarity": ("cosine similarity", 4)}  # fmt: skip  # what each is called, and how many digits of it are shown
+           "kl_divergence": ("KL divergence in nats", 4), "cosine_similarity": ("cosine similarity", 5)}  # fmt: skip  # what each is called, and how many digits of it are shown
 
 
 class _Group(TyperGroup):
