@@ -496,7 +496,7 @@ def test_a_quantizer_that_dies_is_tried_again_later_and_leaves_nothing(node: Qua
 def test_a_quantizer_ends_with_whoever_has_started_it(folder: Path, weights: Path, tmp_path: Path) -> None:
     process = subprocess.Popen([python_of(folder), "quantize.py"], cwd=folder, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
-    order = {"source": str(weights), "result": str(tmp_path / "r"), "type": "iq3_s", "threads": 1, "text": None,
+    order = {"source": str(weights), "result": str(tmp_path / "r"), "type": "iq3_s", "threads": 1, "text": None, "embeddings": False, "pooling": None,
              "options": AGAIN}  # fmt: skip
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.flush()
