@@ -68,6 +68,15 @@ def send(
     tell(sending.size)
 
 
+def keep(api: Api, path: str, file: Path) -> None:
+    """Have the API keep a file that it has for as long again, though nothing names it yet.
+
+    Raises:
+        LocalAIError: the API refuses it, or does not answer.
+    """
+    _Sending(api, path, file, print, {}).ask()
+
+
 def blocks(file: Path, start: int, end: int) -> Iterator[bytes]:
     """The bytes of a file from one place to another."""
     with file.open("rb") as opened:

@@ -9,6 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +28,12 @@ from localai_q.cluster import parts
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
-from localai_q.sending import blocks, send
+from localai_q.sending import blocks, keep, send
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
 FULL = 100.0  # percent
+KEEP = 600.0  # seconds after which the files that were sent are asked for again, while others are sent
 
 
 @app.command("list")
@@ -116,7 +118,7 @@ def _of_a_model(act: Callable[..., None]) -> Callable[..., None]:
             config |= of_files([{"sha256": digest} for digest in digests])
         api = connect()
         if file is not None:
-            config |= of_files([upload(api, path) for path in _parts_of(file)])
+            config |= of_files(upload(api, _parts_of(file)))
         act(api, name, config, **({"force": force} if can_force else {}))
 
     command.__doc__ = act.__doc__
@@ -368,14 +370,41 @@ def _text(file: Path) -> bytes:
         raise InvalidValue(f"cannot read {file}: {error.strerror}") from error
 
 
-def upload(api: Api, file: Path) -> dict[str, Any]:
-    """Send a file to the API, unless it has it; returns the model's `source`, `sha256` and `size`."""
+def upload(api: Api, files: list[Path]) -> list[dict[str, Any]]:
+    """Send a model's files to the API, unless it has them; returns the `source`, `sha256` and `size` of each.
+
+    The API forgets what nobody names for a day, and the last of them may take longer: those that it has are asked for
+    meanwhile, which keeps them.
+    """
+    sent: dict[Path, dict[str, Any]] = {}
+    due = time.monotonic() + KEEP
+
+    def keep_sent() -> None:
+        nonlocal due
+        if time.monotonic() < due:
+            return
+        for file, known in sent.items():
+            with suppress(LocalAIError):
+                keep(api, f"/api/files/{known['sha256']}", file)
+        due = time.monotonic() + KEEP
+
+    for file in files:
+        sent[file] = _upload(api, file, keep_sent)
+    return list(sent.values())
+
+
+def _upload(api: Api, file: Path, meanwhile: Callable[[], object]) -> dict[str, Any]:
     size = file.stat().st_size
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, transient=True) as progress:
         sha256 = _hash(file, progress, size)
         task = progress.add_task("uploading", total=size)
-        send(api, f"/api/files/{sha256}", file, lambda done: progress.update(task, completed=done))
+
+        def tell(done: int) -> None:
+            progress.update(task, completed=done)
+            meanwhile()
+
+        send(api, f"/api/files/{sha256}", file, tell)
     return {"source": f"store:{sha256}", "sha256": sha256, "size": size}
 
 

@@ -18,6 +18,7 @@ from waiting import LIMIT, wait_for
 
 from localai_q import sending
 from localai_q.bus.connection import client
+from localai_q.cli import models as cli_models
 from localai_q.cli.client import Api
 from localai_q.cluster.quantizing import Source, Spec
 from localai_q.config import load_settings
@@ -407,6 +408,27 @@ def test_an_upload_goes_on_after_a_cut_and_after_a_restart_of_the_web(
     before = len(seen)
     send(file, tell)
     assert len(seen) == before + 1
+
+
+def test_the_files_of_a_model_that_have_come_are_kept_while_the_last_one_comes(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
+    for path in paths:
+        path.write_bytes(os.urandom(1 << 20))
+    key = web.http.headers["authorization"].split()[1]
+    api = Api(load_settings(home=tmp_path, api_url=web.url, api_key=key))
+
+    def later(*arguments: object) -> None:
+        for whole in (tmp_path / "files").glob("[0-9a-f]*"):
+            os.utime(whole, (1.0, 1.0))  # they came long ago
+        sending.send(*arguments)
+
+    monkeypatch.setattr(cli_models, "send", later)
+    monkeypatch.setattr(cli_models, "KEEP", 0.0)
+    sent = cli_models.upload(api, paths)
+    assert [each["sha256"] for each in sent] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert uploads.kept_since(web.services, web.services.settings.upload_ttl) == set()
 
 
 def test_where_nobody_answers_nothing_is_sent(tmp_path: Path) -> None:
