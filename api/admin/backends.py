@@ -7,6 +7,7 @@ from typing import Any
 from flask import Blueprint, request
 from pydantic import BaseModel, ConfigDict, Field
 
+from api.admin.models import as_on_a_page
 from api.admin.routes import limit_of
 from api.bodies import parse
 from api.strictjson import load_object
@@ -88,12 +89,14 @@ def list_galleries() -> list[dict[str, Any]]:
 
 
 @routes.get("/backends/upgrades")
+@routes.get("/api/backends/upgrades")
 def list_upgrades() -> dict[str, Any]:
     """By name, the backends of which some node has another version than the one that is to be had."""
     return backends.upgrades(web().services)
 
 
 @routes.post("/backends/upgrades/check")
+@routes.post("/api/backends/upgrades/check")
 def check_upgrades() -> dict[str, Any]:
     """The same after the galleries were read anew, as it is done every six hours."""
     return backends.check_upgrades(web().services)
@@ -126,6 +129,12 @@ def change_for_ui(op: Op, wanted: str) -> tuple[dict[str, Any], int]:
     return _as_job(_changed(op, wanted)), 202
 
 
+@routes.post("/api/backends/system/delete/<wanted>")
+def delete_for_ui(wanted: str) -> tuple[dict[str, Any], int]:
+    """The word for what is installed."""
+    return change_for_ui(Op.DELETE, wanted)
+
+
 @routes.get("/backends/jobs")
 def list_operations() -> dict[str, Any]:
     return {operation["uuid"]: operation for operation in backends.operations(web().services)}
@@ -134,6 +143,11 @@ def list_operations() -> dict[str, Any]:
 @routes.get("/backends/jobs/<id:operation_id>")
 def show_operation(operation_id: str) -> dict[str, Any]:
     return backends.operation(web().services, operation_id)
+
+
+@routes.get("/api/backends/job/<id:operation_id>")
+def show_operation_on_a_page(operation_id: str) -> dict[str, Any]:
+    return as_on_a_page(backends.operation(web().services, operation_id))
 
 
 @routes.delete("/backends/jobs/<id:operation_id>")

@@ -64,7 +64,8 @@ def apply() -> dict[str, Any]:
 @routes.post("/api/models/install/<path:wanted>", **WHOLE)
 def install(wanted: str) -> dict[str, Any]:
     """By name, or by `gallery@name`; the body may have what `POST /models/apply` takes besides."""
-    return _installed(wanted, parse(Apply, request.get_data()))
+    made = _installed(wanted, parse(Apply, request.get_data()))
+    return {**made, "jobID": made["uuid"], "message": f"install of {made['name']}"}
 
 
 @routes.get("/models/jobs")
@@ -75,6 +76,11 @@ def list_installations() -> dict[str, Any]:
 @routes.get("/models/jobs/<id:model_id>")
 def show_installation(model_id: str) -> dict[str, Any]:
     return installs.installation(web().services, model_id)
+
+
+@routes.get("/api/models/job/<id:model_id>")
+def show_installation_on_a_page(model_id: str) -> dict[str, Any]:
+    return as_on_a_page(installs.installation(web().services, model_id))
 
 
 @routes.post("/models/import")
@@ -123,6 +129,16 @@ def toggle_pinned(name: str, action: str) -> dict[str, Any]:
 @routes.get("/api/models/vram-estimate/<path:name>", **WHOLE)
 def estimate(name: str) -> dict[str, Any]:
     return installs.estimate(web().services, name)
+
+
+def as_on_a_page(status: dict[str, Any]) -> dict[str, Any]:
+    """How far something is, with the further words that LocalAI's web pages look for."""
+    return {
+        **status,
+        "galleryElementName": status["gallery_element_name"],
+        "queued": False,
+        "completed": status["processed"] and not status["error"],
+    }
 
 
 def _installed(wanted: str, body: Apply) -> dict[str, Any]:

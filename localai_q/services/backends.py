@@ -400,9 +400,12 @@ def _operation(
     parts = [100.0 if wish.state in ENDED else progress.get(wish.job_id or "", 0.0) for wish in wishes]
     errors = [f"{known[wish.node_id].name}: {wish.last_error}" for wish in wishes if wish.last_error]
     ended = sum(wish.state in ENDED for wish in wishes)
+    path = f"/backends/jobs/{operation_id}"
     return {
         "uuid": operation_id,
-        "status": f"/backends/jobs/{operation_id}",
+        "id": operation_id,
+        "status": path,
+        "status_url": path,
         "gallery_element_name": name,
         "op": op,
         "deletion": op is Op.DELETE,

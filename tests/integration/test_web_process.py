@@ -679,6 +679,8 @@ def test_localais_paths_of_models(web: Web, tmp_path: Path) -> None:
     job = web.http.get(made["status"]).json()
     assert (job["gallery_element_name"], job["processed"], job["deletion"]) == ("q/1", False, False)
     assert web.http.get("/models/jobs").json() == {made["uuid"]: job}
+    shown = web.http.get(f"/api/models/job/{made['uuid']}").json()
+    assert (shown["galleryElementName"], shown["completed"], job.items() <= shown.items()) == ("q/1", False, True)
     assert web.http.get("/models/jobs/nope1").status_code == 404
     assert web.http.put("/models/toggle-state/q/1/disable").json()["disabled"] is True
     assert web.http.put("/models/toggle-pinned/q/1/pin").json()["pinned"] is True
@@ -700,10 +702,9 @@ def test_localais_paths_of_models(web: Web, tmp_path: Path) -> None:
         "y", ["preferences.pipeline_type", "preferences.quantizations"])  # fmt: skip
     refused = post("/models/import-uri", json={"uri": "ollama://z", "preferences": {"embeddings": "perhaps"}})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "preferences.embeddings")
-    assert (
-        post("/api/models/install/smollm2-360m-instruct", json={"preload": False}).json()["name"]
-        == "smollm2-360m-instruct"
-    )
+    installed = post("/api/models/install/smollm2-360m-instruct", json={"preload": False}).json()
+    assert (installed["name"], installed["jobID"]) == ("smollm2-360m-instruct", installed["uuid"])
+    assert web.http.get(f"/api/models/job/{installed['jobID']}").json()["completed"] is True
     for path, body in (("/models/apply", {"id": "nope"}), ("/models/import-uri", {}), ("/models/apply", {"x": 1})):
         assert post(path, json=body).status_code in (400, 404)
     key = web.http.post("/api/keys", json={"name": "u", "role": "user"}).json()["key"]
