@@ -157,7 +157,7 @@ class Spec(BaseModel):
 
 
 class Made(BaseModel):
-    """What a node says of the file that it has made, and of the source, with the same text."""
+    """What a node says of the file that it has made, and of the source."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -166,12 +166,29 @@ class Made(BaseModel):
     source_sha256: str = Field(pattern=SHA256)
     source_size: int = Field(gt=0, le=LARGEST)
     architecture: str = Field(max_length=256)
-    perplexity: Figure
-    source_perplexity: Figure
     bits_per_weight: Figure
     source_bits_per_weight: Figure
+
+    @staticmethod
+    def told(result: Mapping[str, Any]) -> Made:
+        """What a node says, by what it has compared. Raises pydantic's `ValidationError`."""
+        return (ComparedByVectors if SIMILARITY in result else ComparedByText).model_validate(result)
+
+
+class ComparedByText(Made):
+    """A file that generates text, as its source does. Both have read the same."""
+
+    perplexity: Figure
+    source_perplexity: Figure
     kl_divergence: Figure  # nats
     tokens: int = Field(ge=0, le=LARGEST)
+
+
+class ComparedByVectors(Made):
+    """A file that embeds, as its source does. Both have made vectors of the same texts."""
+
+    cosine_similarity: float = Field(ge=-1, le=1, allow_inf_nan=False)
+    texts: int = Field(gt=0, le=LARGEST)
 
 
 @dataclass(frozen=True, kw_only=True)

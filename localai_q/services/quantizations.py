@@ -307,7 +307,7 @@ def _begin(services: Services, one: Quantization, node_id: str, kind: str, reque
 
 def _finish(services: Services, one: Quantization, result: dict[str, Any]) -> None:
     try:
-        made = Made.model_validate(result)
+        made = Made.told(result)
     except ValidationError as error:
         _note_failure(services, one, f"what its node says of the file is wrong at '{error.errors()[0]['loc'][0]}'")
         return

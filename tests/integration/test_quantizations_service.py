@@ -20,7 +20,7 @@ from localai_q import names
 from localai_q.cluster.events import End, Progress
 from localai_q.cluster.models import ModelConfig
 from localai_q.cluster.nodes import Node
-from localai_q.cluster.quantizing import MOST_ATTEMPTS, SIMILARITY, Order
+from localai_q.cluster.quantizing import MOST_ATTEMPTS, Order
 from localai_q.cluster.states import JobState
 from localai_q.errors import Conflict, InvalidValue, NotFound
 from localai_q.services import cleaning, holders, jobs, keys, models, nodes, quantizations, retries, uploads
@@ -41,6 +41,9 @@ ABLE = """
 MADE = {"sha256": SHA, "size": len(RESULT), "source_sha256": SOURCE, "source_size": 1000, "architecture": "llama",
         "perplexity": 12.5, "source_perplexity": 12.0, "bits_per_weight": 4.5, "source_bits_per_weight": 16.0,
         "kl_divergence": 0.01, "tokens": 256}  # fmt: skip
+VECTORS = {**{name: MADE[name] for name in ("sha256", "size", "source_sha256", "source_size", "architecture",
+                                            "bits_per_weight", "source_bits_per_weight")},
+           "cosine_similarity": 0.99, "texts": 16}  # fmt: skip
 
 
 @pytest.fixture
@@ -100,10 +103,10 @@ def begun(services: Services, at: Node, **order: Any) -> str:
     return made
 
 
-def done(services: Services, http: httpx.Client, at: Node, **order: Any) -> str:
+def done(services: Services, http: httpx.Client, at: Node, says: dict[str, Any] = MADE, **order: Any) -> str:
     made = begun(services, at, **order)
     assert give(http, made, at) == 201
-    end(services, made, at, **MADE)
+    end(services, made, at, **says)
     assert shown(services, made)["status"] == "completed"
     return made
 
@@ -283,14 +286,15 @@ def test_an_end_without_the_file_is_a_failure(services: Services, node: Node) ->
     ("name", "value"),
     [("perplexity", "good"), ("perplexity", -1), ("perplexity", 10**400), ("perplexity", None), ("kl_divergence", [1.0]),
      ("bits_per_weight", 1e300), ("size", 0), ("size", 1 << 80), ("size", 1.5), ("source_size", "x"), ("tokens", {}),
-     ("architecture", "x" * 300), ("sha256", "../x"), ("source_sha256", 5)],
+     ("architecture", "x" * 300), ("sha256", "../x"), ("source_sha256", 5), ("cosine_similarity", 1.1),
+     ("cosine_similarity", "x"), ("texts", 0)],
 )  # fmt: skip
 def test_what_a_node_says_of_a_file_is_a_failure_where_it_makes_no_sense(
     services: Services, node: Node, http: httpx.Client, name: str, value: Any
 ) -> None:
     made = begun(services, node)
     assert give(http, made, node) == 201
-    end(services, made, node, **{**MADE, name: value})
+    end(services, made, node, **{**(MADE if name in MADE else VECTORS), name: value})
     told = shown(services, made)
     assert (told["state"], told["result"]) == ("open", None)
     assert told["failures"][0]["reason"] == f"what its node says of the file is wrong at '{name}'"
@@ -565,7 +569,7 @@ def test_a_source_in_several_files_becomes_a_model_in_one(
 
 
 def test_what_a_model_is_for_is_told_with_it_and_learnt_of_another(
-    services: Services, node: Node, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    services: Services, node: Node, http: httpx.Client
 ) -> None:
     add_model(services, "vectors", source="https://host/v.gguf", sha256=TEXT, embeddings=True,
               options=("x:y", "pooling:cls"))  # fmt: skip
@@ -575,8 +579,9 @@ def test_what_a_model_is_for_is_told_with_it_and_learnt_of_another(
     quantizations.stop(services, made)
     jobs.apply_ends(services)
     assert not imported(services, done(services, http, node, model="https://host/v.gguf", sha256=TEXT)).embeddings
-    monkeypatch.setitem(MADE, SIMILARITY, 0.99)
-    assert imported(services, done(services, http, node, model="https://host/w.gguf", sha256=TEXT)).embeddings
+    vectors = done(services, http, node, model="https://host/w.gguf", sha256=TEXT, says=VECTORS)
+    assert quantizations.show(services, vectors)["result"] == VECTORS
+    assert imported(services, vectors).embeddings
     assert not imported(services, done(services, http, node)).embeddings, "as its model says"
 
 

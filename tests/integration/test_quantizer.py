@@ -394,8 +394,9 @@ def test_what_is_quantized_already_is_so_again_only_where_that_is_allowed(node: 
     assert "give allow_requantize" in one["message"]
 
 
-def test_a_text_that_is_too_short_says_so(node: Quantizer, smol: str, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("Too short.")
+@pytest.mark.parametrize("content", ["Too short.", " " * 10_000])
+def test_a_text_that_is_too_short_says_so(node: Quantizer, smol: str, tmp_path: Path, content: str) -> None:
+    (tmp_path / "text").write_text(content)
     one = node.make(model=smol, quantization_type="q8_0", extra_options=AGAIN, text=given(tmp_path / "text"))
     assert one["status"] == "failed"
     assert "tokens, and 32 are needed" in one["message"]
@@ -458,18 +459,22 @@ def test_stopped_in_the_middle_nothing_is_left_of_a_source_in_several_files(
     assert (node.left(), links(node)) == ([], [])
 
 
+@pytest.mark.parametrize("behind", [0, 1])
 def test_stopped_while_its_source_comes_it_leaves_nothing_of_that(
-    node: Quantizer, monkeypatch: pytest.MonkeyPatch
+    node: Quantizer, monkeypatch: pytest.MonkeyPatch, behind: int
 ) -> None:
     monkeypatch.setenv("LOCALAI_Q_ALLOW_PRIVATE_SOURCES", "true")
     content = gguf() + bytes(1 << 22)
+    slow, first = hashlib.sha256(content).hexdigest(), hashlib.sha256(gguf()).hexdigest()
     with serve() as server:
-        url = server.put("/m.gguf", Remote(content, pause=0.5))
-        made = node.begin(model=url, sha256=hashlib.sha256(content).hexdigest(), extra_options=AGAIN)
+        server.put("/m-00001-of-00002.gguf", Remote(gguf()))
+        url = server.put("/m-00002-of-00002.gguf" if behind else "/m.gguf", Remote(content, pause=0.5))
+        order = {"model": url.replace("00002-of", "00001-of"), "sha256": first if behind else slow}
+        made = node.begin(**order, parts=[{"sha256": slow}] * behind, extra_options=AGAIN)
         job_id = node.job(made)
         working = threading.Thread(target=node.worker.run, args=(job_id,))
         working.start()
-        assert wait_for(reaches(node, job_id, "downloading"), LONG)
+        assert wait_for(reaches(node, job_id, FETCHING if behind else "downloading"), LONG)
         assert wait_for(node.left)
         quantizations.stop(node.services, made)
         working.join(30)
@@ -496,8 +501,8 @@ def test_a_quantizer_that_dies_is_tried_again_later_and_leaves_nothing(node: Qua
 def test_a_quantizer_ends_with_whoever_has_started_it(folder: Path, weights: Path, tmp_path: Path) -> None:
     process = subprocess.Popen([python_of(folder), "quantize.py"], cwd=folder, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)  # fmt: skip
-    order = {"source": str(weights), "result": str(tmp_path / "r"), "type": "iq3_s", "threads": 1, "text": None, "embeddings": False, "pooling": None,
-             "options": AGAIN}  # fmt: skip
+    order = {"source": str(weights), "result": str(tmp_path / "r"), "type": "iq3_s", "threads": 1, "text": None,
+             "embeddings": False, "pooling": None, "options": AGAIN}  # fmt: skip
     process.stdin.write(json.dumps(order) + "\n")
     process.stdin.flush()
     assert "progress" in json.loads(process.stdout.readline())

@@ -137,7 +137,7 @@ def _number(constant: str, name: str) -> int:
 
 def comparison(order: dict[str, Any], log: Log) -> Callable[[], dict[str, Any]]:
     """What compares the result with the source, once it is there: by what both are for."""
-    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT]
+    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT].strip()
     with closing(_loaded("source", order["source"], log, vocab_only=True)) as engine:
         pooling = pooling_of(order, engine.metadata)
         tokens = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
