@@ -105,8 +105,9 @@ class Settings(BaseSettings):
     heartbeat: float = Field(10.0, gt=0, validation_alias="LOCALAI_HEARTBEAT_INTERVAL")
     load_stall: float = Field(300.0, ge=1, validation_alias="LOCALAI_Q_LOAD_STALL")  # of a load in which nothing moves
     secret_days: float = Field(30.0, gt=0, validation_alias="LOCALAI_Q_NODE_SECRET_DAYS")  # that a node keeps a secret
-    # After so long a backend ends in which a request goes on that was cancelled or is late.
-    cancel_patience: float = Field(60.0, ge=1, validation_alias="LOCALAI_Q_CANCEL_PATIENCE")
+    # After so long a backend ends in which a request goes on that was cancelled or is late. A slow processor may need a
+    # minute for the piece of a long prompt before whose end nothing can be cancelled.
+    cancel_patience: float = Field(120.0, ge=1, validation_alias="LOCALAI_Q_CANCEL_PATIENCE")
     drain_timeout: float = Field(4.0, ge=0, validation_alias="LOCALAI_Q_DRAIN_TIMEOUT")
     # Of the memory that models lie in: bytes, 8GB, or 50%. Empty: all of it.
     vram_budget: str = Field("", validation_alias="LOCALAI_VRAM_BUDGET")

@@ -10,12 +10,10 @@ import argparse
 import ctypes
 import gc
 import hmac
-import math
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -29,7 +27,7 @@ import grpc
 MAX_MESSAGE = 50 << 20  # bytes, as LocalAI has it
 FREE_PATIENCE = 60.0  # seconds that running requests have to notice that their model goes
 STOP_PATIENCE = 1.0  # seconds that the process takes to end
-CANCEL_PATIENCE = float(os.environ.get("LOCALAI_Q_CANCEL_PATIENCE") or 60)  # seconds that a stopped request has to end
+CANCEL_PATIENCE = float(os.environ.get("LOCALAI_Q_CANCEL_PATIENCE") or 120)  # seconds that a stopped request has to end
 STUCK = 75  # the exit status of a process in which a stopped request does not end
 PR_SET_PDEATHSIG = 1
 
@@ -71,7 +69,7 @@ class Call:
         self._calls = calls
         self._wake: Callable[[], None] | None = None
         self.stopped = threading.Event()
-        self.stopped_at = math.inf  # by the monotonic clock
+        self.outstayed = 0  # looks at which it was there though it was stopped
         self.freed = False
 
     def on_stop(self, wake: Callable[[], None]) -> None:
@@ -83,7 +81,6 @@ class Call:
     def stop(self, *, freed: bool = False) -> None:
         """Ask for its end."""
         self.freed = self.freed or freed
-        self.stopped_at = min(self.stopped_at, time.monotonic())
         self.stopped.set()
         if self._wake:
             self._wake()
@@ -117,10 +114,15 @@ class Calls:
             self._calls.discard(call)
             self._changed.notify_all()
 
-    def are_stuck(self) -> bool:
-        """Whether one of them was stopped and does not end."""
+    def look(self) -> bool:
+        """Whether one of them was stopped and does not end. To be called each second.
+
+        Looks are counted rather than time: a process that was paused has had none in which to end a request.
+        """
         with self._changed:
-            return any(time.monotonic() - call.stopped_at > CANCEL_PATIENCE for call in self._calls)
+            for call in self._calls:
+                call.outstayed += call.stopped.is_set()
+            return any(call.outstayed > CANCEL_PATIENCE for call in self._calls)
 
     def stop_all(self, patience: float) -> bool:
         """Stop them and wait for their end; whether all have ended within `patience` seconds."""
@@ -222,8 +224,11 @@ class Backend(backend_pb2_grpc.BackendServicer):
         self._calls.stop_all(0)
 
     def is_stuck(self) -> bool:
-        """Whether a request that nobody wants any more does not end, and may keep the engine from all others."""
-        return self._calls.are_stuck()
+        """Whether a request that nobody wants any more does not end, and may keep the engine from all others.
+
+        To be called each second.
+        """
+        return self._calls.look()
 
     def _unload(self) -> bool:
         """Let go of the engine, if there is one; False when a request does not let go of it."""
