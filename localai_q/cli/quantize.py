@@ -18,8 +18,12 @@ from localai_q.cli.watch import display
 from localai_q.errors import InvalidValue, LocalAIError
 
 START = "start"
-FIGURES = {"perplexity": ("perplexity", 2), "bits_per_weight": ("bits per weight", 2),
-           "kl_divergence": ("KL divergence in nats", 4), "cosine_similarity": ("cosine similarity", 5)}  # fmt: skip  # what each is called, and how many digits of it are shown
+FIGURES = {  # what each is called, and how many digits of it are shown
+    "perplexity": ("perplexity", 2),
+    "bits_per_weight": ("bits per weight", 2),
+    "kl_divergence": ("KL divergence in nats", 4),
+    "cosine_similarity": ("cosine similarity", 5),
+}
 
 
 class _Group(TyperGroup):
