@@ -197,8 +197,8 @@ class Settings(BaseSettings):
 
     @property
     def builds(self) -> list[str]:
-        """The builds of backends that this node may have, one by one; none: any."""
-        return _words(self.backend_builds)
+        """The builds of backends that this node may have, besides those for the processor."""
+        return _words(self.backend_builds) or list(BUILDS)
 
     @field_validator("import_folders")
     @classmethod

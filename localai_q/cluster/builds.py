@@ -10,7 +10,10 @@ Build = Literal[
 ]  # the fastest first, for a machine that can several
 
 BUILDS: tuple[Build, ...] = get_args(Build)
-CUDA_DRIVERS: dict[Build, int] = {"cuda13": 580, "cuda12": 525}  # NVIDIA's first driver for it, without its last parts
+CUDA_DRIVERS: dict[Build, int] = {
+    "cuda13": 580,
+    "cuda12": 570,
+}  # NVIDIA's first driver for its wheels, without its last parts
 RUNTIMES: tuple[Build, ...] = ("rocm", "vulkan")  # that need libraries of the system besides a device and its driver
 CUDA_DEVICES: dict[Build, float] = {"cuda13": 7.5, "cuda12": 5.0}  # the oldest compute capability that it still serves
 

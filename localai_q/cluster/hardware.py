@@ -9,7 +9,6 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from localai_q.cluster.builds import Build
 from localai_q.cluster.nodes import MOST_SLOTS
 
 MOST_GPUS = 64
@@ -79,7 +78,7 @@ class Hardware(_Reading):
     max_replicas_per_model: int | None = Field(None, ge=1, le=MOST_SLOTS)
     gpus: list[Gpu] | None = Field(None, max_length=MOST_GPUS)
     runtimes: list[Word] | None = Field(None, max_length=MOST_RUNTIMES)  # for devices, that the system has
-    builds: list[Build] | None = Field(None, max_length=MOST_RUNTIMES)  # of backends, that the owner wants; None: any
+    builds: list[Word] | None = Field(None, max_length=MOST_RUNTIMES)  # of backends, that the owner wants
     os: Word | None = None
     arch: Word | None = None
 

@@ -160,8 +160,18 @@ class BackendEntry(BaseModel):
 
     @property
     def record(self) -> dict[str, Any]:
-        """It as it goes with a job: a node knows a backend by its name only."""
-        return self.model_dump(mode="json", exclude={"alias"})
+        """It as it goes with a job: a node knows a backend by its name only. It says what is not so by itself, for the node
+        may be of an older version, which knows fewer fields."""
+        return self.model_dump(mode="json", exclude={"alias"}, exclude_defaults=True)
+
+    @classmethod
+    def of_record(cls, record: dict[str, Any]) -> Self:
+        """The entry of such a record, perhaps of another version: what this one does not know of it is left out.
+
+        Raises:
+            ValidationError: it is none.
+        """
+        return cls.model_validate(record, extra="ignore")
 
 
 class External(Archive):

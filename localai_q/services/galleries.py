@@ -113,7 +113,7 @@ def backend(services: Services, wanted: str) -> BackendEntry:
 def external(services: Services) -> list[BackendEntry]:
     """The backends that admins have given the archive of."""
     with services.db.transaction() as db:
-        return [BackendEntry.model_validate(record) for record in rows.external(db)]
+        return [BackendEntry.of_record(record) for record in rows.external(db)]
 
 
 def look(services: Services) -> None:
@@ -128,7 +128,10 @@ def read_anew(services: Services) -> None:
 
 
 def builds(services: Services) -> dict[str, Collection[Build]]:
-    """What backends are made for, by their names, as far as galleries have been read: this waits for nothing."""
+    """What backends are made for, by their names, as far as galleries have been read: this waits for nothing.
+
+    Those that admins have given the archive of are not among them: they are for the processor.
+    """
     found = _firsts([(OWN, entry) for entry in catalog.catalog().backends], _of_galleries(services, wait=False))
     return {entry.name: entry.builds.keys() for _, entry in found}
 

@@ -374,7 +374,7 @@ def _builds(services: Services, one: Quantization) -> dict[Build, BuildEntry]:
     """How its backend is made: as it was when it was asked for, if a gallery lists it."""
     if one.spec.entry is None:
         return galleries.backend(services, one.spec.backend).builds
-    return BackendEntry.model_validate(one.spec.entry).builds
+    return BackendEntry.of_record(one.spec.entry).builds
 
 
 def _source(services: Services, order: Order) -> tuple[Model | None, Source]:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from localai_q.cluster.builds import BUILDS
-from localai_q.cluster.capacity import Booking, Seeker, Site, booking, weigh
+from localai_q.cluster.capacity import Booking, Site, Verdict, booking
+from localai_q.cluster.memory import need
 from localai_q.cluster.models import Model
 from localai_q.cluster.nodes import Node, Replica
 from localai_q.cluster.reports import Comparison, Report, compare
@@ -74,8 +74,9 @@ def _booking(node: Node, report: Report, model: Model) -> Booking:
     """What the process takes with the context that it was given, whatever is free: it has that already."""
     tokens = min(report.context_size or model.config.context_size, model.config.context_size)
     config = model.config.model_copy(update={"context_size": tokens, "fit_context": False})
-    seeker = Seeker(model.model_copy(update={"config": config}), builds=BUILDS if report.gpu else ())
-    return booking(model, weigh(seeker, Site(node, [])))
+    site = Site(node, [])
+    found = need(config, model.facts, site.gpus if report.gpu else 0)
+    return booking(model, Verdict(site=site, need=found))
 
 
 def _news(reports: Sequence[Report], fresh: Sequence[Measure]) -> set[str]:

@@ -224,6 +224,14 @@ def test_packages_come_from_the_index_of_their_build_or_from_the_one_that_the_ma
     assert versions.current(tmp_path / "root", "toy").build == "cuda12"
 
 
+def test_an_index_of_a_build_that_cannot_be_reached_is_named_with_what_to_do(tmp_path: Path, sources: Path) -> None:
+    entry = make_backend(sources).model_copy(update={"builds": {"cuda12": BuildEntry(index=NOWHERE)}})
+    says = f"packages for cuda12 come from {NOWHERE}, unless LOCALAI_Q_BACKEND_INDEXES .*LOCALAI_Q_BACKEND_BUILDS"
+    with pytest.raises(Unavailable, match=says):
+        install_backend(entry, tmp_path / "root", lambda _: None, Kit(hardware=NVIDIA))
+    assert names(tmp_path / "root" / "toy") == {".lock"}
+
+
 def test_an_engine_that_is_made_for_gpus_and_finds_none_is_not_switched_to(tmp_path: Path) -> None:
     entry = catalog.backend("xllamacpp")
     kit = Kit(hardware=NVIDIA, indexes={"cuda12": installer.index_url()})  # whose engine is the processor's

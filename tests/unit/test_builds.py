@@ -16,7 +16,7 @@ def nvidia(driver: str | None = "580.65.06", capability: str | None = "9.0") -> 
         ({"os": "linux", "arch": "x86_64", "gpus": []}, ("cpu",)),
         (nvidia(), ("cuda13", "cuda12", "vulkan", "cpu")),
         (nvidia(driver="579.99"), ("cuda12", "vulkan", "cpu")),
-        (nvidia(driver="524.1"), ("vulkan", "cpu")),
+        (nvidia(driver="569.9"), ("vulkan", "cpu")),
         (nvidia(driver=None, capability=None), ("cuda13", "cuda12", "vulkan", "cpu")),
         (nvidia(capability="7.5"), ("cuda13", "cuda12", "vulkan", "cpu")),
         (nvidia(capability="7.0"), ("cuda12", "vulkan", "cpu")),

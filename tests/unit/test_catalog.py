@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from localai_q.errors import NotFound, StartupError
 from localai_q.gallery import catalog
+from localai_q.gallery.catalog import BackendEntry
 
 BACKENDS = """
 - {name: one, version: "1", description: d, source: one, capabilities: [chat], default: true}
@@ -134,3 +135,14 @@ def test_a_package_that_is_compiled_has_one_version_and_its_settings(tmp_path: P
     (package,) = found.backend("one").builds["cpu"].compiled
     assert (package.name, package.version, package.level) == ("llama-cpp-python", "0.3.36", "x86-64-v3")
     assert package.settings == {"cmake.define.X": "ON"}
+
+
+def test_an_entry_comes_back_from_its_record_whatever_version_has_written_it() -> None:
+    for entry in catalog.catalog().backends:
+        assert BackendEntry.of_record(entry.record) == entry
+    archive = {"source": "https://x.example/b.tgz", "sha256": "0" * 64, "later": 1}
+    record = {"name": "a", "version": "1", "description": "d", "capabilities": ["chat"], "gpu": False,
+              "builds": {"cpu": {"archive": archive, "later": True}}}  # fmt: skip
+    entry = BackendEntry.of_record(record)
+    assert entry.builds["cpu"].archive.sha256 == "0" * 64
+    assert entry.record.keys() == {"name", "version", "description", "capabilities", "builds"}

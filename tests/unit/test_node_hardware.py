@@ -8,6 +8,7 @@ import psutil
 import pynvml
 import pytest
 
+from localai_q.cluster.builds import BUILDS
 from localai_q.cluster.hardware import Hardware, refreshed
 from localai_q.cluster.labels import found_labels
 from localai_q.config import Settings
@@ -205,4 +206,5 @@ def test_libraries_for_devices_are_looked_for_where_there_are_some(
 def test_the_builds_that_the_owner_wants_are_told(tmp_path: Path) -> None:
     wanted = Settings(LOCALAI_Q_BACKEND_BUILDS="cuda12, vulkan").builds
     assert hardware.read(tmp_path, Settings().budget_of, wanted)["builds"] == ["cuda12", "vulkan"]
-    assert "builds" not in hardware.read(tmp_path, Settings().budget_of, Settings().builds)
+    found = hardware.read(tmp_path, Settings().budget_of, Settings().builds)
+    assert found["builds"] == list(BUILDS), "also when fewer were wanted before"

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pynvml
 
-from localai_q.cluster.builds import Build
+from localai_q.cluster.builds import BUILDS, Build
 from workers.node import cgroups
 from workers.node.store import Store
 
@@ -31,16 +31,16 @@ LEAST_VRAM = 1 << 30  # bytes; less is what firmware sets aside for a screen
 _said: set[str] = set()  # complaints: each is made once
 
 
-def read(models: Path, budget_of: Callable[[int], int], builds: Sequence[str] = ()) -> dict[str, Any]:
+def read(models: Path, budget_of: Callable[[int], int], builds: Sequence[str] = BUILDS) -> dict[str, Any]:
     """Bytes and counts: cpus, ram_total, ram_available, disk_total, disk_free (of the models' folder), gpus; os, arch;
     runtimes, the libraries for GPUs that the system has; files, the SHA-256 of the models that lie here; and budget.
 
     `budget` is how much models may take in all: of the GPUs' memory, or where there are none of RAM; `budget_of` tells
     it from the total. It is left out where it cannot be told whether there are GPUs. `builds` are those of backends that
-    the owner wants here, if not any.
+    the owner wants here.
     """
-    found: dict[str, Any] = {"os": platform.system().lower(), "arch": platform.machine().lower()}
-    found |= {"builds": list(builds)} if builds else {}
+    found: dict[str, Any] = {"os": platform.system().lower(), "arch": platform.machine().lower(),
+                             "builds": list(builds)}  # fmt: skip
     for part in (_processors, _memory, lambda: _disk(models), _devices):
         found |= _tolerant(part)
     if "gpus" not in found:  # what could not be read is not what is not there

@@ -198,7 +198,19 @@ class _Build:
         index = ["--index", further] if further else []
         compiled = [package.requirement for package in self._build.compiled]
         requirements = ["--requirements", str(part / "requirements.txt"), *compiled]
-        run_uv([*install, *requirements, *index], part, self._what, counted.line)
+        try:
+            run_uv([*install, *requirements, *index], part, self._what, counted.line)
+        except Unavailable as error:
+            raise Unavailable(error.message + self._of_index(further)) from error
+
+    def _of_index(self, further: str | None) -> str:
+        """What an error has to say of the build's own index, if it has one."""
+        if not further:
+            return ""
+        return (
+            f" (packages for {self._manifest.build} come from {further}, unless LOCALAI_Q_BACKEND_INDEXES on the node names"
+            " another index; LOCALAI_Q_BACKEND_BUILDS says which builds the node may have, as cpu)"
+        )
 
     def _wheels(self, folder: Path) -> list[str]:
         """The wheels of what this build has compiled."""

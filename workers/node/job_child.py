@@ -99,7 +99,7 @@ def entry_of(request: dict[str, Any]) -> catalog.BackendEntry:
     if given is None:
         return catalog.backend(str(request["backend"]))
     try:
-        return catalog.BackendEntry.model_validate(given)
+        return catalog.BackendEntry.of_record(given)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
         raise InvalidValue(f"the entry of backend {request['backend']} cannot be read: {reason}") from error
