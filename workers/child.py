@@ -19,6 +19,7 @@ from localai_q.config import settings, write_private
 from localai_q.errors import StartupError
 
 ALIVE = "alive"  # what a child says to be heard of; no state
+CHANGED = "changed"  # what it says when it may have changed what lies on this machine; no state
 ALIVE_EVERY = 3.0  # seconds
 FINISH = signal.SIGUSR2  # to a replica that is ready: end once what is at work has ended; SIGTERM gives it little time
 

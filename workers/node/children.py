@@ -24,7 +24,7 @@ from typing import Any
 from localai_q import names
 from localai_q.config import child_environment
 from localai_q.processes import kill_group, spawn, tail, wait_for_end
-from workers.child import ALIVE, FINISH, ChildSpec, ReplicaSpec, read_statuses, write_spec
+from workers.child import ALIVE, CHANGED, FINISH, ChildSpec, ReplicaSpec, read_statuses, write_spec
 from workers.node import leftovers
 from workers.node.stalls import BUSY, LOOK, Watch, longest
 
@@ -136,6 +136,7 @@ class Children:
         self._lock = threading.Lock()
         self._spawner = Spawner()
         self.stopping = False
+        self.changed = threading.Event()  # what lies on this machine is not what it was
         threading.Thread(target=self._send_reports, name="reports", daemon=True).start()
         threading.Thread(target=self._look, name="hanging", daemon=True).start()
 
@@ -272,7 +273,9 @@ class Children:
             child.in_flight = said.get("in_flight", child.in_flight)
             child.tokens_per_second = said.get("tokens_per_second", child.tokens_per_second)
             child.files = {name: said[name] for name in ("files_address", "transfers") if name in said}
-            if said.get("state") == ALIVE:
+            if said.get("state") == CHANGED:
+                self.changed.set()
+            if said.get("state") in (ALIVE, CHANGED):
                 continue
             if said.get("state") == "ready":
                 child.load_seconds = time.monotonic() - child.begun

@@ -30,7 +30,7 @@ from localai_q.config import child_environment, settings, write_private
 from localai_q.errors import GenerationFailed, LocalAIError, to_record
 from localai_q.processes import has_ended, kill_group, spawn, tail, wait_for_end, watch_parent
 from workers import versions
-from workers.child import ChildSpec, StatusPipe, read_spec, read_statuses
+from workers.child import CHANGED, ChildSpec, StatusPipe, read_spec, read_statuses
 from workers.claims import Claims, Held
 from workers.identity import Identity
 from workers.node import leftovers
@@ -160,6 +160,7 @@ def prepare(worker: Any, conf: Any) -> None:
     @app.task(name=names.RUN_JOB)
     def run_job(job_id: str) -> None:
         jobs.run(job_id)
+        status.say(CHANGED)
 
     threading.Thread(target=_tidy, args=(spec.backends, spec.models), name="tidy", daemon=True).start()
     signals.worker_ready.connect(lambda **_: status.say("ready"), weak=False)

@@ -91,6 +91,7 @@ class Node:
     def _heartbeats(self) -> None:
         while not self._stopping.is_set():
             pause = float(self._answer["heartbeat"])
+            self.children.changed.clear()
             try:
                 answer = self._api.heartbeat(self._hardware(), self.children.reports())
                 for replica_id in answer.get("stop", []):
@@ -103,7 +104,7 @@ class Node:
                 log.warning("heartbeat: %s", error)
             except Exception:
                 log.exception("heartbeat: it is tried again")
-            self._stopping.wait(pause)
+            self.children.changed.wait(pause)
 
     def _renew_secret(self, *, asked: bool) -> bool:
         """After a heartbeat: go on to a new secret when that is due, which the next heartbeat uses. Whether it was."""
