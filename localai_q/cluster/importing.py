@@ -7,16 +7,19 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from localai_q.cluster.localai_yaml import says
-from localai_q.cluster.parts import part
+from localai_q.cluster.parts import part, whole
 from localai_q.errors import InvalidValue
 
 USUAL = "q4_k_m"  # what is taken where nobody says more, as LocalAI does
 MOST_SHOWN = 30  # files in a message
+MOST_FILES = 10_000  # of a repository that are looked through
+MOST_LEFT_OUT = 32  # preferences that have no effect
+LONGEST_NAME = 64  # of these
 
 _NAME = r"([A-Za-z0-9][A-Za-z0-9._-]{0,127}/[A-Za-z0-9][A-Za-z0-9._-]{0,127})"
 _FORMS = (
@@ -26,6 +29,7 @@ _FORMS = (
 _NO_MODEL = re.compile(r"mmproj|(?:^|/)imatrix|imatrix\.gguf$")  # what else lies beside models
 _ELSEWHERE = "it is for models that this cluster does not serve"
 _LEFT_OUT = {
+    "description": "it only describes the model",
     "mmproj_quantizations": "give the model its projector as 'mmproj'",
     **dict.fromkeys(("type", "model_type", "pipeline_type", "scheduler_type", "enable_parameters", "cuda"), _ELSEWHERE),
 }
@@ -41,7 +45,6 @@ class Preferences(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     name: str = Field("", max_length=128)
-    description: str = ""
     backend: str = ""
     embeddings: bool = False  # or a word for it
     quantizations: tuple[Quantization, ...] = Field((), max_length=32)  # the most wanted first; a text with commas, too
@@ -54,12 +57,22 @@ class Preferences(BaseModel):
     @field_validator("quantizations", mode="before")
     @classmethod
     def _one_by_one(cls, value: Any) -> Any:
-        return value.split(",") if isinstance(value, str) else value
+        return [word for word in value.split(",") if word.strip()] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _leaves_out_little(self) -> Self:
+        """What is left out is told to who asked, and so is bounded."""
+        names = self.model_extra or {}
+        if len(names) > MOST_LEFT_OUT:
+            raise ValueError(f"{len(names)} of the names mean nothing here, and {MOST_LEFT_OUT} such can be given")
+        if too_long := next((name for name in names if len(name) > LONGEST_NAME), None):
+            raise ValueError(f"the name {too_long[:LONGEST_NAME]!r}… has more than {LONGEST_NAME} characters")
+        return self
 
     @property
     def fields(self) -> dict[str, Any]:
         """Those that are fields of a document of LocalAI's, too."""
-        return self.model_dump(include={"description", "backend", "embeddings"}, exclude_defaults=True)
+        return self.model_dump(include={"backend", "embeddings"}, exclude_defaults=True)
 
     def left_out(self, *, from_repository: bool) -> list[str]:
         """A warning for each that has no effect."""
@@ -82,32 +95,42 @@ class Repository:
 
 
 def repository(uri: str) -> Repository | None:
-    """The repository that a URI names; None of a URI of a file, and of anything else."""
+    """The repository that a URI names; None of a URI of a file, and of anything else.
+
+    Raises:
+        InvalidValue: its revision would lead elsewhere in a URL.
+    """
     found = next((match for form in _FORMS if (match := form.fullmatch(uri))), None)
+    if found and {"", ".", ".."} & set((found[2] or "main").split("/")):
+        raise InvalidValue(f"{found[2]!r} is no revision of a repository.", param="uri")
     return Repository(found[1], found[2] or "main") if found else None
 
 
 def choose(name: str, files: Collection[str], wanted: Sequence[str] = ()) -> str:
     """The file of a repository that a model is made of; of a model in several files the first.
 
+    Of several files with a quantization it is the one to whose name the others only add words ("x-UD-Q4_K_M.gguf").
+
     Args:
         name: of the repository.
         wanted: quantizations, the most wanted first; none: the usual one, or the only model that there is.
 
     Raises:
-        InvalidValue: none of them is there, or several files have it; the message lists what there is.
+        InvalidValue: none of them is there, or it is not clear which, and the message lists what there is; or there are
+            too many files.
     """
-    models = [file for file in sorted(files) if _is_model(file)]
+    if len(files) > MOST_FILES:
+        raise InvalidValue(f"{name} has {len(files)} files, and {MOST_FILES} are looked through: name the file itself: "
+                           "huggingface://owner/repo/file.", param="uri")  # fmt: skip
+    models = {file: file.lower() for file in sorted(files) if _is_model(file)}
     for quantization in wanted or (USUAL,):
-        found = [file for file in models if _has(file, quantization)]
-        if len(found) > 1:
-            raise _unclear(f"{name} has several files with {quantization}: {_shown(found)}")
+        found = [file for file, lower in models.items() if _says(lower, quantization.lower())]
         if found:
-            return found[0]
+            return _plainest(name, quantization, found)
     if len(models) == 1 and not wanted:
-        return models[0]
+        return next(iter(models))
     raise _unclear(
-        f"{name} has no GGUF file with {' or '.join(wanted or (USUAL,))}; it has: {_shown(models) or 'none'}"
+        f"{name} has no GGUF file with {' or '.join(wanted or (USUAL,))}; it has: {_shown(list(models)) or 'none'}"
     )
 
 
@@ -118,9 +141,21 @@ def _is_model(file: str) -> bool:
     return lower.endswith(".gguf") and not _NO_MODEL.search(lower) and (several is None or several.number == 1)
 
 
-def _has(file: str, quantization: str) -> bool:
-    """Whether the name of a file says this quantization: not another one that begins or ends with it."""
-    return bool(re.search(rf"(?<![a-z0-9]){re.escape(quantization.lower())}(?![a-z0-9_])", file.lower()))
+def _says(name: str, quantization: str) -> bool:
+    """Whether a name says this quantization, both in small letters: not another one that begins or ends with it."""
+    return quantization in name and bool(re.search(rf"(?<![a-z0-9]){re.escape(quantization)}(?![a-z0-9_])", name))
+
+
+def _plainest(name: str, quantization: str, found: Sequence[str]) -> str:
+    """The file to whose name all others add words."""
+    plainest = min(found, key=len)
+    if any(not _words(plainest) < _words(file) for file in found if file != plainest):
+        raise _unclear(f"{name} has several files with {quantization}: {_shown(found)}")
+    return plainest
+
+
+def _words(file: str) -> set[str]:
+    return set(re.split(r"[^a-z0-9]+", whole(file).lower()))
 
 
 def _shown(files: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from localai_q.cluster.placement import best
 from localai_q.cluster.preloads import Standing, standing
 from localai_q.cluster.states import JobState
 from localai_q.documents import checked, read_yaml
-from localai_q.errors import Conflict, InvalidValue, NotFound
+from localai_q.errors import Conflict, InvalidRequest, InvalidValue, NotFound
 from localai_q.gallery.catalog import ForeignEntry, ModelEntry
 from localai_q.services import galleries, hub, models, replicas
 from localai_q.services import jobs as job_services
@@ -177,6 +177,20 @@ def import_uri(
     Raises: as `install`; InvalidValue: it is not clear which file of a repository is meant.
     """
     wanted = preferences or Preferences()
+    try:
+        return _import_uri(services, uri, wanted, name=name, sha256=sha256, preload=preload)
+    except InvalidRequest as error:
+        said = Preferences.model_fields.keys() & wanted.model_fields_set - ({"name"} if name else set())
+        fields = dict.fromkeys(("source", "url", "quantizations"), "uri") | {
+            field: f"preferences.{field}" for field in said
+        }
+        error.param = fields.get(error.param or "", error.param)
+        raise
+
+
+def _import_uri(
+    services: Services, uri: str, wanted: Preferences, *, name: str, sha256: str | None, preload: bool
+) -> Record:
     found = repository(uri)
     left_out = wanted.left_out(from_repository=found is not None)
     name = name or wanted.name

@@ -398,7 +398,7 @@ class TestImports:
             True,
         )
         assert [warning.partition(" ")[0].rstrip(":") for warning in made["warnings"]] == [
-            "backend", "description", "preferences.cuda", "preferences.quantizations"]  # fmt: skip
+            "backend", "preferences.description", "preferences.cuda", "preferences.quantizations"]  # fmt: skip
         own = naming(services, "", allow_private_sources=True)
         url = server.put("/m.yaml", Remote(b"name: plain\nthreads: 2\nparameters: {model: 'ollama://y'}\n"))
         made = installs.import_uri(own, url, preferences=Preferences(embeddings=True, type="x"))
@@ -406,6 +406,36 @@ class TestImports:
         assert (config.threads, config.embeddings, len(made["warnings"])) == (2, True, 1)
         with pytest.raises(InvalidValue, match="backend: 'vllm' is none of xllamacpp"):
             installs.import_uri(services, "ollama://z", preferences=Preferences(backend="vllm"))
+
+    @pytest.mark.parametrize(
+        ("uri", "body", "field"),
+        [
+            ("ollama://z", {"preferences": Preferences(backend="vllm")}, "preferences.backend"),
+            ("{server}/theirs.yaml", {}, "backend"),
+            ("{server}/theirs.yaml", {"preferences": Preferences(backend="vllm")}, "preferences.backend"),
+            ("https://h/x.gguf", {"sha256": A, "preferences": Preferences(name="a b")}, "preferences.name"),
+            ("https://h/x.gguf", {"sha256": A, "preferences": Preferences(name="y"), "name": "a b"}, "name"),
+            ("https://h/x.yaml", {"sha256": A}, "sha256"),
+            ("nonsense:x", {}, "uri"),
+            ("https://[x.yaml", {}, "uri"),
+            ("hf://o/r@..", {}, "uri"),
+            ("hf://o/r", {}, "uri"),
+            ("hf://o/r", {"preferences": Preferences(quantizations="q2_k")}, "preferences.quantizations"),
+            ("hf://o/inner", {}, "uri"),
+        ],
+    )  # fmt: skip
+    def test_a_refusal_names_the_field_that_said_it(
+        self, services: Services, server: FileServer, uri: str, body: dict, field: str
+    ) -> None:
+        own = with_hub(services, server, "README.md", allow_private_sources=True)
+        server.put("/theirs.yaml", Remote(b"name: plain\nbackend: vllm\n"))
+        with serve() as other:
+            if uri == "hf://o/inner":
+                own = with_hub(services, server)
+                server.put("/api/models/o/inner/revision/main", Remote(location=other.put("/x", Remote(b"{}"))))
+            with pytest.raises(InvalidRequest) as error:
+                installs.import_uri(own, uri.format(server=server.url), **body)
+        assert error.value.param == field, error.value
 
     def test_a_repository_of_the_hub_is_imported_by_the_quantization_that_is_wanted(
         self, services: Services, server: FileServer

@@ -42,6 +42,13 @@ def test_what_names_no_repository(uri: str) -> None:
     assert repository(uri) is None
 
 
+@pytest.mark.parametrize("uri", ["hf://o/r@..", "o/r@.", "o/r@a/../b", "https://huggingface.co/o/r/tree/.."])
+def test_a_revision_that_leads_elsewhere_is_refused(uri: str) -> None:
+    with pytest.raises(InvalidValue, match="is no revision of a repository") as error:
+        repository(uri)
+    assert error.value.param == "uri"
+
+
 @pytest.mark.parametrize(
     ("wanted", "file"),
     [
@@ -69,7 +76,9 @@ def test_the_first_wanted_quantization_that_is_there_is_taken(wanted: tuple[str,
         (["a-q8_0.gguf", "b-q8_0.gguf"], (), "no GGUF file with q4_k_m; it has: a-q8_0.gguf, b-q8_0.gguf"),
         (["a-q8_0.gguf"], ("q4_0",), "no GGUF file with q4_0; it has: a-q8_0.gguf"),
         (["mmproj-q4_k_m.gguf", "x-00002-of-00002.gguf", "model.safetensors"], (), "it has: none"),
+        (["a-7b-q8_0.gguf", "a-13b-q8_0.gguf"], ("q8_0",), "several files with q8_0: a-13b-q8_0.gguf, a-7b-q8_0.gguf"),
         ([f"{n}.gguf" for n in range(40)], (), "and 10 more"),
+        (["x"] * 10_001, (), "o/r has 10001 files, and 10000 are looked through"),
     ],
 )  # fmt: skip
 def test_what_is_there_is_listed_where_it_is_not_clear_what_is_meant(files: list, wanted: tuple, says: str) -> None:
@@ -81,6 +90,17 @@ def test_what_is_there_is_listed_where_it_is_not_clear_what_is_meant(files: list
 
 def test_the_only_model_of_a_repository_needs_no_word() -> None:
     assert choose("o/r", ["mmproj.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"]) == "b-00001-of-00002.gguf"
+
+
+@pytest.mark.parametrize(
+    ("files", "file"),
+    [
+        (["x-UD-Q4_K_M.gguf", "x-Q4_K_M.gguf", "x-Q4_K_M-imat.gguf"], "x-Q4_K_M.gguf"),
+        (["UD/x-UD-Q4_K_M-00001-of-00002.gguf", "x-Q4_K_M-00001-of-00003.gguf"], "x-Q4_K_M-00001-of-00003.gguf"),
+    ],
+)
+def test_the_file_is_taken_to_whose_name_others_only_add_words(files: list[str], file: str) -> None:
+    assert choose("o/r", files) == choose("o/r", files[::-1]) == file
 
 
 @given(
@@ -101,8 +121,9 @@ def test_preferences_are_read_as_localai_sends_them() -> None:
     found = checked(Preferences, {"name": "n", "description": "d", "backend": "echo", "embeddings": "yes", "cuda": True,
                                   "quantizations": " Q8_0,q4_k_m ", "type": "", "enable_parameters": None, "new": "x"})  # fmt: skip
     assert (found.name, found.quantizations) == ("n", ("q8_0", "q4_k_m"))
-    assert found.fields == {"description": "d", "backend": "echo", "embeddings": True}
+    assert found.fields == {"backend": "echo", "embeddings": True}
     assert found.left_out(from_repository=True) == [
+        "preferences.description is left out: it only describes the model",
         "preferences.cuda is left out: it is for models that this cluster does not serve",
         "preferences.new is left out: it means nothing here",
     ]
@@ -110,13 +131,24 @@ def test_preferences_are_read_as_localai_sends_them() -> None:
         "preferences.quantizations is left out: the URI names no"
     )
     assert checked(Preferences, {"embeddings": "false", "quantizations": ["f16"]}).fields == {}
+    assert checked(Preferences, {"quantizations": "q4_k_m, q8_0,"}).quantizations == ("q4_k_m", "q8_0")
     assert Preferences().left_out(from_repository=False) == []
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"embeddings": "maybe"}, {"quantizations": "a b"}, {"quantizations": ["q"] * 33}, {"quantizations": ",,"},
+    "wrong", [{"embeddings": "maybe"}, {"quantizations": "a b"}, {"quantizations": ["q"] * 33}, {"quantizations": "a,b c,"},
               {"backend": ["x"]}, {"name": "n" * 129}, {"quantizations": [3]}]
 )  # fmt: skip
 def test_preferences_that_make_no_sense_are_refused_by_name(wrong: dict) -> None:
     with pytest.raises(InvalidRequest, match=f"'{next(iter(wrong))}"):
         checked(Preferences, wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [({f"n{number}": 1 for number in range(33)}, "33 of the names mean nothing"), ({"n" * 65: 1}, "more than 64 characters")],
+)  # fmt: skip
+def test_what_is_left_out_is_bounded(wrong: dict, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        checked(Preferences, wrong)
+    checked(Preferences, {f"{number:064}": 1 for number in range(32)})
