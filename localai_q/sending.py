@@ -37,7 +37,7 @@ def send(
     api: Api, path: str, file: Path, tell: Callable[[int], object], *, headers: Mapping[str, str] | None = None,
     patience: float = PATIENCE,
 ) -> None:  # fmt: skip
-    """Have the API have a file.
+    """Have the API have a file. One that it has is not sent, but kept for as long again, though nothing names it yet.
 
     Args:
         path: to which it is PUT.
@@ -66,15 +66,6 @@ def send(
         if there > furthest:
             furthest, pause, until = there, PAUSE, time.monotonic() + patience
     tell(sending.size)
-
-
-def keep(api: Api, path: str, file: Path) -> None:
-    """Have the API keep a file that it has for as long again, though nothing names it yet.
-
-    Raises:
-        LocalAIError: the API refuses it, or does not answer.
-    """
-    _Sending(api, path, file, print, {}).ask()
 
 
 def blocks(file: Path, start: int, end: int) -> Iterator[bytes]:

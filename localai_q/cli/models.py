@@ -28,7 +28,7 @@ from localai_q.cluster import parts
 from localai_q.cluster.models import ModelConfig
 from localai_q.documents import read_yaml
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
-from localai_q.sending import blocks, keep, send
+from localai_q.sending import blocks, send
 
 app = typer.Typer(no_args_is_help=True, help="List, add, change and remove models.")
 
@@ -373,8 +373,8 @@ def _text(file: Path) -> bytes:
 def upload(api: Api, files: list[Path]) -> list[dict[str, Any]]:
     """Send a model's files to the API, unless it has them; returns the `source`, `sha256` and `size` of each.
 
-    The API forgets what nobody names for a day, and the last of them may take longer: those that it has are asked for
-    meanwhile, which keeps them.
+    The API forgets what nobody names for a day, and the last of them may take longer: meanwhile those that it has are
+    sent again, which keeps them.
     """
     sent: dict[Path, dict[str, Any]] = {}
     due = time.monotonic() + KEEP
@@ -385,7 +385,7 @@ def upload(api: Api, files: list[Path]) -> list[dict[str, Any]]:
             return
         for file, known in sent.items():
             with suppress(LocalAIError):
-                keep(api, f"/api/files/{known['sha256']}", file)
+                send(api, f"/api/files/{known['sha256']}", file, lambda _: None)
         due = time.monotonic() + KEEP
 
     for file in files:

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from localai_q.cluster.labels import LabelKey, LabelValue
 from localai_q.cluster.parts import MOST_FILES, part
@@ -80,7 +80,9 @@ class ModelConfig(BaseModel):
     mirrors: tuple[Annotated[str, Field(max_length=2000)], ...] = Field((), max_length=MOST_MIRRORS)  # of a URL
     sha256: str | None = Field(None, pattern=SHA256)
     size: int = Field(0, ge=0, le=LARGEST)  # bytes of the file; 0: not known
-    parts: tuple[File, ...] = Field((), max_length=MOST_FILES - 1)  # of a model in several files: all behind the first
+    parts: tuple[File, ...] = Field(
+        (), max_length=MOST_FILES - 1, validate_default=True
+    )  # of a model in several files: all behind the first
     origin: str = Field("", max_length=2200)  # what the file was made of, where that is known
     mmproj: File | None = None  # what makes images into the model's tokens
     draft_model: File | None = None  # a smaller model that guesses ahead
@@ -114,21 +116,19 @@ class ModelConfig(BaseModel):
     balance_rel_threshold: float = Field(0.0, ge=0, le=1000)
     selector: dict[LabelKey, LabelValue] = Field(default_factory=dict, max_length=16)  # labels that a node must have
 
-    @model_validator(mode="before")
+    @field_validator("parts", mode="before")
     @classmethod
-    def _names_its_parts(cls, data: Any) -> Any:
-        source = data.get("source") if isinstance(data, dict) else None
-        first = part(source) if isinstance(source, str) else None
+    def _names_its_parts(cls, parts: Any, others: ValidationInfo) -> Any:
+        first = part(others.data.get("source", ""))
         if first is None or first.number != 1 or first.count > MOST_FILES:
-            return data
-        given = data.get("parts") or [{}] * (first.count - 1)
+            return parts
+        given = parts or [{}] * (first.count - 1)
         if not isinstance(given, list | tuple):
-            return data
+            return parts
         if len(given) != first.count - 1:
-            raise ValueError(f"'parts' needs the {first.count - 1} files behind the first, in their order")
-        parts = [{"source": first.beside(number), **each} if isinstance(each, dict) else each
-                 for number, each in enumerate(given, 2)]  # fmt: skip
-        return {**data, "parts": parts}
+            raise ValueError(f"it needs the {first.count - 1} files behind the first, in their order")
+        return [{"source": first.beside(number), **each} if isinstance(each, dict) else each
+                for number, each in enumerate(given, 2)]  # fmt: skip
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:

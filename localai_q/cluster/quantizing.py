@@ -390,7 +390,7 @@ def together(progress: Progress, before: int, count: int) -> Progress:
     if count == 1:
         return progress
     begin, end = SPANS[FETCHING]
-    part = (_percentage(progress.stage, progress.done, progress.total) - begin) / (end - begin)
+    part = (max(_percentage(progress.stage, progress.done, progress.total), begin) - begin) / (end - begin)
     return Progress(stage=FETCHING, done=round(before + part, 2), total=count, unit="files", note=progress.note)
 
 

@@ -11,7 +11,7 @@ from typing import IO, Any
 from pydantic import ValidationError
 
 from localai_q import names
-from localai_q.cluster import sources
+from localai_q.cluster import parts, sources
 from localai_q.cluster.backends import Op, has
 from localai_q.cluster.builds import Build
 from localai_q.cluster.fleet import Fleet
@@ -398,27 +398,38 @@ def _source(services: Services, order: Order) -> tuple[Model | None, Source]:
 
 def _given(order: Order) -> ModelConfig:
     """A model of just what is given as a source."""
-    given = order.model_dump(include={"mirrors", "sha256", "size"})
-    behind = [part.model_dump(exclude_unset=True) for part in order.parts]
     try:
-        sources.parse(order.model, order.mirrors)
-        config = checked(ModelConfig, {**given, "source": order.model, "parts": behind})
-        models.check_names(config)
+        sources.parse(order.model)
+        parts.every(order.model)
     except InvalidValue as error:
         raise InvalidValue(
             f"There is no model of that name, and as a source: {error.message}", param="model"
         ) from error
+    sources.parse(order.model, order.mirrors)
+    given = order.model_dump(include={"mirrors", "sha256", "size"})
+    behind = [part.model_dump(exclude_unset=True) for part in order.parts]
+    config = checked(ModelConfig, {**given, "source": order.model, "parts": behind})
+    models.check_names(config)
     return config
 
 
 def _stored(services: Services, config: ModelConfig) -> ModelConfig:
-    """The same with what the API's store knows of those of its files that were uploaded."""
+    """The same with what the API's store knows of those of its files that were uploaded.
+
+    Raises:
+        InvalidValue: one of these is said to have another SHA-256 than it is named by.
+    """
 
     def known(file: File) -> dict[str, Any]:
         source = sources.parse(file.source)
-        path = uploads.path_of(services, source.sha256) if isinstance(source, sources.Stored) else None
-        told = {"sha256": path.name, "size": path.stat().st_size} if path and path.exists() else {}
-        return {**file.model_dump(), **told}
+        if not isinstance(source, sources.Stored):
+            return file.model_dump()
+        if file.sha256 not in (None, source.sha256):
+            raise InvalidValue(f"{file.source} is named by its SHA-256, which is not {file.sha256}.", param="sha256")
+        with suppress(FileNotFoundError):
+            size = uploads.path_of(services, source.sha256).stat().st_size
+            return {**file.model_dump(), "sha256": source.sha256, "size": size}
+        return file.model_dump()
 
     return config.knowing([known(file) for file in config.own])
 

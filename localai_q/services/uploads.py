@@ -124,9 +124,10 @@ def receive(services: Services, sha256: str, stream: IO[bytes], chunk: Chunk) ->
     most = services.settings.max_upload
     if chunk.total is not None and chunk.total > most:
         raise BodyTooLarge(f"The file has {chunk.total} bytes; LOCALAI_Q_MAX_UPLOAD allows {most}.")
-    if chunk.start is None and target.exists():
-        os.utime(target)  # who asks is about to name it
-        return Received(size=target.stat().st_size, whole=True)
+    if chunk.start is None:
+        with suppress(FileNotFoundError):
+            os.utime(target)  # who asks is about to name it
+            return Received(size=target.stat().st_size, whole=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = _part(services, target, chunk)
     try:

@@ -533,6 +533,24 @@ def test_what_cannot_be_made_is_refused(services: Services, http, order: dict, s
     assert quantizations.listed(services) == []
 
 
+@pytest.mark.parametrize(
+    ("order", "param", "says"),
+    [
+        ({"model": "ghost"}, "model", "There is no model of that name, and as a source: 'ghost' is no source"),
+        ({"model": "hf://o/r/m-00001-of-00002.gguf", "parts": [{}, {}]}, "parts", "Invalid value for 'parts': it needs"),
+        ({"model": "hf://o/r/m.gguf", "mirrors": ["https://host/m.gguf"]}, "mirrors", "Mirrors go with"),
+        ({"model": f"store:{SHA}", "sha256": TEXT}, "sha256", f"store:{SHA} is named by its SHA-256, which is not {TEXT}"),
+    ],
+)
+def test_a_refusal_names_the_field_that_is_wrong(
+    services: Services, http: httpx.Client, order: dict[str, Any], param: str, says: str
+) -> None:
+    http.put(f"/api/files/{SHA}", content=RESULT).raise_for_status()
+    error = http.post("/api/quantization/jobs", json={"backend": "able", **order}).json()["error"]
+    assert (error["param"], error["message"].startswith(says)) == (param, True), error
+    assert quantizations.listed(services) == []
+
+
 SEVERAL = {"source": "https://host/m-00001-of-00002.gguf", "mirrors": ("https://other/m-00001-of-00002.gguf",),
            "sha256": SOURCE, "size": 400, "parts": [{"sha256": TEXT, "size": 600}]}  # fmt: skip
 BOTH = [
@@ -602,6 +620,24 @@ def test_the_size_of_what_was_uploaded_is_known(services: Services, http: httpx.
     models.forget_stored(services, {other})
     with pytest.raises(InvalidValue, match=f"{other} has not been uploaded"):
         quantizations.retry(services, made)
+
+
+def test_what_is_swept_while_it_is_asked_for_is_an_error_of_nobody(
+    services: Services, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    http.put(f"/api/files/{SHA}", content=RESULT).raise_for_status()
+    exists = Path.exists
+
+    def swept(path: Path) -> bool:
+        found = exists(path)
+        if path.name == SHA:
+            path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(Path, "exists", swept)
+    ask(services, model=f"store:{SHA}")
+    with pytest.raises(InvalidValue, match="has not been uploaded"):
+        ask(services, model=f"store:{SHA}")
 
 
 def test_there_are_not_more_than_can_be_kept(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:

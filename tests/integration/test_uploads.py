@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
@@ -112,6 +113,19 @@ def test_what_is_all_there_is_checked_when_it_is_asked_for(services: Services) -
     for _ in range(2):  # the second one finds it whole
         assert uploads.receive(services, SHA, io.BytesIO(), Chunk(size=0, start=None, total=TOTAL)).whole
     assert files(services) == [SHA]
+
+
+def test_what_is_swept_while_it_is_asked_for_is_to_be_sent(services: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(services)
+    touch = os.utime
+
+    def swept(path: Path) -> None:
+        path.unlink()
+        touch(path)
+
+    monkeypatch.setattr(os, "utime", swept)
+    asked = uploads.receive(services, SHA, io.BytesIO(), Chunk(size=0, start=None, total=TOTAL))
+    assert asked == uploads.Received(size=0, whole=False)
 
 
 def test_a_file_that_is_not_what_its_name_says_leaves_nothing(services: Services) -> None:
@@ -410,8 +424,9 @@ def test_an_upload_goes_on_after_a_cut_and_after_a_restart_of_the_web(
     assert len(seen) == before + 1
 
 
+@pytest.mark.parametrize("swept", [False, True])
 def test_the_files_of_a_model_that_have_come_are_kept_while_the_last_one_comes(
-    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swept: bool
 ) -> None:
     paths = [tmp_path / f"m-0000{number}-of-00003.gguf" for number in (1, 2, 3)]
     for path in paths:
@@ -419,15 +434,21 @@ def test_the_files_of_a_model_that_have_come_are_kept_while_the_last_one_comes(
     key = web.http.headers["authorization"].split()[1]
     api = Api(load_settings(home=tmp_path, api_url=web.url, api_key=key))
 
-    def later(*arguments: object) -> None:
-        for whole in (tmp_path / "files").glob("[0-9a-f]*"):
-            os.utime(whole, (1.0, 1.0))  # they came long ago
-        sending.send(*arguments)
+    upload = cli_models._upload
 
-    monkeypatch.setattr(cli_models, "send", later)
+    def later(*arguments: Any) -> dict[str, Any]:
+        for whole in (tmp_path / "files").glob("[0-9a-f]*"):
+            if swept:
+                whole.unlink()
+            else:
+                os.utime(whole, (1.0, 1.0))  # they came long ago
+        return upload(*arguments)
+
+    monkeypatch.setattr(cli_models, "_upload", later)
     monkeypatch.setattr(cli_models, "KEEP", 0.0)
-    sent = cli_models.upload(api, paths)
-    assert [each["sha256"] for each in sent] == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    sent = [each["sha256"] for each in cli_models.upload(api, paths)]
+    assert sent == [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    assert files(web.services) == sorted(sent)
     assert uploads.kept_since(web.services, web.services.settings.upload_ttl) == set()
 
 

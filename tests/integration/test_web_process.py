@@ -548,7 +548,7 @@ def test_a_model_in_several_files_is_added_by_its_first_by_the_command_line(web:
         *(word for digest in digests for word in ("--sha256", digest)),
     ]
     code, _, err = web.cli("models", "edit", "several", *away[:-2])
-    assert (code, "'parts' needs the 2 files behind the first" in err) == (1, True), err
+    assert (code, "'parts': it needs the 2 files behind the first" in err) == (1, True), err
     code, _, err = web.cli("models", "edit", "several", *away)
     assert (code, shown()["sha256"]) == (0, digests[0]), err
     assert shown()["parts"][1] == {"source": "https://host/big-00003-of-00003.gguf", "sha256": digests[2], "size": 0}

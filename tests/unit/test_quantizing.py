@@ -194,6 +194,8 @@ def test_how_far_several_files_are_only_grows() -> None:
     told = [percentage(quantization(), asdict(step)) for step in steps]
     assert told == sorted(told)
     assert (told[0], told[-1]) == (5.0, 20.0)
+    for stage in ("installing", "something new"):
+        assert together(Progress(stage=stage, done=1, total=4), 1, 3).done == 1.0
     alone = Progress(stage="verifying", done=1, total=2)
     assert together(alone, 0, 1) == alone
 
