@@ -97,11 +97,11 @@ def upgrades(services: Services) -> dict[str, dict[str, Any]]:
         known = nodes.every(db)
     found = {entry.name: (entry.version, outdated(entry.name, entry.version, known))
              for entry in galleries.backends(services)}  # fmt: skip
-    return {name: _upgrade(services, name, *told) for name, told in sorted(found.items()) if told[1]}
+    return {name: _upgrade(name, *told) for name, told in sorted(found.items()) if told[1]}
 
 
-def _upgrade(services: Services, name: str, version: str, where: list[tuple[Node, Installed]]) -> dict[str, Any]:
-    of_gallery = galleries.record(services, name) is not None
+def _upgrade(name: str, version: str, where: list[tuple[Node, Installed]]) -> dict[str, Any]:
+    of_gallery = not galleries.comes_with_us(name)
     return {
         "backend_name": name,
         "installed_version": ", ".join(sorted({found.version for _, found in where})),
@@ -145,21 +145,25 @@ def change(services: Services, node: Node, op: Op, wanted: str) -> str:
         NotFound: there is no such backend, or the node does not have it.
         Conflict: the node is not there, or nothing of the backend runs on it.
     """
-    _need_reachable(node, op, wanted)
-    name = _meant(services, op, wanted)
-    chosen = targets(op, name, _builds(services, op, name), [node])
-    if not chosen.nodes:
-        kind = Conflict if op is Op.INSTALL else NotFound
-        raise kind(f"Node '{node.name}' cannot {op} backend '{name}': {chosen.others[node.name]}.")
-    request = request_for(op, name, _record(services, op, name))
-    return job_services.submit_node_job(services, kind=op.kind, node_id=node.id, model_id=None, request=request)
+    name, builds, entry = _meant(services, op, wanted)
+    _need_able(node, op, name, builds)
+    return _submit(services, node.id, op, name, entry)
 
 
-def _need_reachable(node: Node, op: Op, name: str) -> None:
+def _need_able(node: Node, op: Op, name: str, builds: Collection[Build]) -> None:
     if node.state not in REACHABLE:
         raise Conflict(
             f"Node '{node.name}' is {node.state}. POST /backends/apply (localai-q backends {op} {name} --all) waits for it."
         )
+    chosen = targets(op, name, builds, [node])
+    if not chosen.nodes:
+        kind = Conflict if op is Op.INSTALL else NotFound
+        raise kind(f"Node '{node.name}' cannot {op} backend '{name}': {chosen.others[node.name]}.")
+
+
+def _submit(services: Services, node_id: str, op: Op, name: str, entry: dict[str, Any] | None) -> str:
+    request = request_for(op, name, entry)
+    return job_services.submit_node_job(services, kind=op.kind, node_id=node_id, model_id=None, request=request)
 
 
 def change_everywhere(
@@ -177,8 +181,7 @@ def change_everywhere(
         NotFound: there is no such backend or node.
         Conflict: it is for no node; the message says why.
     """
-    name = _meant(services, op, wanted)
-    builds, entry = _builds(services, op, name), _record(services, op, name)
+    name, builds, entry = _meant(services, op, wanted)
     with services.db.transaction() as db:
         forgotten = op is Op.DELETE and not only and not selector and _forget_external(db, name)
         operation_id = _want(db, op, name, builds, entry, only, selector, may_be_none=forgotten)
@@ -209,13 +212,17 @@ def install_external_on(services: Services, node: Node, given: External) -> str:
     """Let there be a backend of this archive, as `install_external` does, and have one node install it now; the id of the job.
 
     Raises:
-        Conflict: the node is not there, or it cannot be such a backend.
+        NotFound: the node has been removed.
+        Conflict: it is not there, or it cannot be such a backend.
     """
-    _need_reachable(node, Op.INSTALL, given.name)
-    others = galleries.backends(services)
+    entry, others = given.entry, galleries.backends(services)
     with services.db.transaction() as db:
-        _keep(db, given.entry, others)
-    return change(services, node, Op.INSTALL, given.name)
+        there = nodes.lock(db, node.id)  # it may have gone since it was found
+        if there is None:
+            raise _no_node(node.name)
+        _need_able(there, Op.INSTALL, entry.name, entry.builds)
+        _keep(db, entry, others)
+    return _submit(services, node.id, Op.INSTALL, entry.name, entry.record)
 
 
 def _keep(db: Any, entry: BackendEntry, others: Sequence[BackendEntry]) -> None:
@@ -237,7 +244,7 @@ def _want(
     """Enter what is wanted of a backend for every node that it is for; the id of the operation."""
     known = nodes.every(db)
     if unknown := set(only) - {node.id for node in known} - {node.name for node in known}:
-        raise NotFound(f"There is no node '{min(unknown)}'. 'localai-q nodes list' shows them.")
+        raise _no_node(min(unknown))
     wished = {wish.node_id for wish in backends.every(db, states=(WishState.OPEN,)) if wish.backend == name}
     chosen = targets(op, name, builds, known, only=only, selector=selector, wished=wished)
     if not chosen.nodes and not may_be_none:
@@ -247,6 +254,10 @@ def _want(
     for node in chosen.nodes:
         backends.want(db, Wish(node_id=node.id, backend=name, op=op, operation=operation_id, entry=entry))
     return operation_id
+
+
+def _no_node(name: str) -> NotFound:
+    return NotFound(f"There is no node '{name}'. 'localai-q nodes list' shows them.")
 
 
 def _begun(services: Services, op: Op, name: str, operation_id: str) -> dict[str, Any]:
@@ -341,11 +352,7 @@ def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
         case Step.WAIT:
             return
         case Step.BEGIN:
-            request = request_for(wish.op, wish.backend, wish.entry)
-            job_id = job_services.submit_node_job(
-                services, kind=wish.op.kind, node_id=wish.node_id, model_id=None, request=request
-            )
-            values = {"job_id": job_id}
+            values = {"job_id": _submit(services, wish.node_id, wish.op, wish.backend, wish.entry)}
         case Step.DONE:
             values = {"state": WishState.DONE, "last_error": "", "job_id": None}
         case Step.CANCELLED:
@@ -363,23 +370,21 @@ def _take(services: Services, wish: Wish, step: Step, error: str) -> None:
         backends.note(db, wish, **values)
 
 
-def _meant(services: Services, op: Op, wanted: str) -> str:
-    """The name of the backend that is called so. What is to be deleted may be in no gallery any more."""
+def _meant(services: Services, op: Op, wanted: str) -> tuple[str, Collection[Build], dict[str, Any] | None]:
+    """The name of the backend that is called so, with its builds and its entry as `galleries.record` has it.
+
+    What is to be deleted needs neither, and may be in no gallery any more.
+    """
     try:
-        return galleries.backend(services, wanted).name
+        found = galleries.backend(services, wanted)
     except NotFound:
-        if op is not Op.DELETE:
+        name = wanted.rpartition("@")[2]
+        if op is not Op.DELETE or name in galleries.named(services):
             raise
-        return wanted.rpartition("@")[2]
-
-
-def _builds(services: Services, op: Op, name: str) -> Collection[Build]:
-    """The builds of the backend; those of one that is to be deleted do not matter."""
-    return () if op is Op.DELETE else galleries.backend(services, name).builds
-
-
-def _record(services: Services, op: Op, name: str) -> dict[str, Any] | None:
-    return None if op is Op.DELETE else galleries.record(services, name)
+        return name, (), None
+    if op is Op.DELETE:
+        return found.name, (), None
+    return found.name, found.builds, None if galleries.comes_with_us(found.name) else found.record
 
 
 def _operations(services: Services, found: list[Wish]) -> list[dict[str, Any]]:

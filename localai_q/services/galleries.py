@@ -110,6 +110,12 @@ def backend(services: Services, wanted: str) -> BackendEntry:
     return known[name]
 
 
+def named(services: Services) -> list[str]:
+    """The names and aliases by which backends can be named."""
+    found = backends(services)
+    return [entry.name for entry in found] + [entry.alias for entry in found if entry.alias]
+
+
 def external(services: Services) -> list[BackendEntry]:
     """The backends that admins have given the archive of."""
     with services.db.transaction() as db:
@@ -136,10 +142,16 @@ def builds(services: Services) -> dict[str, Collection[Build]]:
     return {entry.name: entry.builds.keys() for _, entry in found}
 
 
+def comes_with_us(name: str) -> bool:
+    """Whether a backend of that name is one of this version, so that nodes have its entry themselves."""
+    return any(entry.name == name for entry in catalog.catalog().backends)
+
+
 def record(services: Services, name: str) -> dict[str, Any] | None:
-    """The entry of a backend, as it goes with a job; None for one of this version, which nodes have themselves."""
-    own = {entry.name for entry in catalog.catalog().backends}
-    return next((entry.record for entry in backends(services) if entry.name == name and name not in own), None)
+    """The entry of a backend, as it goes with a job; None for one of this version."""
+    if comes_with_us(name):
+        return None
+    return next((entry.record for entry in backends(services) if entry.name == name), None)
 
 
 def shown(services: Services) -> list[dict[str, Any]]:

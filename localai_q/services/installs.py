@@ -100,7 +100,7 @@ def _foreign(
     whole["download_files"] = [*(given if isinstance(given, list) else []), *entry.files, *files]
     if name:
         whole["name"] = name
-    return translate(whole, _backends(services))
+    return translate(whole, galleries.named(services))
 
 
 def _base_of(services: Services, url: str) -> Record:
@@ -136,7 +136,7 @@ def import_documents(services: Services, text: bytes) -> list[Record]:
     found = [each for document in read_yaml(text) for each in (document if isinstance(document, list) else [document])]
     if not found or len(found) > MOST_DOCUMENTS or not all(isinstance(each, dict) for each in found):
         raise InvalidValue(f"The body needs to be one model, or up to {MOST_DOCUMENTS}, in the form of LocalAI's YAML.")
-    backends = _backends(services)
+    backends = galleries.named(services)
     taken = [translate(each, backends) for each in found]
     configs = {each.document.name: each.document.config for each in taken}
     if len(configs) < len(taken):
@@ -153,7 +153,7 @@ def edit(services: Services, name: str, text: bytes) -> Record:
 
     Raises: as `install`; ModelNotFound: there is none of that name.
     """
-    found = translate({"name": name, **_one(read_yaml(text))}, _backends(services))
+    found = translate({"name": name, **_one(read_yaml(text))}, galleries.named(services))
     if found.document.name != name:
         raise Conflict(f"A model keeps its name: this one is '{name}', not '{found.document.name}'.")
     known = models.named(services, name).config
@@ -206,7 +206,7 @@ def _import_uri(
         source = source_of(uri)
         sources.parse(source)
     content = {**wanted.fields, "name": name or _name_of(source), "parameters": {"model": source}}
-    taken = translate(content, _backends(services))
+    taken = translate(content, galleries.named(services))
     document = checked(Document, {**taken.document.model_dump(exclude_unset=True), "sha256": sha256})
     return _added(services, Imported(document=document, warnings=[*taken.warnings, *left_out]), preload=preload)
 
@@ -223,12 +223,6 @@ def _added(services: Services, found: Imported, *, preload: bool) -> Record:
     document = found.document
     model_id = models.add(services, document.name, document.config.model_copy(update={"preload": preload}))["id"]
     return {"uuid": model_id, "status": f"/models/jobs/{model_id}", "name": document.name, "warnings": found.warnings}
-
-
-def _backends(services: Services) -> list[str]:
-    """The names by which models can name backends."""
-    found = galleries.backends(services)
-    return [entry.name for entry in found] + [entry.alias for entry in found if entry.alias]
 
 
 # --- how far they are

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 from cluster_data import SECRET, claim, join, node_named, ready_node
+from sqlalchemy import text
 
 from localai_q import __version__, names
 from localai_q.cluster.backends import MOST_ATTEMPTS, Op, WishState
@@ -311,6 +312,28 @@ def test_what_cannot_be_given_for_one_node_is_not_remembered(services: Services)
     with pytest.raises(Conflict, match=r"is offline.*waits for it"):
         backends.install_external_on(services, away, External(uri="oci://x.example/b:1", name="mine"))
     assert galleries.external(services) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ("UPDATE nodes SET state = 'offline'", Conflict, "is offline"),
+        ("UPDATE nodes SET approved = false", Conflict, "it is not approved"),
+        ("DELETE FROM nodes", NotFound, "no node 'n1'"),
+    ],
+)
+def test_what_is_given_for_a_node_that_cannot_have_it_leaves_what_was_given_before(
+    services: Services, change: str, error: type[Exception], says: str
+) -> None:
+    """Also where the node went away after it was found."""
+    ready_node(services, "n2")
+    give(services)
+    node = ready_node(services)
+    with services.db.transaction() as db:
+        db.execute(text(change))
+    with pytest.raises(error, match=says):
+        backends.install_external_on(services, node, External(uri="oci://x.example/b:2", name="mine"))
+    assert [entry.version for entry in galleries.external(services)] == ["1"]
 
 
 def test_what_an_admin_gave_is_gone_from_all_nodes_when_it_is_deleted(services: Services) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from cluster_data import add_model, model_named, ready_node, reported
+from cluster_data import add_model, model_named, node_named, ready_node, reported
 from file_server import FileServer, Remote
 from sqlalchemy import text
 from test_replicas_service import GB, only
@@ -132,6 +132,35 @@ def test_what_is_in_no_gallery_any_more_is_deleted_by_its_name_in_one(services: 
     nodes.heartbeat(services, node, hardware={"backends": [has]})
     told = backends.change_everywhere(services, Op.DELETE, "gone@mine")
     assert (told["gallery_element_name"], [each["node_name"] for each in told["nodes"]]) == ("mine", ["n1"])
+
+
+def test_a_backend_that_some_gallery_has_is_not_deleted_by_its_name_in_another(
+    services: Services, gallery: Path
+) -> None:
+    own = naming(services, json.dumps([{"name": "a", "url": str(gallery)}]))
+    has = {"version": "2", "digest": "a" * 64, "build": "cpu", "installed_at": 1.0}
+    node = ready_node(own)
+    backends.install_external(own, External(uri="oci://x.example/b:1", name="given", alias="there"))
+    nodes.heartbeat(own, node, hardware={"backends": [{**has, "name": name} for name in ("echo", "mine", "given")]})
+    node = node_named(own, "n1")
+    for wanted in ("a@echo", "gone@mine", "a@given", "a@there", "gone@there"):
+        with pytest.raises(NotFound, match="in the gallery"):
+            backends.change_everywhere(own, Op.DELETE, wanted)
+        with pytest.raises(NotFound, match="in the gallery"):
+            backends.change(own, node, Op.DELETE, wanted)
+    backends.change(own, node, Op.DELETE, "a@mine")
+
+
+def test_what_comes_with_this_version_is_known_without_a_look_at_galleries(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[Services] = []
+    listed = galleries.listed
+    monkeypatch.setattr(galleries, "listed", lambda services: looks.append(services) or listed(services))
+    assert galleries.record(services, "echo") is None
+    assert looks == []
+    backends.change(services, ready_node(services), Op.INSTALL, "echo")
+    assert len(looks) == 1
 
 
 def test_what_a_gallery_says_to_use_gpus_is_booked_in_their_memory_by_whoever_has_not_read_it_yet(
