@@ -96,6 +96,32 @@ def embedder(spread: float = 0.1, **changes: object) -> bytes:
     return of_weights(pairs, shapes, spread)
 
 
+def speaker(spread: float) -> bytes:
+    """A llama of one layer that has learnt nothing, and is the surer of what comes next the larger `spread` is."""
+    width, inner = 256, 512
+    tokens = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *map(chr, range(33, 127)),
+        *(f"\u2581{chr(n)}" for n in range(33, 127)),
+    ]
+    pairs = {
+        **PAIRS, "llama.block_count": 1, "llama.embedding_length": width, "llama.feed_forward_length": inner,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5, "tokenizer.ggml.model": "bert", "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.padding_token_id": 0, "tokenizer.ggml.unknown_token_id": 1, "tokenizer.ggml.cls_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 2, "tokenizer.ggml.seperator_token_id": 3, "tokenizer.ggml.eos_token_id": 3,
+    }  # fmt: skip
+    layer = {"attn_norm": (width,), "attn_q": (width, width), "attn_k": (width, width // 2), "attn_v": (width, width // 2),
+             "attn_output": (width, width), "ffn_norm": (width,), "ffn_gate": (width, inner), "ffn_up": (width, inner),
+             "ffn_down": (inner, width)}  # fmt: skip
+    shapes = {f"{name}.weight": (width, len(tokens)) for name in ("token_embd", "output")}
+    shapes |= {"output_norm.weight": (width,), **{f"blk.0.{name}.weight": shape for name, shape in layer.items()}}
+    return of_weights(pairs, shapes, spread)
+
+
 def projector(width: int) -> bytes:
     """What makes an image of 32 by 32 points into one token for a model of this width, as SmolVLM's does; it knows none."""
     inner, hidden, patch, image = 8, 16, 16, 32

@@ -111,6 +111,14 @@ def test_a_job_that_two_backends_died_of_fails_with_their_words_and_is_left_alon
     assert job not in ledger.waiting("echo") + ledger.leased("echo")
 
 
+def test_a_backend_that_says_it_is_stuck_is_believed_only_where_something_was_cancelled(
+    ledger: Ledger, ask: Ask
+) -> None:
+    poison = ask(numbers(9, delay_ms=50, exit_after=3, exit_status=75, again=1)).wait()
+    assert "exit code 75" in poison.error["message"]
+    assert ledger.row(poison.job)["state"] == "failed"
+
+
 def test_a_request_that_cannot_be_cancelled_is_ended_with_its_backend_and_no_other_is_blamed(
     cluster: Cluster, ledger: Ledger, ask: Ask
 ) -> None:

@@ -284,6 +284,29 @@ def test_a_backend_ends_when_a_cancelled_request_does_not(folders: dict[str, Pat
         assert b"a request that was cancelled has not ended within 1 seconds" in running.process.stderr.read()
 
 
+def test_a_backend_goes_on_when_what_cannot_be_cancelled_takes_its_time(folders: dict[str, Path]) -> None:
+    with closing(Running(folders["echo"], LOCALAI_Q_CANCEL_PATIENCE="1")) as running:
+        assert running.load(Model="m", Options=["first_ms:3500"]).success
+        given_up = running.stub.Embedding.future(pb.PredictOptions(Embeddings="a"))
+        assert wait_for(lambda: running.status().slots_busy == 1)
+        given_up.cancel()
+        assert wait_for(lambda: running.status().slots_busy == 0)
+        assert running.process.poll() is None
+
+
+def test_a_backend_goes_on_when_cancelled_requests_end_one_after_the_other(folders: dict[str, Path]) -> None:
+    with closing(Running(folders["echo"], LOCALAI_Q_CANCEL_PATIENCE="3")) as running:
+        assert running.load(Model="m", Options=["parallel:5"]).success
+        streams = [running.stream(content=f"[[echo tokens=9 delay_ms=600000 linger_ms={1000 * number}]]")
+                   for number in range(1, 6)]  # fmt: skip
+        for stream in streams:
+            next(stream)
+        for stream in streams:
+            stream.cancel()
+        assert wait_for(lambda: running.status().slots_busy == 0)
+        assert running.process.poll() is None
+
+
 def test_a_backend_goes_on_when_a_cancelled_request_ends(folders: dict[str, Path]) -> None:
     with closing(Running(folders["echo"], LOCALAI_Q_CANCEL_PATIENCE="1")) as running:
         assert running.load(Model="m", Options=["parallel:2"]).success

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ import psutil
 import pytest
 from cluster_data import add_model, api_over_http, model_named, ready_node
 from file_server import Remote, serve
-from gguf_files import PAIRS, embedder, gguf, split_into, text, value
+from gguf_files import PAIRS, embedder, gguf, speaker, split_into, text, value
 from waiting import LIMIT, wait_for
 
 from localai_q import gguf as headers
@@ -254,6 +255,13 @@ def test_vectors_that_cannot_be_compared_fail_it(
     assert (one["status"], one["failures"]) == ("failed", []), one
     assert says in one["message"]
     assert node.left() == []
+
+
+def test_a_model_that_knows_nothing_fails_it_at_once(node: Quantizer, tmp_path: Path) -> None:
+    (tmp_path / "s.gguf").write_bytes(speaker(2.0))
+    one = node.make(**source(tmp_path / "s.gguf"), quantization_type="f16")
+    assert (one["status"], one["failures"]) == ("failed", []), one
+    assert re.search(r"the source is of no use: its perplexity is [0-9.]+e\+[0-9]+$", one["message"]), one
 
 
 def test_vectors_are_made_as_the_model_says(node: Quantizer, tmp_path: Path) -> None:

@@ -119,6 +119,7 @@ class AnsweringBackend(serving.Backend):
             body = bodies.read_body(request, model.template_has_tools, model.context_size)
             chunks: Chunks = SimpleQueue()
             call.on_stop(lambda: chunks.put(None))
+            call.heeds_stop = True
             thread = threading.Thread(target=_generate, args=(model, body, call, chunks), daemon=True)
             thread.start()
         except BaseException:

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ MAX_MESSAGE = 50 << 20  # bytes, as LocalAI has it
 FREE_PATIENCE = 60.0  # seconds that running requests have to notice that their model goes
 STOP_PATIENCE = 1.0  # seconds that the process takes to end
 CANCEL_PATIENCE = float(os.environ.get("LOCALAI_Q_CANCEL_PATIENCE") or 120)  # seconds that a stopped request has to end
-STUCK = 75  # the exit status of a process in which a stopped request does not end
+STUCK = 75  # the exit status where a stopped request does not end; `workers.replica.backend` has the same
 PR_SET_PDEATHSIG = 1
 
 # The threads of an engine wait for each other some hundred times for each token. libgomp has them wait busily for 300,000
@@ -68,8 +69,10 @@ class Call:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
         self._wake: Callable[[], None] | None = None
+        self.heeds_stop = False  # set by work that looks for `stopped`; other, as an embedding, takes its time
         self.stopped = threading.Event()
-        self.outstayed = 0  # looks at which it was there though it was stopped
+        self.stopped_at = 0.0  # by the monotonic clock
+        self.outstayed = 0  # looks at which it was there though it was stopped, and none had been for longer
         self.freed = False
 
     def on_stop(self, wake: Callable[[], None]) -> None:
@@ -81,6 +84,7 @@ class Call:
     def stop(self, *, freed: bool = False) -> None:
         """Ask for its end."""
         self.freed = self.freed or freed
+        self.stopped_at = self.stopped_at or time.monotonic()
         self.stopped.set()
         if self._wake:
             self._wake()
@@ -115,14 +119,18 @@ class Calls:
             self._changed.notify_all()
 
     def look(self) -> bool:
-        """Whether one of them was stopped and does not end. To be called each second.
+        """Whether one of them was stopped, heeds that, and does not end. To be called each second.
 
-        Looks are counted rather than time: a process that was paused has had none in which to end a request.
+        Only the one that was stopped first is looked at: others may be waiting in the engine for its end. Looks are
+        counted rather than time: a process that was paused has had none in which to end a request.
         """
         with self._changed:
-            for call in self._calls:
-                call.outstayed += call.stopped.is_set()
-            return any(call.outstayed > CANCEL_PATIENCE for call in self._calls)
+            waited_for = [call for call in self._calls if call.heeds_stop and call.stopped.is_set()]
+            if not waited_for:
+                return False
+            first = min(waited_for, key=lambda call: call.stopped_at)
+            first.outstayed += 1
+            return first.outstayed > CANCEL_PATIENCE
 
     def stop_all(self, patience: float) -> bool:
         """Stop them and wait for their end; whether all have ended within `patience` seconds."""

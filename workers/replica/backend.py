@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 PROBE_EVERY = 5.0  # seconds between two health checks
 PROBE_TIMEOUT = 5.0
 PROBES_MISSED = 3  # after so many in a row the backend counts as wedged
-STUCK = 75  # the exit status of a backend that cannot end a request which was cancelled
+STUCK = 75  # the exit status where a request that was cancelled does not end; the backends' `serving` has the same
 SPARE_THREADS = 16  # of a backend, for what is asked of it besides its slots' requests
 
 
@@ -35,6 +35,7 @@ class Backend:
         self._stopping = False
         self.death = ""  # why it died, once `dead` is set
         self.was_stuck = False  # by a request that was cancelled: it died of none that was under way then
+        self._has_cancelled = False  # a request, so that it can be stuck
         self.dead = threading.Event()
         folder, self._held = versions.hold(spec.backend_folder)
         if spec.log.exists():  # of the process before this one, whose last words are not this one's
@@ -77,6 +78,11 @@ class Backend:
         """Begin an embedding: a future of the result."""
         return self._stub.Embedding.future(options, metadata=self._metadata)
 
+    def cancel(self, call: Any) -> None:
+        """End a generation or an embedding."""
+        self._has_cancelled = True
+        call.cancel()
+
     def kill(self) -> None:
         """End the process at once, whatever it does; who waits for its answer is told."""
         self._stopping = True
@@ -101,7 +107,7 @@ class Backend:
 
     def _watch_process(self) -> None:
         code = self._server.process.wait()
-        self.was_stuck = code == STUCK
+        self.was_stuck = code == STUCK and self._has_cancelled  # else it died of what it does, whatever it says
         if not self._stopping:
             self._die(f"the backend ended with exit code {code}")
 

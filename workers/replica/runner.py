@@ -7,6 +7,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import grpc
@@ -138,7 +139,7 @@ class Runner:
     def _generate(self, held: Held, kind: str, choice: int, body: dict[str, Any]) -> tuple[Usage, dict[str, float]]:
         options = predict_options(self._identity, kind, body, held.lease.job_id)
         call = self._backend.stream(options)
-        held.on_cancel(call.cancel)
+        held.on_cancel(partial(self._backend.cancel, call))
         seen, last = 0, None
         try:
             for reply in call:
@@ -158,7 +159,7 @@ class Runner:
         used = 0
         for index, body in enumerate(request.bodies()):
             call = self._backend.embed(embedding_options(self._identity, body["input"], held.lease.job_id))
-            held.on_cancel(call.cancel)
+            held.on_cancel(partial(self._backend.cancel, call))
             try:
                 result = call.result()
             except grpc.RpcError as error:

@@ -45,9 +45,11 @@ class Plan:
     first_ms: float = 0
     fail_after: int = -1
     exit_after: int = -1
+    exit_status: int = 3
     wedge_after: int = -1
     garbage_after: int = -1
     stuck_after: int = -1
+    linger_ms: float = 0
     again: int = 0  # 1: failures happen to a continued answer too
 
 
@@ -184,6 +186,7 @@ class EchoBackend(serving.Backend):
             text = request.Embeddings or " ".join(str(number) for number in request.EmbeddingTokens)
             words = len(text.split())
             _check_length(engine, words)
+            time.sleep(engine.plan.first_ms / 1000)
             raw = [byte - 127.5 for byte in hashlib.sha256(text.encode()).digest()]
             length = math.sqrt(sum(value * value for value in raw))
             return backend_pb2.EmbeddingResult(
@@ -228,6 +231,7 @@ class EchoBackend(serving.Backend):
     def _answer(
         self, engine: Echo, call: serving.Call, request: backend_pb2.PredictOptions, context: grpc.ServicerContext
     ) -> Iterator[backend_pb2.Reply]:
+        call.heeds_stop = True
         ask, chat = _read(request)
         _check_length(engine, ask.words)
         plan, text = _plan(engine.plan, ask.text)
@@ -253,6 +257,7 @@ class EchoBackend(serving.Backend):
         first = started
         for index in range(done, len(tokens)):
             if call.stopped.wait((plan.first_ms if index == done else plan.delay_ms) / 1000):
+                time.sleep(plan.linger_ms / 1000)
                 _stopped(call)
             if index == done:
                 first = time.monotonic()
@@ -276,7 +281,7 @@ class EchoBackend(serving.Backend):
 
     def _fail_as_told(self, plan: Plan, index: int, context: grpc.ServicerContext) -> None:
         if index == plan.exit_after:
-            _exit("echo was told to exit", 3)
+            _exit("echo was told to exit", plan.exit_status)
         if index == plan.fail_after:
             raise serving.Refusal(grpc.StatusCode.INTERNAL, "echo was told to fail")
         if index == plan.stuck_after:

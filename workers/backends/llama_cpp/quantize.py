@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import re
 import sys
@@ -40,6 +39,7 @@ LOGITS = 64 << 20  # numbers that are kept of the source: fewer tokens of a larg
 BATCH = 64  # tokens between two reports
 CHUNKS = 16  # of the text, at most, whose vectors are compared
 CHUNK = 100  # characters of one
+USELESS = 1e18  # figures from here on say only that nothing is left of the model
 BUFFER = 1 << 30  # bytes of a tensor that are kept in memory at once
 ERROR = 4  # the level of a line of the library's log
 
@@ -176,9 +176,11 @@ def compare(order: dict[str, Any], tokens: list[int], log: Log) -> dict[str, Any
     for ours, theirs in zip(found, expected, strict=True):  # row by row: a vocabulary is large
         divergence += float(np.sum(np.exp(theirs) * (theirs - ours)))
     divergence /= len(expected)
-    for name, value in (("perplexity", result["perplexity"]), ("divergence from the source", divergence)):
-        if not math.isfinite(value):
-            raise Failed(f"the result is of no use: its {name} is {value}")
+    for name, figure, value in (("source", "perplexity", source["perplexity"]),
+                                ("result", "perplexity", result["perplexity"]),
+                                ("result", "divergence from the source", divergence)):  # fmt: skip
+        if not abs(value) < USELESS:  # so is what is no number
+            raise Failed(f"the {name} is of no use: its {figure} is {value}")
     return {**result, **{f"source_{name}": value for name, value in source.items()},
             "kl_divergence": max(divergence, 0.0), "tokens": len(tokens)}  # fmt: skip
 
