@@ -29,6 +29,9 @@ from localai_q.cluster.disk import SPARE
 from localai_q.cluster.nodes import MOST_SLOTS
 from localai_q.errors import StartupError
 
+BUILTIN = "builtin"  # what this version comes with is listed under this,
+EXTERNAL = "external"  # and backends that admins have given the archive of under this
+GALLERY = re.compile(r"[^/@\n]{1,100}")
 ADDRESS = re.compile(r"(?:[A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):([0-9]{1,5})")
 
 
@@ -42,9 +45,15 @@ def _named_places(value: str) -> dict[str, str]:
     if not value.lstrip().startswith("["):
         return {str(number): place for number, place in enumerate(_words(value), 1)}
     try:
-        return {str(each["name"]): str(each["url"]) for each in json.loads(value)}
+        places = [(str(each["name"]), str(each["url"])) for each in json.loads(value)]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError('needs the form [{"name": "mine", "url": "https://HOST/index.yaml"}]') from error
+    if len(dict(places)) < len(places):
+        raise ValueError("needs another name for each gallery")
+    if wrong := [name for name, _ in places if name in (BUILTIN, EXTERNAL) or not GALLERY.fullmatch(name)]:
+        raise ValueError(f"needs another name than {wrong[0]!r}: neither '{BUILTIN}' nor '{EXTERNAL}', and 1 to 100 characters "
+                         "without '/' and '@'")  # fmt: skip
+    return dict(places)
 
 
 class Settings(BaseSettings):

@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 
 from localai_q.cluster.builds import Build
-from localai_q.config import Settings
+from localai_q.config import BUILTIN, EXTERNAL, Settings
 from localai_q.errors import InvalidValue, LocalAIError, NotFound, Unavailable
 from localai_q.gallery import catalog
 from localai_q.gallery.catalog import BackendEntry, ForeignEntry, ModelEntry
@@ -32,8 +32,6 @@ log = logging.getLogger(__name__)
 GITHUB = re.compile(r"github:(?://)?([\w.-]+/[\w.-]+)/([^@]+)@([\w./-]+)")  # LocalAI's word for a file there
 FRESH = 60.0  # seconds
 LARGEST = 4 << 20  # bytes
-OWN = "builtin"  # what this version comes with is listed under this,
-GIVEN = "external"  # and backends that admins have given the archive of under this
 
 AnyModel = ModelEntry | ForeignEntry
 Entry = TypeVar("Entry")
@@ -90,8 +88,8 @@ def backends(services: Services) -> list[BackendEntry]:
 
 def listed(services: Services) -> list[tuple[str, BackendEntry]]:
     """The same, each after the name of its gallery."""
-    own = [(OWN, entry) for entry in catalog.catalog().backends]
-    return _firsts(own, [(GIVEN, entry) for entry in external(services)], _of_galleries(services))
+    own = [(BUILTIN, entry) for entry in catalog.catalog().backends]
+    return _firsts(own, [(EXTERNAL, entry) for entry in external(services)], _of_galleries(services))
 
 
 def backend(services: Services, wanted: str) -> BackendEntry:
@@ -138,7 +136,7 @@ def builds(services: Services) -> dict[str, Collection[Build]]:
 
     Those that admins have given the archive of are not among them: they are for the processor.
     """
-    found = _firsts([(OWN, entry) for entry in catalog.catalog().backends], _of_galleries(services, wait=False))
+    found = _firsts([(BUILTIN, entry) for entry in catalog.catalog().backends], _of_galleries(services, wait=False))
     return {entry.name: entry.builds.keys() for _, entry in found}
 
 
@@ -165,7 +163,7 @@ def shown(services: Services) -> list[dict[str, Any]]:
 
 def models(services: Services) -> list[tuple[str, AnyModel]]:
     """Every model that can be installed, after the name of its gallery; those of this version first."""
-    own: list[tuple[str, AnyModel]] = [(OWN, entry) for entry in catalog.catalog().models]
+    own: list[tuple[str, AnyModel]] = [(BUILTIN, entry) for entry in catalog.catalog().models]
     return own + [(name, entry) for name, gallery in _model_galleries(services) for entry in gallery.entries]
 
 

@@ -15,7 +15,7 @@ from localai_q import names, network
 from localai_q.cluster.backends import Op
 from localai_q.cluster.memory import Memory
 from localai_q.cluster.states import ReplicaState
-from localai_q.config import load_settings
+from localai_q.config import Settings, load_settings
 from localai_q.errors import InvalidValue, NotFound, StartupError
 from localai_q.gallery import catalog
 from localai_q.gallery.catalog import External
@@ -291,3 +291,25 @@ def test_a_gallery_that_is_not_there_is_named(services: Services, tmp_path: Path
 def test_a_setting_that_names_no_gallery_stops_the_start(value: str) -> None:
     with pytest.raises(StartupError, match=r"LOCALAI_Q_BACKEND_GALLERIES.*(whole paths|needs the form)"):
         load_settings(backend_galleries=value)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["a", "a"], "another name for each"),
+        (["builtin"], "another name than 'builtin'"),
+        (["a", "external"], "another name than 'external'"),
+        (["a/b"], "another name than 'a/b'"),
+        (["a@b"], "another name than 'a@b'"),
+        ([""], "another name than ''"),
+        (["n" * 101], "1 to 100 characters"),
+    ],
+)
+@pytest.mark.parametrize("setting", ["backend_galleries", "galleries"])
+def test_a_name_of_a_gallery_by_which_nobody_could_name_it_stops_the_start(
+    setting: str, names: list[str], says: str
+) -> None:
+    value = json.dumps([{"name": name, "url": f"/{number}"} for number, name in enumerate(names)])
+    with pytest.raises(StartupError, match=says) as error:
+        load_settings(**{setting: value})
+    assert error.value.message.startswith(str(Settings.model_fields[setting].validation_alias))
