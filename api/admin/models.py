@@ -136,8 +136,7 @@ def as_on_a_page(status: dict[str, Any]) -> dict[str, Any]:
     return {
         **status,
         "galleryElementName": status["gallery_element_name"],
-        "queued": False,
-        "completed": status["processed"] and not status["error"],
+        "completed": status["processed"] and not status["error"] and not status["cancelled"],
     }
 
 

@@ -415,6 +415,7 @@ def _operation(
         "op": op,
         "deletion": op is Op.DELETE,
         "processed": ended == len(wishes),
+        "cancelled": any(wish.state is WishState.CANCELLED for wish in wishes),
         "progress": round(sum(parts) / len(parts), 1) if parts else 100.0,
         "message": f"{op} of {name}: {ended} of {len(wishes)} nodes",
         "error": "; ".join(errors) or None,

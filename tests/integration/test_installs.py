@@ -11,6 +11,7 @@ from file_server import FileServer, Remote, serve
 from test_galleries import BOMB
 from test_replicas_service import stage
 
+from api.admin.models import as_on_a_page
 from localai_q import names, network
 from localai_q.cluster.importing import Preferences
 from localai_q.cluster.nodes import Node
@@ -281,6 +282,7 @@ class TestPreloading:
         jobs.apply_ends(services)
         shown = installs.installation(services, uuid)
         assert (shown["processed"], shown["cancelled"], shown["error"]) == (True, True, None)
+        assert as_on_a_page(shown)["completed"] is False
 
     @pytest.mark.parametrize("asked", ["dismiss", "prune"])
     def test_a_fetch_that_was_cancelled_and_forgotten_is_not_begun_again(
