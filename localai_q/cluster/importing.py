@@ -148,8 +148,9 @@ def _says(name: str, quantization: str) -> bool:
 
 def _plainest(name: str, quantization: str, found: Sequence[str]) -> str:
     """The file to whose name all others add words."""
-    plainest = min(found, key=len)
-    if any(not _words(plainest) < _words(file) for file in found if file != plainest):
+    words = {file: _words(file) for file in found}
+    plainest = min(found, key=lambda file: len(words[file]))
+    if any(not words[plainest] < words[file] for file in found if file != plainest):
         raise _unclear(f"{name} has several files with {quantization}: {_shown(found)}")
     return plainest
 

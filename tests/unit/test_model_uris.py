@@ -96,6 +96,7 @@ def test_the_only_model_of_a_repository_needs_no_word() -> None:
     ("files", "file"),
     [
         (["x-UD-Q4_K_M.gguf", "x-Q4_K_M.gguf", "x-Q4_K_M-imat.gguf"], "x-Q4_K_M.gguf"),
+        (["Q4_K_M/x-Q4_K_M-00001-of-00002.gguf", "x-UD-Q4_K_M.gguf"], "Q4_K_M/x-Q4_K_M-00001-of-00002.gguf"),
         (["UD/x-UD-Q4_K_M-00001-of-00002.gguf", "x-Q4_K_M-00001-of-00003.gguf"], "x-Q4_K_M-00001-of-00003.gguf"),
     ],
 )
