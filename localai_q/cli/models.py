@@ -220,7 +220,9 @@ def import_model(
         list[str] | None,
         typer.Option(help="Which file of a repository of Hugging Face, as q8_0; repeatable, the most wanted first."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="The engine of what a URI names.")] = "",
+    backend: Annotated[
+        str, typer.Option(help="The engine of what a URI names; llama-cpp, in LocalAI's words, is xllamacpp.")
+    ] = "",
     embeddings: Annotated[
         bool, typer.Option("--embeddings", help="What a URI names embeds; it does not chat.")
     ] = False,

@@ -240,7 +240,7 @@ def _shown(one: Record) -> Record:
         "bits": made.get("bits_per_weight"),
         "perplexity": _figure(made, "perplexity"),
         "divergence": made.get("kl_divergence"),
-        "similarity": made.get("cosine_similarity"),
+        "similarity": _figure(made, "cosine_similarity"),
         "created": when(one["created"]),
     }
 

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from localai_q.cluster.amounts import part_of
-from localai_q.cluster.builds import Build, uses_gpus
+from localai_q.cluster.builds import BUILDS, Build, uses_gpus
 from localai_q.cluster.disk import SPARE, spare
 from localai_q.cluster.memory import Memory, Need, need, need_within
 from localai_q.cluster.models import Model
@@ -312,8 +312,8 @@ def _short(wanted: Need, room: Memory) -> str:
 
 
 def _gpus(node: Node) -> list[dict[str, Any]]:
-    """The GPUs that have memory of their own; what runs on others takes the machine's."""
-    found = node.hardware.get("gpus")
+    """The GPUs that have memory of their own and that models may use; what runs on others takes the machine's."""
+    found = node.hardware.get("gpus") if set(node.hardware.get("builds", BUILDS)) - {"cpu"} else None
     gpus = [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
     return [gpu for gpu in gpus if _number(gpu, "vram_total") < UNLIMITED]
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Self
+from urllib.parse import unquote
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -101,9 +102,13 @@ def repository(uri: str) -> Repository | None:
         InvalidValue: its revision would lead elsewhere in a URL.
     """
     found = next((match for form in _FORMS if (match := form.fullmatch(uri))), None)
-    if found and {"", ".", ".."} & set((found[2] or "main").split("/")):
-        raise InvalidValue(f"{found[2]!r} is no revision of a repository.", param="uri")
-    return Repository(found[1], found[2] or "main") if found else None
+    if found is None:
+        return None
+    revision = found[2] or "main"
+    revision = unquote(revision) if uri.startswith("https:") else revision
+    if {"", ".", ".."} & set(revision.split("/")):
+        raise InvalidValue(f"{revision!r} is no revision of a repository.", param="uri")
+    return Repository(found[1], revision)
 
 
 def choose(name: str, files: Collection[str], wanted: Sequence[str] = ()) -> str:
@@ -135,10 +140,15 @@ def choose(name: str, files: Collection[str], wanted: Sequence[str] = ()) -> str
 
 
 def _is_model(file: str) -> bool:
-    """Whether a file is a model's only one, or its first."""
+    """Whether a file is a model's only one, or its first, and has a name that a source can say."""
     several = part(file)
     lower = file.lower()
-    return lower.endswith(".gguf") and not _NO_MODEL.search(lower) and (several is None or several.number == 1)
+    return (
+        lower.endswith(".gguf")
+        and not set("@?#") & set(file)
+        and not _NO_MODEL.search(lower)
+        and (several is None or several.number == 1)
+    )
 
 
 def _says(name: str, quantization: str) -> bool:

@@ -100,10 +100,10 @@ def backend(services: Services, wanted: str) -> BackendEntry:
     """
     gallery, _, name = wanted.rpartition("@")
     found = [(where, entry) for where, entry in listed(services) if gallery in ("", where)]
-    known = {entry.alias: entry for _, entry in found} | {entry.name: entry for _, entry in found}
+    known = {entry.alias: entry for _, entry in reversed(found)} | {entry.name: entry for _, entry in found}
     if name not in known:
         names = ", ".join(entry.name for _, entry in found)
-        place = f"gallery {gallery!r}" if gallery else "catalogue"
+        place = f"gallery {gallery!r}, or an earlier one has it, too" if gallery else "catalogue"
         raise NotFound(f"there is no backend {name!r} in the {place}; there are: {names or 'none'}")
     return known[name]
 

@@ -93,6 +93,7 @@ def test_a_backend_of_a_job_is_installed_made_anew_and_deleted(
     worker.run(upgrade)
     assert result(services, upgrade)[0] is JobState.DONE
     assert versions.pointer(root, "toy").resolve() != place
+    (root / "toy" / ".archive" / "blobs").mkdir(parents=True)  # as an install leaves it that failed
     delete = submit(services, node, "delete_backend", entry)
     worker.run(delete)
     assert result(services, delete) == (JobState.DONE, {"name": "toy", "removed": True})

@@ -313,3 +313,11 @@ def test_a_name_of_a_gallery_by_which_nobody_could_name_it_stops_the_start(
     with pytest.raises(StartupError, match=says) as error:
         load_settings(**{setting: value})
     assert error.value.message.startswith(str(Settings.model_fields[setting].validation_alias))
+
+
+def test_of_two_backends_with_one_alias_the_first_is_meant(services: Services, tmp_path: Path) -> None:
+    for number, name in enumerate(("mine", "yours")):
+        (tmp_path / str(number)).write_text(ENTRY.replace("mine", name) + "  alias: shared\n")
+    own = naming(services, tmp_path / "0", tmp_path / "1")
+    assert galleries.backend(own, "shared").name == "mine"
+    assert galleries.backend(own, "2@shared").name == "yours"

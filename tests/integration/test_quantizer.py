@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import random
 import re
 import struct
 import subprocess
@@ -286,6 +287,12 @@ def test_what_the_library_can_be_told(node: Quantizer, smol: str, tmp_path: Path
     ]
     assert headers.read_tensors(node.file(made["sha256"])).types == {"f32", "q8_0", "q5_0", "q4_1"}
     assert 32 < made["tokens"] < 200
+
+
+def test_a_text_may_be_any_bytes(node: Quantizer, smol: str, tmp_path: Path) -> None:
+    (tmp_path / "text").write_bytes(random.Random(1).randbytes(100_000))
+    made = node.make(model=smol, quantization_type="q8_0", extra_options=AGAIN, text=given(tmp_path / "text"))
+    assert made["result"]["tokens"] == 256
 
 
 def dat(entries: dict[str, list[float]]) -> bytes:

@@ -132,6 +132,8 @@ class TestExamine:
 
     def test_a_node_that_takes_no_build_for_its_gpus_has_models_in_ram(self) -> None:
         assert refused(node(gpus=[gpu(1)], builds=["cpu"]), model(memory=3 * GB), uses_gpu=True) == ""
+        limited = node(ram=8, gpus=[gpu(80)], builds=["cpu"], budget=2 * GB)
+        assert refused(limited, model(memory=3 * GB), uses_gpu=True) == "needs 3.0 GB, 2.0 GB free (as configured)"
         old = {**gpu(1), "driver": "470.1"}
         assert refused(node(gpus=[old]), model(memory=3 * GB), uses_gpu=True) == ""
 

@@ -26,6 +26,7 @@ FILES = [
         ("hf://o/r@refs/pr/1", "o/r", "refs/pr/1"),
         ("https://huggingface.co/o/r-1.5_x", "o/r-1.5_x", "main"),
         ("https://huggingface.co/o/r/tree/v2", "o/r", "v2"),
+        ("https://huggingface.co/o/r/tree/refs%2Fpr%2F1", "o/r", "refs/pr/1"),
         ("o/r", "o/r", "main"),
     ],
 )
@@ -42,7 +43,16 @@ def test_what_names_no_repository(uri: str) -> None:
     assert repository(uri) is None
 
 
-@pytest.mark.parametrize("uri", ["hf://o/r@..", "o/r@.", "o/r@a/../b", "https://huggingface.co/o/r/tree/.."])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "hf://o/r@..",
+        "o/r@.",
+        "o/r@a/../b",
+        "https://huggingface.co/o/r/tree/..",
+        "https://huggingface.co/o/r/tree/a%2F..",
+    ],
+)
 def test_a_revision_that_leads_elsewhere_is_refused(uri: str) -> None:
     with pytest.raises(InvalidValue, match="is no revision of a repository") as error:
         repository(uri)
@@ -90,6 +100,7 @@ def test_what_is_there_is_listed_where_it_is_not_clear_what_is_meant(files: list
 
 def test_the_only_model_of_a_repository_needs_no_word() -> None:
     assert choose("o/r", ["mmproj.gguf", "b-00001-of-00002.gguf", "b-00002-of-00002.gguf"]) == "b-00001-of-00002.gguf"
+    assert choose("o/r", ["a.gguf", "b@c.gguf", "b#c.gguf", "b?c.gguf"]) == "a.gguf", "no source can say the others"
 
 
 @pytest.mark.parametrize(

@@ -203,6 +203,13 @@ def test_libraries_for_devices_are_looked_for_where_there_are_some(
         hardware._runtimes.cache_clear()
 
 
+def test_where_models_may_not_use_gpus_the_budget_is_of_ram(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardware, "pynvml", Driver())
+    found = hardware.read(tmp_path, lambda total: total, ["cpu"])
+    assert found["budget"] == found["ram_total"]
+    assert hardware.read(tmp_path, lambda total: total, ["cuda12"])["budget"] >= 24 * GIB
+
+
 def test_the_builds_that_the_owner_wants_are_told(tmp_path: Path) -> None:
     wanted = Settings(LOCALAI_Q_BACKEND_BUILDS="cuda12, vulkan").builds
     assert hardware.read(tmp_path, Settings().budget_of, wanted)["builds"] == ["cuda12", "vulkan"]

@@ -45,7 +45,8 @@ def read(models: Path, budget_of: Callable[[int], int], builds: Sequence[str] = 
         found |= _tolerant(part)
     if "gpus" not in found:  # what could not be read is not what is not there
         return found
-    total = sum(gpu.get("vram_total", 0) for gpu in found["gpus"]) or found.get("ram_total", 0)
+    usable = found["gpus"] if set(builds) - {"cpu"} else []
+    total = sum(gpu.get("vram_total", 0) for gpu in usable) or found.get("ram_total", 0)
     return found | {"budget": budget_of(total)} if total else found
 
 

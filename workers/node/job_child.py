@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Sequence
@@ -70,7 +71,9 @@ def upgrade(order: JobOrder, report: Report) -> dict[str, Any]:
 def delete(order: JobOrder, report: Report) -> dict[str, Any]:
     """Remove a backend. What runs of it runs on."""
     name = checked_name(str(order.request["backend"]))
-    return {"name": name, "removed": versions.remove(order.spec.backends, name)}
+    removed = versions.remove(order.spec.backends, name)
+    shutil.rmtree(order.spec.backends / name / ARCHIVE, ignore_errors=True)  # of an install that failed
+    return {"name": name, "removed": removed}
 
 
 def _installed_by(order: JobOrder, report: Report, *, force: bool) -> dict[str, Any]:

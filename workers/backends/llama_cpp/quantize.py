@@ -137,15 +137,15 @@ def _number(constant: str, name: str) -> int:
 
 def comparison(order: dict[str, Any], log: Log) -> Callable[[], dict[str, Any]]:
     """What compares the result with the source, once it is there: by what both are for."""
-    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT].strip()
+    text = Path(order["text"] or TEXT).read_bytes()[:LONGEST_TEXT].decode("utf-8", "replace").strip()
     with closing(_loaded("source", order["source"], log, vocab_only=True)) as engine:
         pooling = pooling_of(order, engine.metadata)
-        tokens = engine.tokenize(text)[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
+        tokens = engine.tokenize(text.encode())[: min(TOKENS, max(LOGITS // engine.n_vocab(), LEAST_TOKENS))]
     if len(tokens) < LEAST_TOKENS:
         raise Failed(f"the text to measure with has {len(tokens)} tokens, and {LEAST_TOKENS} are needed")
     if pooling is None:
         return lambda: compare(order, tokens, log)
-    chunks = textwrap.wrap(text.decode("utf-8", "replace"), CHUNK)[:CHUNKS]
+    chunks = textwrap.wrap(text, CHUNK)[:CHUNKS]
     return lambda: compare_vectors(order, chunks, pooling, log)
 
 
