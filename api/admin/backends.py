@@ -131,7 +131,7 @@ def change_for_ui(op: Op, wanted: str) -> tuple[dict[str, Any], int]:
 
 @routes.post("/api/backends/system/delete/<wanted>")
 def delete_for_ui(wanted: str) -> tuple[dict[str, Any], int]:
-    """The word for what is installed."""
+    """As `delete`: the path that LocalAI's pages have for what is installed."""
     return change_for_ui(Op.DELETE, wanted)
 
 

@@ -38,6 +38,11 @@ def uses_gpus(offered: Collection[Build], hardware: Mapping[str, Any]) -> bool:
     return choose(offered, hardware) not in (None, "cpu")
 
 
+def leave_gpus_alone(builds: Collection[str]) -> bool:
+    """Whether an owner who wants these builds wants none for GPUs."""
+    return set(builds) <= {"cpu"}
+
+
 def _runs(build: Build, hardware: Mapping[str, Any]) -> bool:
     devices = hardware.get("gpus") or []
     vendors = {device.get("vendor") for device in devices}

@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from localai_q.cluster.amounts import part_of
-from localai_q.cluster.builds import BUILDS, Build, uses_gpus
+from localai_q.cluster.builds import BUILDS, Build, leave_gpus_alone, uses_gpus
 from localai_q.cluster.disk import SPARE, spare
 from localai_q.cluster.memory import Memory, Need, need, need_within
 from localai_q.cluster.models import Model
@@ -313,7 +313,7 @@ def _short(wanted: Need, room: Memory) -> str:
 
 def _gpus(node: Node) -> list[dict[str, Any]]:
     """The GPUs that have memory of their own and that models may use; what runs on others takes the machine's."""
-    found = node.hardware.get("gpus") if set(node.hardware.get("builds", BUILDS)) - {"cpu"} else None
+    found = None if leave_gpus_alone(node.hardware.get("builds", BUILDS)) else node.hardware.get("gpus")
     gpus = [gpu for gpu in found if isinstance(gpu, dict)] if isinstance(found, list) else []
     return [gpu for gpu in gpus if _number(gpu, "vram_total") < UNLIMITED]
 

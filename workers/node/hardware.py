@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pynvml
 
-from localai_q.cluster.builds import BUILDS, Build
+from localai_q.cluster.builds import BUILDS, Build, leave_gpus_alone
 from workers.node import cgroups
 from workers.node.store import Store
 
@@ -45,7 +45,7 @@ def read(models: Path, budget_of: Callable[[int], int], builds: Sequence[str] = 
         found |= _tolerant(part)
     if "gpus" not in found:  # what could not be read is not what is not there
         return found
-    usable = found["gpus"] if set(builds) - {"cpu"} else []
+    usable = [] if leave_gpus_alone(builds) else found["gpus"]
     total = sum(gpu.get("vram_total", 0) for gpu in usable) or found.get("ram_total", 0)
     return found | {"budget": budget_of(total)} if total else found
 
